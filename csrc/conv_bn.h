@@ -1,0 +1,156 @@
+// The contract between the kernels and whoever calls them.
+//
+//   z = conv(inputs, filters)
+//   mean, variance = training ? moments of z over N,H,W : moving_mean, moving_variance
+//   output = activation(gamma * (z - mean) / sqrt(variance + epsilon) + beta + residual)
+//
+// A caller describes the problem (ConvBnParams), plans it (plan_forward, plan_backward), allocates
+// plan.workspace_bytes and runs the plan on its own threads. The core knows no framework, owns no memory and no
+// threads, keeps no state between calls, and reports every error as a Status: it never throws, prints or aborts.
+#pragma once
+
+#include <cstddef>
+#include <cstdint>
+#include <functional>
+#include <string>
+#include <utility>
+#include <vector>
+
+#include "activation.h"
+
+namespace fusedconvbn {
+
+enum class DType { kFloat32, kFloat64, kFloat16, kBFloat16 };
+enum class DataFormat { kNHWC, kNCHW };
+enum class Algorithm { kAuto, kDirect, kWinograd2, kWinograd4 };
+enum class Save { kConv, kBFloat16, kRecompute };
+enum class Isa { kGeneric, kAvx2, kAvx512 };
+
+struct Status {
+  std::string message;  // empty: success
+  bool ok() const { return message.empty(); }
+  static Status error(std::string text) { return Status{std::move(text)}; }
+};
+
+// The problem: everything that decides which kernels run and how much memory they need; no pointers. Sizes are in
+// elements, paddings in elements of the input. Use resolve() of shape.h to make one from a user's arguments.
+struct ConvBnParams {
+  DType dtype = DType::kFloat32;  // of inputs, filters, residual, output
+  DataFormat data_format = DataFormat::kNHWC;
+  int64_t batch = 0, in_height = 0, in_width = 0, in_channels = 0;
+  int64_t filter_height = 0, filter_width = 0, out_channels = 0, groups = 1;
+  int64_t stride_height = 1, stride_width = 1, dilation_height = 1, dilation_width = 1;
+  int64_t pad_top = 0, pad_bottom = 0, pad_left = 0, pad_right = 0;
+  int64_t out_height = 0, out_width = 0;
+  Activation activation = Activation::kNone;
+  bool has_residual = false;
+  bool training = false;
+  bool unbiased_moving_variance = false;
+  double epsilon = 1e-3, momentum = 0.99;
+  Algorithm algorithm = Algorithm::kAuto;
+  Save save = Save::kConv;
+
+  int64_t pixels() const { return batch * out_height * out_width; }  // elements a channel
+  int64_t group_in() const { return in_channels / groups; }
+  int64_t group_out() const { return out_channels / groups; }
+  int64_t taps() const { return filter_height * filter_width; }
+};
+
+// Statistics, gamma and beta are float32; float64 for float64 inputs ("stat" below). [K] is [out_channels].
+// "data" is the type that ConvBnParams::dtype names; image shapes are in the order of data_format.
+struct ForwardBuffers {
+  const void* inputs = nullptr;           // data [N,H,W,C] or [N,C,H,W]
+  const void* filters = nullptr;          // data [kh,kw,C/groups,K]
+  const void* gamma = nullptr;            // stat [K]
+  const void* beta = nullptr;             // stat [K]
+  const void* moving_mean = nullptr;      // stat [K]
+  const void* moving_variance = nullptr;  // stat [K]
+  const void* residual = nullptr;         // data, shape of output; null unless has_residual
+  void* output = nullptr;                 // data [N,OH,OW,K] or [N,K,OH,OW]
+  void* new_moving_mean = nullptr;        // stat [K]
+  void* new_moving_variance = nullptr;    // stat [K]
+  void* batch_mean = nullptr;             // stat [K]: the mean that was subtracted (training: of the batch)
+  void* inv_std = nullptr;                // stat [K]: 1 / sqrt(variance + epsilon), of the same statistics
+  void* conv_out = nullptr;               // data, shape of output: z; required in training, unused in inference
+};
+
+// Gradients that are null are not computed; d_gamma .. d_moving_variance are always written.
+struct BackwardBuffers {
+  const void* output_gradient = nullptr;           // data, shape of output
+  const void* moving_mean_gradient = nullptr;      // stat [K]: of the returned moving mean
+  const void* moving_variance_gradient = nullptr;  // stat [K]: of the returned moving variance
+  const void* inputs = nullptr;                    // as in ForwardBuffers
+  const void* filters = nullptr;
+  const void* gamma = nullptr;
+  const void* beta = nullptr;
+  const void* moving_mean = nullptr;
+  const void* moving_variance = nullptr;
+  const void* residual = nullptr;    // data; required if needs_residual(params)
+  const void* output = nullptr;      // data; required if needs_output(params)
+  const void* batch_mean = nullptr;  // stat [K], as forward wrote it; ignored in inference
+  const void* inv_std = nullptr;     // stat [K], as forward wrote it; ignored in inference
+  const void* conv_out = nullptr;    // data; null: z is recomputed from inputs and filters
+  void* d_inputs = nullptr;          // data, shape of inputs
+  void* d_filters = nullptr;         // data, shape of filters
+  void* d_gamma = nullptr;           // stat [K]
+  void* d_beta = nullptr;            // stat [K]
+  void* d_moving_mean = nullptr;     // stat [K]
+  void* d_moving_variance = nullptr; // stat [K]
+  void* d_residual = nullptr;        // data, shape of output
+};
+
+// What the gradient reads besides z: with a residual, the activation's argument cannot be had from z alone. It
+// follows from the output where derivative_from_output() says so, else the residual itself is needed.
+inline bool needs_output(const ConvBnParams& p) { return p.has_residual && derivative_from_output(p.activation); }
+inline bool needs_residual(const ConvBnParams& p) {
+  return p.has_residual && p.activation != Activation::kNone && !derivative_from_output(p.activation);
+}
+
+struct DeviceInfo {
+  Isa isa = Isa::kGeneric;  // the best that may be used
+  int threads = 1;          // how many run_*'s ParallelFor may run at once
+  int64_t l1_bytes = 32 << 10, l2_bytes = 1 << 20;
+};
+
+// What this machine offers; the environment variable FUSEDCONVBN_ISA (generic, avx2, avx512) lowers it.
+Status detect_device(int threads, DeviceInfo* device);
+
+struct Kernel;  // a row of the dispatch table (cpu/dispatch.h)
+
+// A kernel for each stage of the problem, and the memory that they need. The result of a pure function of the problem
+// and the device; describe() prints it. Splits of a sum are fixed by the problem, never by the number of threads.
+struct Plan {
+  ConvBnParams params;
+  DeviceInfo device;
+  std::vector<const Kernel*> stages;  // in the order of execution
+  size_t workspace_bytes = 0;         // 64-byte aligned
+  std::string describe() const;
+};
+
+// force_kernel: the name of a row (raw.kernels() lists them), used for each stage that it serves; empty: the first row
+// of each stage that supports the problem. The environment variable FUSEDCONVBN_KERNEL does the same.
+Status plan_forward(const ConvBnParams& params, const DeviceInfo& device, const std::string& force_kernel, Plan* plan);
+Status plan_backward(const ConvBnParams& params, const DeviceInfo& device, const std::string& force_kernel, Plan* plan);
+
+// Runs body(task, worker) for task = 0 .. tasks-1, returns when all have ended. Several may run at once, each with a
+// worker number of its own in [0, threads()). A body never waits for another one.
+class ParallelFor {
+ public:
+  using Body = std::function<void(int64_t task, int worker)>;
+  virtual ~ParallelFor() = default;
+  virtual int threads() const = 0;  // at most plan.device.threads
+  virtual void run(int64_t tasks, const Body& body) = 0;
+};
+
+Status run_cpu(const Plan& plan, const ForwardBuffers& buffers, void* workspace, ParallelFor* parallel);
+Status run_cpu(const Plan& plan, const BackwardBuffers& buffers, void* workspace, ParallelFor* parallel);
+
+// One line a row of the dispatch table.
+struct KernelInfo {
+  std::string name;   // stage_algorithm_isa
+  std::string stage;  // forward, reduce, dgrad, wgrad
+  Isa isa;
+};
+std::vector<KernelInfo> list_kernels();
+
+}  // namespace fusedconvbn
