@@ -2,15 +2,10 @@
 //
 // The functions take any type V with arithmetic, comparison and ?: element by element: float, double, and vectors of
 // them in the compiler's vector extension; S is V's element type, so that a constant never widens V. exp_of(V) and
-// erf_of(V) are found by overload: whoever instantiates for V declares them first. Everything has internal linkage: no
-// copy that was compiled for one instruction set can be linked into code for another.
+// erf_of(V) are found by overload: whoever instantiates for V declares them, in this namespace, before this header.
 #pragma once
 
-#ifdef __CUDACC__
-#define FCB_INLINE static __host__ __device__ __forceinline__
-#else
-#define FCB_INLINE static inline __attribute__((always_inline))
-#endif
+#include "inline.h"
 
 namespace fusedconvbn {
 

@@ -89,7 +89,7 @@ struct BackwardBuffers {
   const void* output = nullptr;      // data; required if needs_output(params)
   const void* batch_mean = nullptr;  // stat [K], as forward wrote it; ignored in inference
   const void* inv_std = nullptr;     // stat [K], as forward wrote it; ignored in inference
-  const void* conv_out = nullptr;    // data; null: z is recomputed from inputs and filters
+  const void* conv_out = nullptr;    // data; required in training, else z is recomputed from inputs and filters
   void* d_inputs = nullptr;          // data, shape of inputs
   void* d_filters = nullptr;         // data, shape of filters
   void* d_gamma = nullptr;           // stat [K]

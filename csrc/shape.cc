@@ -7,8 +7,9 @@
 namespace fusedconvbn {
 namespace {
 
-// Keeps every product of sizes, in bytes, within int64_t.
-constexpr int64_t kMaxElements = int64_t{1} << 56;
+// Keeps every product of sizes, in bytes and with padding to panels, within int64_t.
+constexpr int64_t kMaxElements = int64_t{1} << 48;
+constexpr int64_t kMaxTaps = int64_t{1} << 16;  // of a filter: geometry is a list of them
 
 template <class... Sizes>
 bool product_fits(int64_t first, Sizes... rest) {
@@ -121,9 +122,12 @@ Status validate(const ConvBnParams& p) {
       !product_fits(p.batch, p.out_height, p.out_width, p.out_channels) ||
       !product_fits(p.filter_height, p.filter_width, p.in_channels, p.out_channels) ||
       !product_fits(p.in_height + p.pad_top + p.pad_bottom, p.in_width + p.pad_left + p.pad_right))
-    return Status::error("inputs, filters and output must have at most 2^56 elements. Received: batch " +
+    return Status::error("inputs, filters and output must have at most 2^48 elements. Received: batch " +
                          text(p.batch) + ", " + sizes + ", " + text(p.in_channels) + " input channels, " +
                          text(p.out_channels) + " output channels");
+  if (p.taps() > kMaxTaps)
+    return Status::error("filters must have at most 2^16 positions. Received: height " + text(p.filter_height) +
+                         ", width " + text(p.filter_width));
   if (!(std::isfinite(p.epsilon) && p.epsilon >= 0))
     return Status::error("epsilon must be a finite number, at least 0. Received: " + std::to_string(p.epsilon));
   if (!(p.momentum >= 0 && p.momentum <= 1))

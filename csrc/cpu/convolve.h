@@ -1,0 +1,142 @@
+// The direct convolution: packed filters, a table of pointers for each block of positions, register tiles.
+//
+// One dense or depthwise convolution of any windows; forward and the gradient by the input are both made of it. What
+// becomes of a tile while it is hot in L1 is the caller's: emit(tile, first, rows, channel, cols, worker).
+#pragma once
+
+#include <algorithm>
+#include <cstdint>
+#include <functional>
+
+#include "arena.h"
+#include "image.h"
+#include "windows.h"
+
+namespace fusedconvbn {
+
+// Positions of a block: 8 register tiles of AVX-512, 16 of the others. A tile of the block, 96 x 32 floats, is 12 KiB.
+// Also the unit of the batch statistics, so it never depends on the number of threads.
+constexpr int64_t kBlockRows = 96;
+
+// Where the filters of a tap, of a reduced and of a produced channel lie: strides in elements.
+struct FilterLayout {
+  const void* data;
+  std::vector<int64_t> tap_offset;  // [taps]
+  int64_t group_stride, depth_stride, column_stride;
+};
+
+// Channels of a convolution. A depthwise one multiplies element by element: one group, depth = cols = its channels.
+struct Channels {
+  bool depthwise;
+  int64_t groups, depth, cols;  // per group: reduced, produced
+};
+
+template <class C>
+class Convolution {
+ public:
+  using Emit = std::function<void(C* tile, int64_t first, int64_t rows, int64_t channel, int64_t cols, int worker)>;
+
+  // `storage` is that of the filters.
+  Convolution(const ComputeKernels<C>& kernels, const Storage<C>& storage, const Image<C>& source,
+              const Windows& windows, const Channels& channels)
+      : kernels_(kernels),
+        storage_(storage),
+        windows_(windows),
+        depthwise_(channels.depthwise),
+        groups_(channels.groups),
+        depth_(channels.depth),
+        cols_(channels.cols),
+        blocks_in_task_(ceil_div(4 * windows.width, kBlockRows)),
+        reader_(source, groups_ * depth_, windows, groups_ == 1 && !depthwise_, kBlockRows,
+                blocks_in_task_ * kBlockRows) {
+    if (!reader_.staged()) blocks_in_task_ = 1;
+  }
+
+  struct Scratch {
+    C* filters;  // [panels][taps][depth][panel]
+    C* zeros;
+    std::vector<C*> tile;  // a worker's [kBlockRows][panel]
+    std::vector<typename WindowReader<C>::Scratch> reader;
+  };
+
+  Scratch carve(Arena* arena, int workers) const {
+    Scratch s;
+    s.filters = arena->take<C>(panels() * panel_elements());
+    s.zeros = arena->take<C>(reader_.zero_elements());
+    for (int w = 0; w < workers; ++w) {
+      s.tile.push_back(arena->take<C>(kBlockRows * kernels_.panel));
+      s.reader.push_back(reader_.carve(arena, s.zeros));
+    }
+    return s;
+  }
+
+  void run(const FilterLayout& filters, const Scratch& s, ParallelFor* parallel, const Emit& emit) const {
+    if (windows_.positions() == 0) return;
+    std::fill(s.zeros, s.zeros + reader_.zero_elements(), C(0));
+    parallel->run(panels(), [&](int64_t panel, int) { pack(filters, panel, s.filters + panel * panel_elements()); });
+
+    const int64_t blocks = ceil_div(windows_.positions(), kBlockRows), block_tasks = ceil_div(blocks, blocks_in_task_);
+    // Few blocks: tasks of fewer panels, so that every thread has several.
+    const int64_t panel_tasks = std::min(panels(), ceil_div(4 * parallel->threads(), block_tasks));
+    parallel->run(block_tasks * panel_tasks, [&](int64_t task, int worker) {
+      const int64_t block = task / panel_tasks * blocks_in_task_, share = task % panel_tasks;
+      run_task(block, std::min(block + blocks_in_task_, blocks), share * panels() / panel_tasks,
+               (share + 1) * panels() / panel_tasks, s, worker, emit);
+    });
+  }
+
+ private:
+  int64_t panels_in_group() const { return ceil_div(cols_, kernels_.panel); }
+  int64_t panels() const { return groups_ * panels_in_group(); }
+  int64_t tap_elements() const { return (depthwise_ ? 1 : depth_) * kernels_.panel; }
+  int64_t panel_elements() const { return static_cast<int64_t>(windows_.taps.size()) * tap_elements(); }
+
+  void pack(const FilterLayout& f, int64_t panel, C* packed) const {
+    const int64_t group = panel / panels_in_group(), column = panel % panels_in_group() * kernels_.panel;
+    const int64_t cols = std::min(kernels_.panel, cols_ - column), rows = depthwise_ ? 1 : depth_;
+    if (cols < kernels_.panel) std::fill(packed, packed + panel_elements(), C(0));
+    const char* data = static_cast<const char*>(f.data);
+    for (int64_t offset : f.tap_offset) {
+      const int64_t element = offset + group * f.group_stride + column * f.column_stride;
+      storage_.kernels.load(data + element * storage_.element_bytes, f.depth_stride, f.column_stride, rows, cols,
+                            packed, kernels_.panel);
+      packed += tap_elements();
+    }
+  }
+
+  void run_task(int64_t block, int64_t block_end, int64_t panel_begin, int64_t panel_end, const Scratch& s, int worker,
+                const Emit& emit) const {
+    const int64_t begin = block * kBlockRows, end = std::min(block_end * kBlockRows, windows_.positions());
+    const auto& scratch = s.reader[worker];
+    reader_.stage(begin, end - begin, scratch);
+    for (int64_t first = begin; first < end; first += kBlockRows) {
+      const int64_t rows = std::min(kBlockRows, end - first);
+      reader_.point(first, rows, scratch);
+      for (int64_t panel = panel_begin; panel < panel_end; ++panel) {
+        const int64_t group = panel / panels_in_group(), column = panel % panels_in_group() * kernels_.panel;
+        const int64_t cols = std::min(kernels_.panel, cols_ - column);
+        multiply(scratch, rows, group, column, cols, s.filters + panel * panel_elements(), s.tile[worker]);
+        emit(s.tile[worker], first, rows, group * cols_ + column, cols, worker);
+      }
+    }
+  }
+
+  void multiply(const typename WindowReader<C>::Scratch& scratch, int64_t rows, int64_t group, int64_t column,
+                int64_t cols, const C* filters, C* tile) const {
+    if (depthwise_)
+      kernels_.depthwise({scratch.rows, kBlockRows, rows, reader_.taps(), cols, column}, filters, tile);
+    else
+      kernels_.gemm({scratch.rows, kBlockRows, rows, reader_.taps(), reader_.depth() * depth_, group * depth_}, filters,
+                    tile);
+  }
+
+  const ComputeKernels<C>& kernels_;
+  Storage<C> storage_;
+  Windows windows_;
+  bool depthwise_;
+  int64_t groups_, depth_, cols_;
+  int64_t blocks_in_task_;  // enough lines that staging those above and below costs little
+  WindowReader<C> reader_;
+};
+
+}  // namespace fusedconvbn

@@ -1,0 +1,134 @@
+// The gradient by the inputs.
+//
+// Input line h takes part in output line i through filter line k where h = i stride - pad + k dilation. All lines of one
+// phase h mod stride read the same filter lines, at i = h / stride + (phase + pad - k dilation) / stride: so each phase
+// (in both dimensions) is a stride-1 convolution of conv_grad with the transposed filters of its taps.
+#include <algorithm>
+
+#include "compute_type.h"
+#include "convolve.h"
+#include "stages.h"
+
+namespace fusedconvbn {
+namespace {
+
+// The filter positions of a phase, each with its offset in source pixels.
+struct PhaseTap {
+  int64_t index, offset;
+};
+
+std::vector<PhaseTap> phase_taps(int64_t phase, int64_t filter, int64_t stride, int64_t dilation, int64_t pad) {
+  std::vector<PhaseTap> taps;
+  for (int64_t k = 0; k < filter; ++k) {
+    const int64_t distance = phase + pad - k * dilation;
+    if (distance % stride == 0) taps.push_back({k, distance / stride});
+  }
+  return taps;
+}
+
+// Every s-th pixel of an image, in both dimensions, from (height, width) on.
+template <class C>
+Image<C> phase_image(const void* data, const Storage<C>& storage, const ConvBnParams& p, int64_t height,
+                     int64_t width) {
+  Grid grid = input_grid(p);
+  const int64_t element = height * grid.line_stride + width * grid.pixel_stride;
+  grid.height = ceil_div(p.in_height - height, p.stride_height);
+  grid.width = ceil_div(p.in_width - width, p.stride_width);
+  grid.line_stride *= p.stride_height;
+  grid.pixel_stride *= p.stride_width;
+  return Image<C>(data ? static_cast<const char*>(data) + element * storage.element_bytes : nullptr, storage, grid);
+}
+
+template <class C>
+class Phase {
+ public:
+  Phase(const KernelSet& set, const ConvBnParams& p, const void* conv_grad, const void* d_inputs, int64_t height,
+        int64_t width)
+      : p_(p),
+        k_(compute_kernels<C>(set)),
+        storage_(storage_of<C>(set, p.dtype)),
+        output_(phase_image<C>(d_inputs, storage_, p, height, width)),
+        convolution_(k_, storage_, source(conv_grad), windows(height, width), channels(p)) {}
+
+  size_t scratch_bytes(int workers) const {
+    Arena arena;
+    convolution_.carve(&arena, workers);
+    return arena.used();
+  }
+
+  void run(const void* filters, int workers, char* scratch, ParallelFor* parallel) const {
+    Arena arena(scratch);
+    const FilterLayout transposed{filters, tap_offset_, p_.group_out(), 1, p_.out_channels};
+    const FilterLayout depthwise{filters, tap_offset_, 0, 0, 1};
+    convolution_.run(is_depthwise(p_) ? depthwise : transposed, convolution_.carve(&arena, workers), parallel,
+                     [this](C* tile, int64_t first, int64_t rows, int64_t channel, int64_t cols, int) {
+                       output_.write(first, rows, channel, cols, {tile, k_.panel});
+                     });
+  }
+
+ private:
+  static Channels channels(const ConvBnParams& p) {
+    if (is_depthwise(p)) return {true, 1, p.groups, p.groups};
+    return {false, p.groups, p.group_out(), p.group_in()};
+  }
+
+  Image<C> source(const void* conv_grad) const {
+    return Image<C>(conv_grad, {{}, sizeof(C), true},
+                    image_grid(DataFormat::kNHWC, p_.batch, p_.out_height, p_.out_width, p_.out_channels));
+  }
+
+  Windows windows(int64_t height, int64_t width) {
+    Windows w{p_.batch, output_.grid().height, output_.grid().width, 1, 1, {}};
+    for (const PhaseTap& h : phase_taps(height, p_.filter_height, p_.stride_height, p_.dilation_height, p_.pad_top))
+      for (const PhaseTap& v : phase_taps(width, p_.filter_width, p_.stride_width, p_.dilation_width, p_.pad_left)) {
+        w.taps.push_back({h.offset, v.offset});
+        tap_offset_.push_back((h.index * p_.filter_width + v.index) * p_.group_in() * p_.out_channels);
+      }
+    return w;
+  }
+
+  const ConvBnParams& p_;
+  const ComputeKernels<C>& k_;
+  Storage<C> storage_;
+  Image<C> output_;
+  std::vector<int64_t> tap_offset_;
+  Convolution<C> convolution_;
+};
+
+// The phases of one dimension that have taps, and phase 0, whose image is the largest: the others need no more memory.
+std::vector<int64_t> distinct_phases(int64_t in, int64_t filter, int64_t stride, int64_t dilation, int64_t pad) {
+  std::vector<int64_t> phases = {0};
+  for (int64_t k = 0; k < filter; ++k) {
+    const int64_t phase = ((k * dilation - pad) % stride + stride) % stride;
+    if (phase < in) phases.push_back(phase);
+  }
+  std::sort(phases.begin(), phases.end());
+  phases.erase(std::unique(phases.begin(), phases.end()), phases.end());
+  return phases;
+}
+
+}  // namespace
+
+size_t dgrad_scratch(const KernelSet& set, const ConvBnParams& p, const DeviceInfo& device) {
+  return with_compute_type(p.dtype, [&](auto c) {
+    size_t bytes = 0;
+    for (int64_t h : distinct_phases(p.in_height, p.filter_height, p.stride_height, p.dilation_height, p.pad_top))
+      for (int64_t w : distinct_phases(p.in_width, p.filter_width, p.stride_width, p.dilation_width, p.pad_left))
+        bytes = std::max(bytes, Phase<decltype(c)>(set, p, nullptr, nullptr, h, w).scratch_bytes(device.threads));
+    return bytes;
+  });
+}
+
+Status run_dgrad(const KernelSet& set, const StageCall& call) {
+  if (call.backward->d_inputs == nullptr) return Status{};
+  const ConvBnParams& p = call.params;
+  with_compute_type(p.dtype, [&](auto c) {
+    for (int64_t h = 0; h < std::min(p.stride_height, p.in_height); ++h)
+      for (int64_t w = 0; w < std::min(p.stride_width, p.in_width); ++w)
+        Phase<decltype(c)>(set, p, call.conv_grad, call.backward->d_inputs, h, w)
+            .run(call.backward->filters, call.device.threads, call.scratch, call.parallel);
+  });
+  return Status{};
+}
+
+}  // namespace fusedconvbn

@@ -1,0 +1,42 @@
+// The dispatch table: which kernels exist, for which stage, in order of preference.
+#pragma once
+
+#include <cstddef>
+#include <vector>
+
+#include "../conv_bn.h"
+
+namespace fusedconvbn {
+
+// A plan is a list of stages. Forward has one; in the backward plan kForward recomputes z where it was not saved, and
+// kBackward stands for all the others together.
+enum class Stage { kForward, kReduce, kDgrad, kWgrad, kBackward };
+
+// What a stage reads and writes. Exactly one of forward and backward is set.
+struct StageCall {
+  const ConvBnParams& params;
+  const DeviceInfo& device;
+  const ForwardBuffers* forward = nullptr;
+  const BackwardBuffers* backward = nullptr;
+  const void* conv_out = nullptr;   // backward: z, data type, shape of output
+  void* conv_grad = nullptr;        // backward: gradient of z, compute type [N,OH,OW,K] whatever the data format
+  char* scratch = nullptr;          // the stage's own workspace
+  ParallelFor* parallel = nullptr;
+};
+
+struct Kernel {
+  const char* name;  // stage_algorithm_isa
+  Stage stage;
+  Isa isa;
+  bool (*supports)(const ConvBnParams&);
+  size_t (*scratch_bytes)(const ConvBnParams&, const DeviceInfo&);
+  Status (*run)(const StageCall&);
+};
+
+// Every kernel of the library; within a stage the preferred one first, the reference last.
+const std::vector<Kernel>& kernel_table();
+
+const char* name_of(Stage stage);
+const char* name_of(Isa isa);
+
+}  // namespace fusedconvbn

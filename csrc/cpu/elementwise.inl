@@ -1,0 +1,84 @@
+// Everything that is computed element by element on a block, or summed over its rows.
+
+// Calls f(read, write, column) for each vector of columns; the last one may be a part.
+template <class C, class F>
+FCB_INLINE void for_vectors(int64_t cols, F f) {
+  int64_t c = 0;
+  for (; c + kLanes<C> <= cols; c += kLanes<C>)
+    f([](const C* p) { return load(p); }, [](C* p, Vector<C> v) { store(p, v); }, c);
+  if (c == cols) return;
+  const int64_t part = cols - c;
+  f([part](const C* p) { return load_part(p, part); }, [part](C* p, Vector<C> v) { store_part(p, v, part); }, c);
+}
+
+template <class C>
+static void moments(const C* block, int64_t ld, int64_t rows, int64_t cols, C* mean, C* squares) {
+  for_vectors<C>(cols, [&](auto read, auto write, int64_t c) {
+    Vector<C> sum{}, square{}, rest{};
+    for (int64_t r = 0; r < rows; ++r) sum += read(block + r * ld + c);
+    const Vector<C> m = sum / (Vector<C>{} + C(rows));
+    for (int64_t r = 0; r < rows; ++r) {
+      const Vector<C> d = read(block + r * ld + c) - m;
+      rest += d;
+      square += d * d;
+    }
+    // `rest` is rows times the rounding error of m; corrected by it, both results are exact to the last bits. With an
+    // infinite m it is NaN, and m stays.
+    const Vector<C> error = rest / (Vector<C>{} + C(rows)), better = m + error;
+    write(mean + c, error == error ? better : m);
+    write(squares + c, square - error * rest);
+  });
+}
+
+template <class C, Activation A>
+static void affine(const AffineBlock<C>& b) {
+  for (int64_t r = 0; r < b.rows; ++r) {
+    const C* z = b.z + r * b.ld_z;
+    const C* residual = b.residual ? b.residual + r * b.ld_residual : nullptr;
+    C* y = b.y + r * b.ld_y;
+    for_vectors<C>(b.cols, [&](auto read, auto write, int64_t c) {
+      Vector<C> u = (read(z + c) - read(b.mean + c)) * read(b.scale + c) + read(b.beta + c);
+      if (residual) u += read(residual + c);
+      write(y + c, activate<A, C>(u));
+    });
+  }
+}
+
+// du and z - mean of one vector of channels.
+template <class C, Activation A, Preactivation P, class Read>
+FCB_INLINE Vector<C> gradient_of_u(const GradientBlock<C>& b, Read read, int64_t r, int64_t c, Vector<C> centered) {
+  const Vector<C> dy = read(b.dy + r * b.ld_dy + c);
+  if constexpr (A == Activation::kNone) {
+    return dy;
+  } else if constexpr (P == Preactivation::kOutput) {
+    return dy * derivative_of_output<A, C>(read(b.extra + r * b.ld_extra + c));
+  } else {
+    Vector<C> u = centered * read(b.scale + c) + read(b.beta + c);
+    if constexpr (P == Preactivation::kConvAndResidual) u += read(b.extra + r * b.ld_extra + c);
+    return dy * derivative<A, C>(u);
+  }
+}
+
+// The sums stay in memory (L1): this pass is limited by reading dy and z.
+template <class C, Activation A, Preactivation P>
+static void reduce(const GradientBlock<C>& b) {
+  for (int64_t r = 0; r < b.rows; ++r)
+    for_vectors<C>(b.cols, [&](auto read, auto write, int64_t c) {
+      const Vector<C> centered = read(b.z + r * b.ld_z + c) - read(b.mean + c);
+      const Vector<C> du = gradient_of_u<C, A, P>(b, read, r, c, centered);
+      write(b.sum_du + c, read(b.sum_du + c) + du);
+      write(b.sum_du_z + c, read(b.sum_du_z + c) + du * centered);
+    });
+}
+
+template <class C, Activation A, Preactivation P>
+static void apply(const GradientBlock<C>& b) {
+  for (int64_t r = 0; r < b.rows; ++r)
+    for_vectors<C>(b.cols, [&](auto read, auto write, int64_t c) {
+      const Vector<C> centered = read(b.z + r * b.ld_z + c) - read(b.mean + c);
+      const Vector<C> du = gradient_of_u<C, A, P>(b, read, r, c, centered);
+      if (b.d_residual) write(b.d_residual + r * b.ld_d_residual + c, du);
+      write(b.d_conv + r * b.ld_d_conv + c,
+            read(b.slope + c) * du + read(b.curve + c) * centered + read(b.offset + c));
+    });
+}

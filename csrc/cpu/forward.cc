@@ -1,0 +1,183 @@
+// The forward stage.
+#include <algorithm>
+#include <cstring>
+
+#include "compute_type.h"
+#include "convolve.h"
+#include "stages.h"
+#include "statistics.h"
+
+namespace fusedconvbn {
+namespace {
+
+template <class C>
+class Forward {
+ public:
+  // With empty buffers and a null scratch it only measures.
+  Forward(const KernelSet& set, const ConvBnParams& p, const DeviceInfo& device, const ForwardBuffers& buffers,
+          char* scratch)
+      : p_(p),
+        b_(buffers),
+        k_(compute_kernels<C>(set)),
+        storage_(storage_of<C>(set, p.dtype)),
+        conv_out_(buffers.conv_out, storage_, output_grid(p)),
+        output_(buffers.output, storage_, output_grid(p)),
+        residual_(buffers.residual, storage_, output_grid(p)),
+        convolution_(k_, storage_, Image<C>(buffers.inputs, storage_, input_grid(p)), forward_windows(p), channels(p)) {
+    Arena arena(scratch);
+    scale_ = arena.take<C>(p.out_channels);
+    if (p.training) moments_ = BlockMoments<C>::carve(&arena, ceil_div(p.pixels(), kBlockRows), p.out_channels);
+    for (int w = 0; w < device.threads; ++w) {
+      z_.push_back(arena.take<C>(kBlockRows * columns()));
+      extra_.push_back(arena.take<C>(kBlockRows * columns()));
+    }
+    convolution_scratch_ = convolution_.carve(&arena, device.threads);
+    scratch_bytes_ = arena.used();
+  }
+
+  size_t scratch_bytes() const { return scratch_bytes_; }
+
+  void infer(ParallelFor* parallel) const {
+    keep_moving_statistics();
+    convolve(parallel, [this](C* tile, int64_t first, int64_t rows, int64_t channel, int64_t cols, int worker) {
+      normalize({tile, k_.panel}, {tile, k_.panel}, first, rows, channel, cols, worker);
+    });
+  }
+
+  // Without pixels there is nothing to learn: the moving statistics stay.
+  void train(ParallelFor* parallel) const {
+    if (p_.pixels() == 0) return keep_moving_statistics();
+    convolve(parallel, [this](C* tile, int64_t first, int64_t rows, int64_t channel, int64_t cols, int worker) {
+      conv_out_.write(first, rows, channel, cols, {tile, k_.panel});
+      Block<C> z{tile, k_.panel};  // the statistics are those of z as stored
+      if (conv_out_.rounds()) z = conv_out_.read(first, rows, channel, cols, z_[worker]);
+      const int64_t at = first / kBlockRows * p_.out_channels + channel;
+      k_.moments(z.data, z.ld, rows, cols, moments_.mean + at, moments_.squares + at);
+    });
+    parallel->run(ceil_div(p_.out_channels, kChannelChunk), [&](int64_t chunk, int) { learn(chunk * kChannelChunk); });
+    normalize_all(parallel);
+  }
+
+  void recompute(ParallelFor* parallel) const {
+    convolve(parallel, [this](C* tile, int64_t first, int64_t rows, int64_t channel, int64_t cols, int) {
+      conv_out_.write(first, rows, channel, cols, {tile, k_.panel});
+    });
+  }
+
+ private:
+  static Channels channels(const ConvBnParams& p) {
+    if (is_depthwise(p)) return {true, 1, p.groups, p.groups};
+    return {false, p.groups, p.group_in(), p.group_out()};
+  }
+
+  int64_t columns() const { return std::max(kChannelChunk, k_.panel); }  // of a block in scratch
+
+  void convolve(ParallelFor* parallel, const typename Convolution<C>::Emit& emit) const {
+    FilterLayout filters{b_.filters, {}, p_.group_out(), p_.out_channels, 1};
+    for (int64_t t = 0; t < p_.taps(); ++t) filters.tap_offset.push_back(t * p_.group_in() * p_.out_channels);
+    convolution_.run(filters, convolution_scratch_, parallel, emit);
+  }
+
+  void keep_moving_statistics() const {
+    const size_t bytes = static_cast<size_t>(p_.out_channels) * sizeof(C);
+    std::memcpy(b_.batch_mean, b_.moving_mean, bytes);
+    std::memcpy(b_.new_moving_mean, b_.moving_mean, bytes);
+    std::memcpy(b_.new_moving_variance, b_.moving_variance, bytes);
+    for (int64_t c = 0; c < p_.out_channels; ++c) set_scale(c, static_cast<const C*>(b_.moving_variance)[c]);
+  }
+
+  void set_scale(int64_t c, double variance) const {
+    const double inv_std = inverse_deviation(variance, p_.epsilon);
+    static_cast<C*>(b_.inv_std)[c] = static_cast<C>(inv_std);
+    scale_[c] = static_cast<C>(static_cast<const C*>(b_.gamma)[c] * inv_std);
+  }
+
+  // The statistics of one chunk of channels.
+  void learn(int64_t begin) const {
+    double mean[kChannelChunk], squares[kChannelChunk];
+    const int64_t end = std::min(begin + kChannelChunk, p_.out_channels);
+    merge_moments(moments_, p_.pixels(), p_.out_channels, begin, end, mean, squares);
+    for (int64_t c = begin; c < end; ++c) {
+      const double variance = squares[c - begin] / static_cast<double>(p_.pixels());
+      static_cast<C*>(b_.batch_mean)[c] = static_cast<C>(mean[c - begin]);
+      set_scale(c, variance);
+      move(b_.moving_mean, b_.new_moving_mean, c, mean[c - begin]);
+      move(b_.moving_variance, b_.new_moving_variance, c, variance * moving_variance_factor(p_));
+    }
+  }
+
+  void move(const void* from, void* to, int64_t c, double value) const {
+    const double old = static_cast<const C*>(from)[c];
+    static_cast<C*>(to)[c] = static_cast<C>(p_.momentum * old + (1 - p_.momentum) * value);
+  }
+
+  // The blocks written last are still in cache and come first.
+  void normalize_all(ParallelFor* parallel) const {
+    const int64_t width = conv_out_.direct() ? p_.out_channels : columns();
+    const int64_t chunks = ceil_div(p_.out_channels, width), blocks = ceil_div(p_.pixels(), kBlockRows);
+    parallel->run(blocks * chunks, [&](int64_t task, int worker) {
+      const int64_t first = (blocks - 1 - task / chunks) * kBlockRows, channel = task % chunks * width;
+      const int64_t rows = std::min(kBlockRows, p_.pixels() - first);
+      const int64_t cols = std::min(width, p_.out_channels - channel);
+      const Block<C> z = conv_out_.read(first, rows, channel, cols, z_[worker]);
+      normalize(z, {z_[worker], cols}, first, rows, channel, cols, worker);
+    });
+  }
+
+  // output = activation((z - mean) * scale + beta + residual), computed in `scratch` where it cannot be in place.
+  void normalize(const Block<C>& z, const Block<C>& scratch, int64_t first, int64_t rows, int64_t channel, int64_t cols,
+                 int worker) const {
+    Block<C> extra{nullptr, 0};
+    if (residual_.present()) extra = residual_.read(first, rows, channel, cols, extra_[worker]);
+    const Block<C> y = output_.target(first, channel, scratch);
+    k_.affine[static_cast<int>(p_.activation)](
+        {z.data, z.ld, extra.data, extra.ld, y.data, y.ld, rows, cols, static_cast<const C*>(b_.batch_mean) + channel,
+         scale_ + channel, static_cast<const C*>(b_.beta) + channel});
+    output_.write(first, rows, channel, cols, y);
+  }
+
+  const ConvBnParams& p_;
+  ForwardBuffers b_;
+  const ComputeKernels<C>& k_;
+  Storage<C> storage_;
+  Image<C> conv_out_, output_, residual_;
+  Convolution<C> convolution_;
+  C* scale_;
+  BlockMoments<C> moments_{};
+  std::vector<C*> z_, extra_;  // a worker's [kBlockRows][columns()]
+  typename Convolution<C>::Scratch convolution_scratch_;
+  size_t scratch_bytes_;
+};
+
+// In a backward plan the stage recomputes z.
+ForwardBuffers forward_buffers(const StageCall& call) {
+  if (call.forward) return *call.forward;
+  ForwardBuffers buffers;
+  buffers.inputs = call.backward->inputs;
+  buffers.filters = call.backward->filters;
+  buffers.conv_out = const_cast<void*>(call.conv_out);
+  return buffers;
+}
+
+}  // namespace
+
+size_t forward_scratch(const KernelSet& set, const ConvBnParams& p, const DeviceInfo& device) {
+  return with_compute_type(p.dtype, [&](auto c) {
+    return Forward<decltype(c)>(set, p, device, {}, nullptr).scratch_bytes();
+  });
+}
+
+Status run_forward(const KernelSet& set, const StageCall& call) {
+  with_compute_type(call.params.dtype, [&](auto c) {
+    const Forward<decltype(c)> forward(set, call.params, call.device, forward_buffers(call), call.scratch);
+    if (call.backward)
+      forward.recompute(call.parallel);
+    else if (call.params.training)
+      forward.train(call.parallel);
+    else
+      forward.infer(call.parallel);
+  });
+  return Status{};
+}
+
+}  // namespace fusedconvbn

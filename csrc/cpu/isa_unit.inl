@@ -1,0 +1,73 @@
+// One instruction set's kernels: each isa_*.cc compiles this with its own flags. Only intrinsics, C headers and our
+// plain structs, all with internal linkage: a standard template instantiated here could replace another unit's copy at
+// link time and run on a machine that lacks the instructions.
+#include <stdint.h>
+#if defined(__x86_64__)
+#include <immintrin.h>
+#endif
+
+#include "../half.h"
+#include "../inline.h"
+
+namespace fusedconvbn {
+namespace {
+#include "simd.inl"
+}  // namespace
+}  // namespace fusedconvbn
+
+#include "kernels.h"
+
+namespace fusedconvbn {
+namespace {
+#include "gemm.inl"
+
+#include "elementwise.inl"
+#include "storage.inl"
+
+template <int A, class C>
+static constexpr void fill_activation(ComputeKernels<C>* k) {
+  if constexpr (A < kActivationCount) {
+    constexpr Activation a = static_cast<Activation>(A);
+    k->affine[A] = affine<C, a>;
+    k->reduce[A][0] = reduce<C, a, Preactivation::kConv>;
+    k->reduce[A][1] = reduce<C, a, Preactivation::kConvAndResidual>;
+    k->apply[A][0] = apply<C, a, Preactivation::kConv>;
+    k->apply[A][1] = apply<C, a, Preactivation::kConvAndResidual>;
+    if constexpr (derivative_from_output(a)) {
+      k->reduce[A][2] = reduce<C, a, Preactivation::kOutput>;
+      k->apply[A][2] = apply<C, a, Preactivation::kOutput>;
+    }
+    fill_activation<A + 1>(k);
+  }
+}
+
+template <class C>
+static constexpr ComputeKernels<C> compute_kernels() {
+  ComputeKernels<C> k{};
+  k.panel = kPanel<C>;
+  k.outer_rows = kTileRows;
+  k.gemm = gemm<C>;
+  k.depthwise = depthwise<C>;
+  k.outer = outer<C>;
+  k.pack_rows = pack_rows<C>;
+  k.depthwise_outer = depthwise_outer<C>;
+  k.moments = moments<C>;
+  fill_activation<0>(&k);
+  return k;
+}
+
+template <class C, class T>
+static constexpr StorageKernels<C> storage_kernels() {
+  return {load_block<C, T>, store_block<C, T>};
+}
+
+static constexpr KernelSet kernel_set() {
+  return {compute_kernels<float>(),          compute_kernels<double>(),          storage_kernels<float, float>(),
+          storage_kernels<float, Half>(),    storage_kernels<float, BFloat16>(), storage_kernels<double, double>()};
+}
+}  // namespace
+
+// Constant-initialized: loading the library must not run a single instruction of this unit.
+extern constexpr KernelSet FCB_KERNELS = kernel_set();
+
+}  // namespace fusedconvbn

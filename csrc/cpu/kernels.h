@@ -1,0 +1,104 @@
+// What an instruction set offers: tables of functions on small blocks that lie in cache. They see pointers, counts and
+// leading dimensions, never images, strides or padding. Only plain structs here: each instruction set's unit includes
+// this file, and nothing that it compiles may be linked into code for another one.
+//
+// A block is a row-major matrix: a row is a pixel, a column a channel, ld the distance of rows in elements. C is the
+// compute type, float or double.
+#pragma once
+
+#include <stdint.h>
+
+#include "../activation.h"
+
+namespace fusedconvbn {
+
+// Row r of tap t starts at rows[t * row_stride + r] + offset and has `depth` elements.
+template <class C>
+struct GatheredRows {
+  const C* const* rows;
+  int64_t row_stride, count, taps, depth, offset;
+};
+
+// y = activation((z - mean) * scale + beta + residual), for `cols` channels.
+template <class C>
+struct AffineBlock {
+  const C* z;
+  int64_t ld_z;
+  const C* residual;  // may be null
+  int64_t ld_residual;
+  C* y;
+  int64_t ld_y;
+  int64_t rows, cols;
+  const C *mean, *scale, *beta;  // [cols]
+};
+
+// How the activation's argument u is had again.
+enum class Preactivation { kConv, kConvAndResidual, kOutput };
+
+// du = dy * activation'(u), u as in AffineBlock.
+template <class C>
+struct GradientBlock {
+  const C* dy;
+  int64_t ld_dy;
+  const C* z;
+  int64_t ld_z;
+  const C* extra;  // residual or output, as Preactivation says
+  int64_t ld_extra;
+  int64_t rows, cols;
+  const C *mean, *scale, *beta;  // [cols]
+  // reduce: sum_du += sum of du, sum_du_z += sum of du * (z - mean), over the rows
+  C *sum_du, *sum_du_z;  // [cols]
+  // apply: d_conv = slope * du + curve * (z - mean) + offset; d_residual = du
+  const C *slope, *curve, *offset;  // [cols]
+  C* d_conv;
+  int64_t ld_d_conv;
+  C* d_residual;  // may be null
+  int64_t ld_d_residual;
+};
+
+template <class C>
+struct ComputeKernels {
+  int64_t panel;       // columns of a packed filter panel and of a tile
+  int64_t outer_rows;  // rows of an outer-product tile
+
+  // tile[count][panel] = sum over taps and depth of rows * filters[taps][depth][panel].
+  void (*gemm)(const GatheredRows<C>& rows, const C* filters, C* tile);
+  // tile[count][panel] = sum over taps of rows * filters[taps][panel], element by element; rows have depth <= panel.
+  void (*depthwise)(const GatheredRows<C>& rows, const C* filters, C* tile);
+  // tile[outer_rows][panel] += sum over depth of a[depth][outer_rows]' * b[depth][panel].
+  void (*outer)(const C* a, const C* b, int64_t depth, C* tile);
+  // packed[count][outer_rows] = the outer_rows elements at rows[i] + offset; of the last ones only `valid` are read.
+  void (*pack_rows)(const C* const* rows, int64_t offset, int64_t count, int64_t valid, C* packed);
+  // sums[taps][cols] += sum over rows of rows[cols] * dz[count][cols], element by element.
+  void (*depthwise_outer)(const GatheredRows<C>& rows, const C* dz, int64_t ld_dz, int64_t cols, C* sums);
+
+  // Of each column: its mean, and the sum of squared deviations from it, in two passes over the block.
+  void (*moments)(const C* block, int64_t ld, int64_t rows, int64_t cols, C* mean, C* squares);
+  void (*affine[kActivationCount])(const AffineBlock<C>&);
+  void (*reduce[kActivationCount][3])(const GradientBlock<C>&);  // [activation][Preactivation]
+  void (*apply[kActivationCount][3])(const GradientBlock<C>&);
+};
+
+// Between memory of a data type and blocks of its compute type. Element (pixel, channel) of the memory is at
+// pixel * pixel_stride + channel * channel_stride.
+template <class C>
+struct StorageKernels {
+  void (*load)(const void* memory, int64_t pixel_stride, int64_t channel_stride, int64_t rows, int64_t cols, C* block,
+               int64_t ld);
+  void (*store)(const C* block, int64_t ld, int64_t rows, int64_t cols, void* memory, int64_t pixel_stride,
+                int64_t channel_stride);
+};
+
+struct KernelSet {
+  ComputeKernels<float> f32;
+  ComputeKernels<double> f64;
+  StorageKernels<float> float32, float16, bfloat16;
+  StorageKernels<double> float64;
+};
+
+extern const KernelSet kKernelsGeneric;
+#if defined(__x86_64__)
+extern const KernelSet kKernelsAvx2, kKernelsAvx512;
+#endif
+
+}  // namespace fusedconvbn

@@ -1,0 +1,65 @@
+// Blocks of the compute type from and to memory of a data type.
+
+FCB_INLINE float to_compute(float x) { return x; }
+FCB_INLINE double to_compute(double x) { return x; }
+FCB_INLINE float to_compute(Half x) { return to_float(x); }
+FCB_INLINE float to_compute(BFloat16 x) { return to_float(x); }
+FCB_INLINE void to_storage(float x, float* to) { *to = x; }
+FCB_INLINE void to_storage(double x, double* to) { *to = x; }
+FCB_INLINE void to_storage(float x, Half* to) { *to = to_half(x); }
+FCB_INLINE void to_storage(float x, BFloat16* to) { *to = to_bfloat16(x); }
+
+template <class C, class T>
+FCB_INLINE void row_to_compute(const T* from, int64_t count, C* to) {
+  int64_t i = 0;
+#if defined(__AVX2__)
+  if constexpr (__is_same(T, Half))
+    for (; i + 8 <= count; i += 8)
+      _mm256_storeu_ps(to + i, _mm256_cvtph_ps(_mm_loadu_si128(reinterpret_cast<const __m128i*>(from + i))));
+#endif
+  for (; i < count; ++i) to[i] = to_compute(from[i]);
+}
+
+template <class C, class T>
+FCB_INLINE void row_to_storage(const C* from, int64_t count, T* to) {
+  int64_t i = 0;
+#if defined(__AVX2__)
+  if constexpr (__is_same(T, Half))
+    for (; i + 8 <= count; i += 8)
+      _mm_storeu_si128(reinterpret_cast<__m128i*>(to + i), _mm256_cvtps_ph(_mm256_loadu_ps(from + i), 0));
+#endif
+  for (; i < count; ++i) to_storage(from[i], to + i);
+}
+
+// Whole rows where channels are consecutive, whole columns where pixels are, single elements elsewhere.
+template <class C, class T>
+static void load_block(const void* memory, int64_t pixel_stride, int64_t channel_stride, int64_t rows, int64_t cols,
+                       C* block, int64_t ld) {
+  const T* from = static_cast<const T*>(memory);
+  if (channel_stride == 1) {
+    for (int64_t r = 0; r < rows; ++r) row_to_compute(from + r * pixel_stride, cols, block + r * ld);
+    return;
+  }
+  for (int64_t r0 = 0; r0 < rows; r0 += 16) {  // 16 pixels by `cols` channels: the block's lines stay in L1
+    const int64_t r1 = r0 + 16 < rows ? r0 + 16 : rows;
+    for (int64_t c = 0; c < cols; ++c)
+      for (int64_t r = r0; r < r1; ++r)
+        block[r * ld + c] = to_compute(from[r * pixel_stride + c * channel_stride]);
+  }
+}
+
+template <class C, class T>
+static void store_block(const C* block, int64_t ld, int64_t rows, int64_t cols, void* memory, int64_t pixel_stride,
+                        int64_t channel_stride) {
+  T* to = static_cast<T*>(memory);
+  if (channel_stride == 1) {
+    for (int64_t r = 0; r < rows; ++r) row_to_storage(block + r * ld, cols, to + r * pixel_stride);
+    return;
+  }
+  for (int64_t r0 = 0; r0 < rows; r0 += 16) {
+    const int64_t r1 = r0 + 16 < rows ? r0 + 16 : rows;
+    for (int64_t c = 0; c < cols; ++c)
+      for (int64_t r = r0; r < r1; ++r)
+        to_storage(block[r * ld + c], to + r * pixel_stride + c * channel_stride);
+  }
+}

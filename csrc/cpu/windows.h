@@ -1,0 +1,184 @@
+// The geometry of a convolution: which source pixel each window position reads through each tap.
+//
+// Forward, its gradient by the input (a phase at a time) and its gradient by the filters all read a source image through
+// windows: position (i, j) reads source pixel (i * step_height + tap.height, j * step_width + tap.width). Pixels outside
+// the image are read from a row of zeros. Kernels then see nothing but a table of pointers.
+#pragma once
+
+#include <algorithm>
+#include <cstdint>
+#include <vector>
+
+#include "arena.h"
+#include "image.h"
+
+namespace fusedconvbn {
+
+struct Tap {
+  int64_t height, width;
+};
+
+struct Windows {
+  int64_t batch, height, width;  // positions
+  int64_t step_height, step_width;
+  std::vector<Tap> taps;
+
+  int64_t positions() const { return batch * height * width; }
+};
+
+inline Windows forward_windows(const ConvBnParams& p) {
+  Windows w{p.batch, p.out_height, p.out_width, p.stride_height, p.stride_width, {}};
+  for (int64_t h = 0; h < p.filter_height; ++h)
+    for (int64_t v = 0; v < p.filter_width; ++v)
+      w.taps.push_back({h * p.dilation_height - p.pad_top, v * p.dilation_width - p.pad_left});
+  return w;
+}
+
+// Makes the table of pointers for a range of positions. A source that is not [pixel][channel] in the compute type is
+// first staged: the lines that the range needs are converted into scratch. Where the taps of a filter line are adjacent
+// they then merge into one, for which staged lines carry their zero padding: C = 3 would else mean 3-element rows.
+template <class C>
+class WindowReader {
+ public:
+  WindowReader(const Image<C>& source, int64_t channels, const Windows& windows, bool may_merge,
+               int64_t table_rows, int64_t stage_rows)
+      : source_(source), channels_(channels), windows_(windows), table_rows_(table_rows), stage_rows_(stage_rows) {
+    for (const Tap& tap : windows.taps) {
+      low_ = std::min(low_, tap.height);
+      high_ = std::max(high_, tap.height);
+      left_ = std::min(left_, tap.width);
+      right_ = std::max(right_, tap.width);
+    }
+    merged_ = may_merge && can_merge() && (!source.direct() || channels < 16);
+    staged_ = merged_ || !source.direct();
+    if (merged_) merge();
+  }
+
+  bool staged() const { return staged_; }
+  int64_t taps() const { return static_cast<int64_t>(windows_.taps.size()); }
+  int64_t depth() const { return depth_; }  // in units of the source's channels
+
+  struct Scratch {
+    const C** rows;       // [taps][table_rows]
+    int64_t* image_base;  // [images]: element offset of the line 0 of an image
+    C* lines;             // staged lines
+    const C* zeros;       // one row of a tap
+  };
+
+  Scratch carve(Arena* arena, const C* zeros) const {
+    return {arena->take<const C*>(taps() * table_rows_), arena->take<int64_t>(max_images()),
+            arena->take<C>(staged_ ? max_lines() * line_elements() : 0), zeros};
+  }
+  int64_t zero_elements() const { return channels_ * depth_; }
+
+  // Points rows[t][r] at what position first + r reads through tap t, r < count <= table_rows. stage() must have covered
+  // these positions.
+  void point(int64_t first, int64_t count, const Scratch& s) const {
+    const Grid& grid = source_.grid();
+    const int64_t height = grid.height, width = staged_ ? line_pixels() : grid.width;
+    const int64_t pixel = staged_ ? channels_ : grid.pixel_stride;
+    const int64_t line = staged_ ? line_elements() : grid.line_stride;
+    const C* base = staged_ ? s.lines : source_.read(0, 1, 0, 1, nullptr).data;
+    const int64_t first_image = staged_ ? s.image_base[max_images() - 1] : 0;
+    for (int64_t done = 0, run; done < count; done += run) {
+      const Position at = position(first + done);
+      run = std::min(count - done, windows_.width - at.column);
+      const int64_t image = staged_ ? s.image_base[at.image - first_image] : at.image * grid.image_stride;
+      for (int64_t t = 0; t < taps(); ++t) {
+        const C** rows = s.rows + t * table_rows_ + done;
+        const int64_t h = at.line * windows_.step_height + windows_.taps[t].height;
+        if (h < 0 || h >= height) {
+          std::fill(rows, rows + run, s.zeros);
+          continue;
+        }
+        int64_t w = at.column * windows_.step_width + windows_.taps[t].width;
+        for (int64_t r = 0; r < run; ++r, w += windows_.step_width)
+          rows[r] = w >= 0 && w < width ? base + image + h * line + w * pixel : s.zeros;
+      }
+    }
+  }
+
+  // Converts the source lines that positions first .. first + count - 1 read, count <= stage_rows; nothing to do for a
+  // direct source.
+  void stage(int64_t first, int64_t count, const Scratch& s) const {
+    if (!staged_) return;
+    const Position begin = position(first), end = position(first + count - 1);
+    s.image_base[max_images() - 1] = begin.image;
+    int64_t slot = 0;
+    for (int64_t b = begin.image; b <= end.image; ++b) {
+      const int64_t i0 = b == begin.image ? begin.line : 0, i1 = b == end.image ? end.line : windows_.height - 1;
+      const int64_t from = std::max<int64_t>(0, i0 * windows_.step_height + low_);
+      const int64_t to = std::min(source_.grid().height, i1 * windows_.step_height + high_ + 1);
+      s.image_base[b - begin.image] = (slot - from) * line_elements();
+      for (int64_t h = from; h < to; ++h, ++slot) stage_line(b, h, s.lines + slot * line_elements());
+    }
+  }
+
+ private:
+  struct Position {
+    int64_t image, line, column;
+  };
+
+  Position position(int64_t p) const {
+    const int64_t line = p / windows_.width;
+    return {line / windows_.height, line % windows_.height, p % windows_.width};
+  }
+
+  // Taps in lines of adjacent pixels, each line as long as the first.
+  bool can_merge() const {
+    const auto& taps = windows_.taps;
+    const int64_t line = right_ - left_ + 1;
+    if (line < 2 || static_cast<int64_t>(taps.size()) % line != 0) return false;
+    for (size_t t = 0; t < taps.size(); ++t)
+      if (taps[t].width != left_ + static_cast<int64_t>(t) % line || taps[t].height != taps[t - t % line].height)
+        return false;
+    return true;
+  }
+
+  void merge() {
+    std::vector<Tap> lines;
+    depth_ = right_ - left_ + 1;
+    for (size_t t = 0; t < windows_.taps.size(); t += depth_)
+      lines.push_back({windows_.taps[t].height, left_ + margin()});
+    windows_.taps = lines;
+  }
+
+  int64_t margin() const { return merged_ ? std::max<int64_t>(0, -left_) : 0; }  // zero pixels before a staged line
+  int64_t line_pixels() const {
+    const int64_t width = source_.grid().width;
+    return merged_ ? margin() + std::max(width, (windows_.width - 1) * windows_.step_width + right_ + 1) : width;
+  }
+  int64_t line_elements() const { return line_pixels() * channels_; }
+
+  int64_t max_images() const {  // the last element holds the number of the first image
+    if (windows_.positions() == 0) return 1;
+    return std::min(windows_.batch, (stage_rows_ - 1) / (windows_.height * windows_.width) + 2) + 1;
+  }
+  int64_t max_lines() const {
+    if (windows_.positions() == 0) return 0;
+    const int64_t images = max_images() - 1, span = high_ - low_ + 1;
+    const int64_t positions = std::min((stage_rows_ - 1) / windows_.width + 2, images * windows_.height);
+    return std::min(positions * windows_.step_height + images * span, images * source_.grid().height);
+  }
+
+  void stage_line(int64_t image, int64_t h, C* line) const {
+    const Grid& grid = source_.grid();
+    const int64_t before = margin() * channels_, pixels = grid.width * channels_;
+    std::fill(line, line + before, C(0));
+    std::fill(line + before + pixels, line + line_elements(), C(0));
+    const int64_t first = (image * grid.height + h) * grid.width;
+    C* to = line + before;
+    const Block<C> block = source_.read(first, grid.width, 0, channels_, to);
+    if (block.data != to) std::copy(block.data, block.data + pixels, to);
+  }
+
+  Image<C> source_;
+  int64_t channels_;
+  Windows windows_;
+  int64_t table_rows_, stage_rows_;
+  int64_t low_ = 1 << 30, high_ = -(1 << 30), left_ = 1 << 30, right_ = -(1 << 30);
+  int64_t depth_ = 1;
+  bool merged_ = false, staged_ = false;
+};
+
+}  // namespace fusedconvbn

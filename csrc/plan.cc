@@ -1,0 +1,132 @@
+// From a problem and a device to a plan, and from a plan to its stages.
+#include <algorithm>
+#include <cstdlib>
+
+#include "conv_bn.h"
+#include "cpu/dispatch.h"
+#include "shape.h"
+
+namespace fusedconvbn {
+namespace {
+
+constexpr size_t kAlignment = 64;
+constexpr char kForwardReference[] = "forward_reference", kBackwardReference[] = "backward_reference";
+
+size_t align(size_t bytes) { return (bytes + kAlignment - 1) / kAlignment * kAlignment; }
+
+size_t data_bytes(const ConvBnParams& p) {
+  switch (p.dtype) {
+    case DType::kFloat64: return 8;
+    case DType::kFloat32: return 4;
+    default: return 2;
+  }
+}
+
+size_t compute_bytes(const ConvBnParams& p) { return p.dtype == DType::kFloat64 ? 8 : 4; }
+size_t output_elements(const ConvBnParams& p) { return static_cast<size_t>(p.pixels() * p.out_channels); }
+
+// Backward workspace: [conv_out, if recomputed][conv_grad][scratch of the stage].
+size_t recomputed_bytes(const ConvBnParams& p) { return p.training ? 0 : align(output_elements(p) * data_bytes(p)); }
+size_t conv_grad_bytes(const ConvBnParams& p) { return align(output_elements(p) * compute_bytes(p)); }
+
+Status forced_name(const std::string& argument, std::string* name) {
+  const char* environment = std::getenv("FUSEDCONVBN_KERNEL");
+  *name = !argument.empty() ? argument : environment ? environment : "";
+  if (name->empty()) return Status{};
+  std::string known;
+  for (const Kernel& kernel : kernel_table()) {
+    if (*name == kernel.name) return Status{};
+    known += std::string(known.empty() ? "" : ", ") + kernel.name;
+  }
+  return Status::error("kernel must be one of " + known + ". Received: " + *name);
+}
+
+bool usable(const Kernel& kernel, const ConvBnParams& params, const DeviceInfo& device) {
+  return kernel.isa <= device.isa && kernel.supports(params);
+}
+
+// The forced row if it serves this stage, else the first that accepts the problem.
+Status choose(Stage stage, const ConvBnParams& params, const DeviceInfo& device, const std::string& forced,
+              const Kernel** chosen) {
+  *chosen = nullptr;
+  for (const Kernel& kernel : kernel_table()) {
+    if (kernel.stage != stage) continue;
+    if (forced == kernel.name && !usable(kernel, params, device))
+      return Status::error("kernel " + forced + " does not support this problem or this machine (" +
+                           name_of(device.isa) + ")");
+    if (forced == kernel.name || (*chosen == nullptr && usable(kernel, params, device))) *chosen = &kernel;
+  }
+  return *chosen ? Status{} : Status::error(std::string("no kernel for stage ") + name_of(stage));
+}
+
+Status make_plan(const ConvBnParams& params, const DeviceInfo& device, const std::vector<Stage>& stages,
+                 const std::string& forced, size_t fixed_bytes, Plan* plan) {
+  *plan = Plan{params, device, {}, 0};
+  size_t scratch = 0;
+  for (Stage stage : stages) {
+    const Kernel* kernel = nullptr;
+    if (Status s = choose(stage, params, device, forced, &kernel); !s.ok()) return s;
+    plan->stages.push_back(kernel);
+    scratch = std::max(scratch, kernel->scratch_bytes(params, device));
+  }
+  plan->workspace_bytes = fixed_bytes + align(scratch);
+  return Status{};
+}
+
+}  // namespace
+
+Status plan_forward(const ConvBnParams& params, const DeviceInfo& device, const std::string& force_kernel, Plan* plan) {
+  if (Status s = validate(params); !s.ok()) return s;
+  std::string forced;
+  if (Status s = forced_name(force_kernel, &forced); !s.ok()) return s;
+  return make_plan(params, device, {Stage::kForward}, forced, 0, plan);
+}
+
+Status plan_backward(const ConvBnParams& params, const DeviceInfo& device, const std::string& force_kernel,
+                     Plan* plan) {
+  if (Status s = validate(params); !s.ok()) return s;
+  std::string forced;
+  if (Status s = forced_name(force_kernel, &forced); !s.ok()) return s;
+  if (forced == kBackwardReference) return make_plan(params, device, {Stage::kBackward}, forced, 0, plan);
+  std::vector<Stage> stages = {Stage::kReduce, Stage::kDgrad, Stage::kWgrad};
+  if (!params.training) stages.insert(stages.begin(), Stage::kForward);
+  if (forced == kForwardReference) forced.clear();  // it computes no z alone
+  return make_plan(params, device, stages, forced, recomputed_bytes(params) + conv_grad_bytes(params), plan);
+}
+
+Status run_cpu(const Plan& plan, const ForwardBuffers& buffers, void* workspace, ParallelFor* parallel) {
+  StageCall call{plan.params, plan.device};
+  call.forward = &buffers;
+  call.scratch = static_cast<char*>(workspace);
+  call.parallel = parallel;
+  return plan.stages.at(0)->run(call);
+}
+
+Status run_cpu(const Plan& plan, const BackwardBuffers& buffers, void* workspace, ParallelFor* parallel) {
+  if (plan.params.training && buffers.conv_out == nullptr && plan.params.pixels() > 0)
+    return Status::error("conv_out must be what forward saved in training. Received: none");
+  char* recomputed = static_cast<char*>(workspace);
+  StageCall call{plan.params, plan.device};
+  call.backward = &buffers;
+  call.conv_out = plan.params.training ? buffers.conv_out : recomputed;
+  call.conv_grad = recomputed + recomputed_bytes(plan.params);
+  call.scratch = static_cast<char*>(call.conv_grad) + conv_grad_bytes(plan.params);
+  call.parallel = parallel;
+  for (const Kernel* kernel : plan.stages)
+    if (Status s = kernel->run(call); !s.ok()) return s;
+  return Status{};
+}
+
+std::string Plan::describe() const {
+  std::string text;
+  for (const Kernel* kernel : stages) text += std::string(text.empty() ? "" : " -> ") + kernel->name;
+  return text + "; workspace " + std::to_string(workspace_bytes) + " bytes; isa " + name_of(device.isa);
+}
+
+std::vector<KernelInfo> list_kernels() {
+  std::vector<KernelInfo> rows;
+  for (const Kernel& kernel : kernel_table()) rows.push_back({kernel.name, name_of(kernel.stage), kernel.isa});
+  return rows;
+}
+
+}  // namespace fusedconvbn
