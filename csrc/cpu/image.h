@@ -67,6 +67,15 @@ class Image {
   const Grid& grid() const { return grid_; }
   bool rounds() const { return !storage_.is_compute_type; }
 
+  // Whether blocks written in place should go past the caches: where the image will not stay in them anyway.
+  bool streams(int64_t channel, int64_t cols) const {
+    constexpr int64_t kInCache = 32 << 20, kLine = 64;  // bytes
+    const auto aligned = [](int64_t bytes) { return bytes % kLine == 0; };
+    return direct_ && grid_.pixels() * grid_.pixel_stride * storage_.element_bytes > kInCache &&
+           aligned(reinterpret_cast<intptr_t>(data_)) && aligned(grid_.pixel_stride * storage_.element_bytes) &&
+           aligned(channel * storage_.element_bytes) && aligned(cols * storage_.element_bytes);
+  }
+
   // Where to compute a block: in its own memory if that can be, else in `scratch`; write() ends it.
   Block<C> target(int64_t first, int64_t channel, const Block<C>& scratch) const {
     return direct_ ? place(first, channel) : scratch;

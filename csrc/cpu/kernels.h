@@ -30,6 +30,7 @@ struct AffineBlock {
   int64_t ld_y;
   int64_t rows, cols;
   const C *mean, *scale, *beta;  // [cols]
+  bool stream;                   // y past the caches; y and its rows aligned to 64 bytes, cols a multiple of 16
 };
 
 // How the activation's argument u is had again.

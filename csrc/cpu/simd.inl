@@ -30,6 +30,26 @@ FCB_INLINE void store(C* to, Vector<C> v) {
   __builtin_memcpy(to, &v, sizeof v);
 }
 
+// A store past the caches, of whole vectors to addresses aligned to them: it saves reading the lines first.
+FCB_INLINE void stream(float* to, Vector<float> v) {
+#if defined(__AVX512F__)
+  _mm512_stream_ps(to, (__m512)v);
+#elif defined(__AVX__)
+  _mm256_stream_ps(to, (__m256)v);
+#else
+  store(to, v);
+#endif
+}
+
+FCB_INLINE void stream(double* to, Vector<double> v) { store(to, v); }
+
+// Orders streamed stores before whatever tells other threads that they are done.
+FCB_INLINE void end_streaming() {
+#if defined(__AVX__)
+  _mm_sfence();
+#endif
+}
+
 // The first `count` lanes, 0 < count < kLanes; the others are 0, and their memory is not touched.
 FCB_INLINE Vector<float> load_part(const float* from, int64_t count) {
 #if defined(__AVX512F__)
