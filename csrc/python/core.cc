@@ -1,0 +1,197 @@
+// fusedconvbn._core: the contract of conv_bn.h for fusedconvbn/raw.py, which checks arrays and makes the results. Enums
+// come as their numbers, null pointers as None. A Status becomes a ValueError.
+#include <pybind11/numpy.h>
+#include <pybind11/pybind11.h>
+#include <pybind11/stl.h>
+
+#include <algorithm>
+#include <array>
+#include <memory>
+#include <new>
+#include <optional>
+#include <string>
+#include <utility>
+#include <vector>
+
+#include "../conv_bn.h"
+#include "../cpu/dispatch.h"
+#include "../shape.h"
+#include "thread_pool.h"
+
+namespace fusedconvbn::python {
+namespace {
+
+namespace py = pybind11;
+using Array = std::optional<py::array>;
+
+void raise_if(const Status& status) {
+  if (!status.ok()) throw py::value_error(status.message);
+}
+
+ConvBnParams make_params(const std::array<int64_t, 4>& inputs_shape, const std::array<int64_t, 4>& filters_shape,
+                         const std::array<int64_t, 2>& strides, const std::array<int64_t, 2>& dilations, int padding,
+                         const std::array<int64_t, 4>& explicit_padding, int dtype, int data_format, int activation,
+                         bool residual, bool training, bool unbiased_moving_variance, double epsilon, double momentum,
+                         int algorithm, int save) {
+  ConvBnParams p;
+  p.dtype = static_cast<DType>(dtype);
+  p.data_format = static_cast<DataFormat>(data_format);
+  p.activation = static_cast<Activation>(activation);
+  p.has_residual = residual;
+  p.training = training;
+  p.unbiased_moving_variance = unbiased_moving_variance;
+  p.epsilon = epsilon;
+  p.momentum = momentum;
+  p.algorithm = static_cast<Algorithm>(algorithm);
+  p.save = static_cast<Save>(save);
+  raise_if(resolve({inputs_shape, filters_shape, strides, dilations, static_cast<Padding>(padding), explicit_padding},
+                   &p));
+  return p;
+}
+
+std::string isas_up_to(Isa best) {
+  std::string names;
+  for (Isa isa : {Isa::kGeneric, Isa::kAvx2, Isa::kAvx512})
+    if (isa <= best) names += (names.empty() ? "" : ", ") + std::string(name_of(isa));
+  return names;
+}
+
+// What this machine offers, up to `isa`; empty: all of it.
+DeviceInfo make_device(const std::string& isa, int threads) {
+  DeviceInfo device;
+  raise_if(detect_device(threads, &device));
+  if (isa.empty()) return device;
+  for (Isa candidate : {Isa::kGeneric, Isa::kAvx2, Isa::kAvx512}) {
+    if (isa != name_of(candidate) || candidate > device.isa) continue;
+    device.isa = candidate;
+    return device;
+  }
+  throw py::value_error("`isa` must be one that this machine has and FUSEDCONVBN_ISA allows: " +
+                        isas_up_to(device.isa) + ". Received: " + isa);
+}
+
+Plan make_plan(const ConvBnParams& params, bool backward, const std::string& isa, const std::string& kernel,
+               int threads) {
+  Plan plan;
+  const DeviceInfo device = make_device(isa, threads);
+  raise_if((backward ? plan_backward : plan_forward)(params, device, kernel, &plan));
+  return plan;
+}
+
+std::vector<std::string> kernel_names(const Plan& plan) {
+  std::vector<std::string> names;
+  for (const Kernel* kernel : plan.stages) names.emplace_back(kernel->name);
+  return names;
+}
+
+// [(name, stage, isa, available)]
+py::list kernels() {
+  const DeviceInfo device = make_device("", 1);
+  py::list rows;
+  for (const KernelInfo& row : list_kernels())
+    rows.append(py::make_tuple(row.name, row.stage, name_of(row.isa), row.isa <= device.isa));
+  return rows;
+}
+
+const void* read(const Array& array) { return array ? array->data() : nullptr; }
+void* write(Array* array) { return *array ? (*array)->mutable_data() : nullptr; }
+
+struct FreeAligned {
+  void operator()(char* memory) const { ::operator delete[](memory, std::align_val_t{64}); }
+};
+
+// Without the GIL: `buffers` point into arrays that the caller holds.
+template <class Buffers>
+void run(const Plan& plan, const Buffers& buffers) {
+  Status status;
+  {
+    const py::gil_scoped_release release;
+    const size_t bytes = std::max<size_t>(plan.workspace_bytes, 1);
+    const std::unique_ptr<char[], FreeAligned> workspace(new (std::align_val_t{64}, std::nothrow) char[bytes]);
+    if (workspace == nullptr) throw std::bad_alloc();
+    ThreadPool threads(plan.device.threads);
+    status = run_cpu(plan, buffers, workspace.get(), &threads);
+  }
+  raise_if(status);
+}
+
+void forward(const Plan& plan, const Array& inputs, const Array& filters, const Array& gamma, const Array& beta,
+             const Array& moving_mean, const Array& moving_variance, const Array& residual, Array output,
+             Array new_moving_mean, Array new_moving_variance, Array batch_mean, Array inv_std, Array conv_out) {
+  ForwardBuffers b;
+  b.inputs = read(inputs);
+  b.filters = read(filters);
+  b.gamma = read(gamma);
+  b.beta = read(beta);
+  b.moving_mean = read(moving_mean);
+  b.moving_variance = read(moving_variance);
+  b.residual = read(residual);
+  b.output = write(&output);
+  b.new_moving_mean = write(&new_moving_mean);
+  b.new_moving_variance = write(&new_moving_variance);
+  b.batch_mean = write(&batch_mean);
+  b.inv_std = write(&inv_std);
+  b.conv_out = write(&conv_out);
+  run(plan, b);
+}
+
+void backward(const Plan& plan, const Array& output_gradient, const Array& moving_mean_gradient,
+              const Array& moving_variance_gradient, const Array& inputs, const Array& filters, const Array& gamma,
+              const Array& beta, const Array& moving_mean, const Array& moving_variance, const Array& residual,
+              const Array& output, const Array& batch_mean, const Array& inv_std, const Array& conv_out,
+              Array d_inputs, Array d_filters, Array d_gamma, Array d_beta, Array d_moving_mean,
+              Array d_moving_variance, Array d_residual) {
+  BackwardBuffers b;
+  b.output_gradient = read(output_gradient);
+  b.moving_mean_gradient = read(moving_mean_gradient);
+  b.moving_variance_gradient = read(moving_variance_gradient);
+  b.inputs = read(inputs);
+  b.filters = read(filters);
+  b.gamma = read(gamma);
+  b.beta = read(beta);
+  b.moving_mean = read(moving_mean);
+  b.moving_variance = read(moving_variance);
+  b.residual = read(residual);
+  b.output = read(output);
+  b.batch_mean = read(batch_mean);
+  b.inv_std = read(inv_std);
+  b.conv_out = read(conv_out);
+  b.d_inputs = write(&d_inputs);
+  b.d_filters = write(&d_filters);
+  b.d_gamma = write(&d_gamma);
+  b.d_beta = write(&d_beta);
+  b.d_moving_mean = write(&d_moving_mean);
+  b.d_moving_variance = write(&d_moving_variance);
+  b.d_residual = write(&d_residual);
+  run(plan, b);
+}
+
+void define_plan(py::module_* m) {
+  py::class_<ConvBnParams>(*m, "Params")
+      .def(py::init(&make_params), py::kw_only(), py::arg("inputs_shape"), py::arg("filters_shape"),
+           py::arg("strides"), py::arg("dilations"), py::arg("padding"), py::arg("explicit_padding"), py::arg("dtype"),
+           py::arg("data_format"), py::arg("activation"), py::arg("residual"), py::arg("training"),
+           py::arg("unbiased_moving_variance"), py::arg("epsilon"), py::arg("momentum"), py::arg("algorithm"),
+           py::arg("save"))
+      .def_property_readonly("output_shape", &output_shape)
+      .def_property_readonly("needs_output", &needs_output)
+      .def_property_readonly("needs_residual", &needs_residual);
+  py::class_<Plan>(*m, "Plan", "Which kernels run, in order, and the memory that they need beside their arguments.")
+      .def(py::init(&make_plan), py::arg("params"), py::kw_only(), py::arg("backward"), py::arg("isa"),
+           py::arg("kernel"), py::arg("threads"))
+      .def_property_readonly("kernels", &kernel_names, "Names of the kernels, in the order of execution.")
+      .def_readonly("workspace_bytes", &Plan::workspace_bytes)
+      .def("__str__", &Plan::describe)
+      .def("__repr__", [](const Plan& plan) { return "<Plan: " + plan.describe() + ">"; });
+}
+
+PYBIND11_MODULE(_core, m) {
+  define_plan(&m);
+  m.def("kernels", &kernels);
+  // All arguments are arrays or None, positional, in the order of ForwardBuffers and BackwardBuffers.
+  m.def("forward", &forward);
+  m.def("backward", &backward);
+}
+
+}  // namespace
+}  // namespace fusedconvbn::python

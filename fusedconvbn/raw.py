@@ -1,0 +1,295 @@
+"""The kernels of the op on NumPy arrays, without TensorFlow: forward, backward, and what would run (`plan`).
+
+Arguments, defaults and results are those of `fusedconvbn.fused_conv_bn`, gradients are explicit. Arrays are NumPy's or
+anything `numpy.asarray` takes: float16, bfloat16 (of the package ml_dtypes), float32 or float64; gamma, beta and all
+statistics ("stat" below) are float32, or float64 for float64 inputs. Arrays that are not contiguous are copied first.
+Results are new arrays. The GIL is released while kernels run.
+
+Every function raises a `TypeError` or `ValueError` that names the argument, what it got and what is accepted.
+"""
+
+from __future__ import annotations
+
+from typing import Any, NamedTuple
+
+import numpy as np
+
+from fusedconvbn import _arguments, _load
+
+_DTYPES = ("float32", "float64", "float16", "bfloat16")  # in the order of the core's `enum class DType`
+_PADDINGS = ("VALID", "SAME", "EXPLICIT")  # of `enum class Padding`
+_ISAS = ("generic", "avx2", "avx512")
+_MAX_THREADS = 1024
+
+
+class ForwardResult(NamedTuple):
+    """What `forward` returns: the results of the op, and what `backward` starts from."""
+
+    output: np.ndarray  # dtype and layout of inputs
+    moving_mean: np.ndarray  # [K]
+    moving_variance: np.ndarray  # [K]
+    batch_mean: np.ndarray  # [K]: the mean that was subtracted
+    inv_std: np.ndarray  # [K]: 1 / sqrt(variance + epsilon)
+    conv_out: np.ndarray | None  # in training: the convolution, shape and dtype of output
+
+
+class BackwardResult(NamedTuple):
+    """Gradients of the arguments of `forward`; None where not asked for, or where there was no such argument."""
+
+    inputs: np.ndarray | None
+    filters: np.ndarray | None
+    gamma: np.ndarray
+    beta: np.ndarray
+    moving_mean: np.ndarray
+    moving_variance: np.ndarray
+    residual: np.ndarray | None
+
+
+class KernelInfo(NamedTuple):
+    """A row of the dispatch table; `available` is False for instruction sets that may not be used here."""
+
+    name: str
+    stage: str
+    isa: str
+    available: bool
+
+
+def kernels() -> list[KernelInfo]:
+    """All kernels; within a stage the preferred one first. FUSEDCONVBN_ISA limits what is available."""
+    return [KernelInfo(*row) for row in _load.core().kernels()]
+
+
+def out_shape(
+    inputs_shape: Any, filters_shape: Any, *, strides: Any = 1, dilations: Any = 1, padding: Any = "VALID",
+    data_format: str = "NHWC",
+) -> tuple[int, int, int, int]:  # fmt: skip
+    """Shape of the output, in the order of `data_format`, for the shapes of inputs and filters [kh,kw,C/groups,K]."""
+    params = _params(
+        inputs_shape, filters_shape, strides=strides, dilations=dilations, padding=padding, data_format=data_format
+    )
+    return tuple(params.output_shape)
+
+
+def plan(
+    inputs_shape: Any, filters_shape: Any, *, dtype: Any = "float32", strides: Any = 1, dilations: Any = 1,
+    padding: Any = "VALID", data_format: str = "NHWC", activation: str | None = None, residual: bool = False,
+    training: bool = False, epsilon: float = 1e-3, momentum: float = 0.99, unbiased_moving_variance: bool = False,
+    algorithm: str = "auto", save: str = "conv", direction: str = "forward", isa: str | None = None,
+    kernel: str | None = None, threads: int = 1,
+) -> Any:  # fmt: skip
+    """Which kernels would run, without running them: a printable object.
+
+    Args:
+        inputs_shape: [N,H,W,C] or [N,C,H,W], as `data_format` says.
+        filters_shape: [kh,kw,C/groups,K].
+        direction: "forward" or "backward".
+        isa: The best instruction set that may be used: "generic", "avx2" or "avx512"; None: the machine's best. The
+            environment variable FUSEDCONVBN_ISA lowers what the machine is taken to have.
+        kernel: A name that `kernels()` lists, used for the stage that it serves; None: the first of each stage that
+            supports the problem. The environment variable FUSEDCONVBN_KERNEL does the same.
+        threads: How many threads are to run it.
+        dtype, strides, ... save: As in `forward`; `residual` says whether there is one.
+
+    Returns:
+        An object with `kernels`, a list of names in the order of execution, `workspace_bytes` and `str()`.
+    """
+    if direction not in ("forward", "backward"):
+        _arguments.refuse(ValueError, "direction", "'forward' or 'backward'", direction)
+    params = _params(
+        inputs_shape, filters_shape, dtype=dtype, strides=strides, dilations=dilations, padding=padding,
+        data_format=data_format, activation=activation, residual=_arguments.flag("residual", residual),
+        training=training, epsilon=epsilon, momentum=momentum, unbiased_moving_variance=unbiased_moving_variance,
+        algorithm=algorithm, save=save,
+    )  # fmt: skip
+    return _plan(params, direction == "backward", isa, kernel, threads)
+
+
+def forward(
+    inputs: Any, filters: Any, gamma: Any, beta: Any, moving_mean: Any, moving_variance: Any, residual: Any = None, *,
+    strides: Any = 1, dilations: Any = 1, padding: Any = "VALID", data_format: str = "NHWC", epsilon: float = 1e-3,
+    momentum: float = 0.99, unbiased_moving_variance: bool = False, activation: str | None = None,
+    training: bool = False, algorithm: str = "auto", save: str = "conv", isa: str | None = None,
+    kernel: str | None = None, threads: int = 1,
+) -> ForwardResult:  # fmt: skip
+    """output = activation(gamma * (conv(inputs, filters) - mean) / sqrt(variance + epsilon) + beta + residual).
+
+    Args:
+        inputs: [N,H,W,C] or [N,C,H,W].
+        filters: [kh,kw,C/groups,K], dtype of inputs.
+        gamma, beta, moving_mean, moving_variance: [K], stat.
+        residual: Shape and dtype of the output, or None.
+        strides, dilations: An int or (height, width).
+        padding: "SAME", "VALID" or [(top, bottom), (left, right)].
+        training: Whether mean and variance are those of the batch, and moving statistics updated.
+        isa, kernel, threads: As in `plan`.
+
+    Results have the same bits whatever the number of threads.
+    """
+    data = _Data(inputs, filters)
+    params = _params(
+        data.inputs.shape, data.filters.shape, dtype=data.dtype.name, strides=strides, dilations=dilations,
+        padding=padding, data_format=data_format, activation=activation, residual=residual is not None,
+        training=training, epsilon=epsilon, momentum=momentum, unbiased_moving_variance=unbiased_moving_variance,
+        algorithm=algorithm, save=save,
+    )  # fmt: skip
+    statistics = data.vectors(gamma=gamma, beta=beta, moving_mean=moving_mean, moving_variance=moving_variance)
+    image = params.output_shape
+    residual = data.image("residual", residual, image)
+    chosen = _plan(params, False, isa, kernel, threads)
+    output, conv_out = data.empty(image), data.empty(image) if training else None
+    results = [data.empty_vector() for _ in range(4)]
+    _load.core().forward(chosen, data.inputs, data.filters, *statistics, residual, output, *results, conv_out)
+    return ForwardResult(output, *results, conv_out)
+
+
+def backward(
+    output_gradient: Any, inputs: Any, filters: Any, gamma: Any, beta: Any, moving_mean: Any, moving_variance: Any,
+    residual: Any = None, output: Any = None, batch_mean: Any = None, inv_std: Any = None, conv_out: Any = None, *,
+    moving_mean_gradient: Any = None, moving_variance_gradient: Any = None, strides: Any = 1, dilations: Any = 1,
+    padding: Any = "VALID", data_format: str = "NHWC", epsilon: float = 1e-3, momentum: float = 0.99,
+    unbiased_moving_variance: bool = False, activation: str | None = None, training: bool = False,
+    algorithm: str = "auto", save: str = "conv", needs_inputs: bool = True, needs_filters: bool = True,
+    isa: str | None = None, kernel: str | None = None, threads: int = 1,
+) -> BackwardResult:  # fmt: skip
+    """Gradients of all arguments of `forward`, which must have had the same ones.
+
+    Args:
+        output_gradient: Gradient of the output, of its shape and dtype.
+        inputs, ... residual: As in `forward`.
+        output: What `forward` returned; only read with a residual and an activation of relu, relu6, leaky_relu or elu.
+        batch_mean, inv_std, conv_out: What `forward` returned; read in training only.
+        moving_mean_gradient, moving_variance_gradient: [K], stat: gradients of the returned moving statistics; None: 0.
+        needs_inputs, needs_filters: Whether to compute these gradients.
+        strides, ... threads: As in `forward`.
+    """
+    data = _Data(inputs, filters)
+    params = _params(
+        data.inputs.shape, data.filters.shape, dtype=data.dtype.name, strides=strides, dilations=dilations,
+        padding=padding, data_format=data_format, activation=activation, residual=residual is not None,
+        training=training, epsilon=epsilon, momentum=momentum, unbiased_moving_variance=unbiased_moving_variance,
+        algorithm=algorithm, save=save,
+    )  # fmt: skip
+    image = params.output_shape
+    output_gradient = data.image("output_gradient", output_gradient, image, required=True)
+    zeros = np.zeros(data.channels, data.stat_dtype)
+    vectors = data.vectors(
+        moving_mean_gradient=zeros if moving_mean_gradient is None else moving_mean_gradient,
+        moving_variance_gradient=zeros if moving_variance_gradient is None else moving_variance_gradient,
+        gamma=gamma, beta=beta, moving_mean=moving_mean, moving_variance=moving_variance,
+    )  # fmt: skip
+    images = [
+        data.image("residual", residual, image),
+        data.image("output", output, image, required=params.needs_output),
+    ]
+    saved = [None, None, None]
+    if training:
+        saved = data.vectors(batch_mean=batch_mean, inv_std=inv_std)
+        saved.append(data.image("conv_out", conv_out, image, required=True))
+    chosen = _plan(params, True, isa, kernel, threads)
+    d_residual = None if residual is None else data.empty(image)
+    results = [
+        np.empty(data.inputs.shape, data.dtype) if _arguments.flag("needs_inputs", needs_inputs) else None,
+        np.empty(data.filters.shape, data.dtype) if _arguments.flag("needs_filters", needs_filters) else None,
+        *(data.empty_vector() for _ in range(4)),
+        d_residual,
+    ]
+    _load.core().backward(
+        chosen, output_gradient, *vectors[:2], data.inputs, data.filters, *vectors[2:], *images, *saved, *results
+    )
+    return BackwardResult(*results)
+
+
+def _params(
+    inputs_shape: Any, filters_shape: Any, *, strides: Any, dilations: Any, padding: Any, data_format: Any,
+    dtype: Any = "float32", activation: Any = None, residual: bool = False, training: Any = False,
+    epsilon: Any = 1e-3, momentum: Any = 0.99, unbiased_moving_variance: Any = False, algorithm: Any = "auto",
+    save: Any = "conv",
+) -> Any:  # fmt: skip
+    """The core's description of the problem, all of it checked."""
+    kind, explicit = _arguments.padding(padding)
+    return _load.core().Params(
+        inputs_shape=_arguments.shape("inputs", inputs_shape, 4),
+        filters_shape=_arguments.shape("filters", filters_shape, 4),
+        strides=_arguments.pair("strides", strides),
+        dilations=_arguments.pair("dilations", dilations),
+        padding=_PADDINGS.index(kind),
+        explicit_padding=explicit,
+        dtype=_DTYPES.index(_dtype_name(dtype)),
+        data_format=_arguments.DATA_FORMATS.index(_arguments.data_format(data_format)),
+        activation=_arguments.ACTIVATIONS.index(_arguments.activation(activation)),
+        residual=residual,
+        training=_arguments.flag("training", training),
+        unbiased_moving_variance=_arguments.flag("unbiased_moving_variance", unbiased_moving_variance),
+        epsilon=_arguments.epsilon(epsilon),
+        momentum=_arguments.momentum(momentum),
+        algorithm=_arguments.ALGORITHMS.index(_arguments.algorithm(algorithm)),
+        save=_arguments.SAVES.index(_arguments.save(save)),
+    )
+
+
+def _plan(params: Any, backward: bool, isa: Any, kernel: Any, threads: Any) -> Any:
+    if isa is not None and isa not in _ISAS:
+        _arguments.refuse(ValueError, "isa", "None or one of " + ", ".join(map(repr, _ISAS)), isa)
+    if kernel is not None and not isinstance(kernel, str):
+        _arguments.refuse(TypeError, "kernel", "None or a name that raw.kernels() lists", kernel)
+    threads = _arguments.integer("threads", threads, 1, _MAX_THREADS)
+    return _load.core().Plan(params, backward=backward, isa=isa or "", kernel=kernel or "", threads=threads)
+
+
+def _dtype_name(dtype: Any) -> str:
+    """The name of a dtype: of a string, a NumPy dtype or type, ml_dtypes.bfloat16."""
+    try:
+        name = dtype if isinstance(dtype, str) or dtype is None else np.dtype(dtype).name
+    except TypeError:
+        name = None
+    if name not in _DTYPES:
+        _arguments.refuse(TypeError, "dtype", "one of " + ", ".join(map(repr, _DTYPES)), dtype)
+    return name
+
+
+class _Data:
+    """Inputs and filters as contiguous arrays, and the checks of all others against their dtype and channels."""
+
+    def __init__(self, inputs: Any, filters: Any):
+        inputs = np.asarray(inputs)
+        self.dtype = inputs.dtype
+        if self.dtype.name not in _DTYPES or not self.dtype.isnative:
+            _refuse_array(TypeError, "inputs", "of dtype float16, bfloat16, float32 or float64", inputs)
+        self.stat_dtype = np.dtype(np.float64 if self.dtype == np.float64 else np.float32)
+        self.inputs = _array("inputs", inputs, self.dtype, rank=4)
+        self.filters = _array("filters", filters, self.dtype, rank=4)
+        self.channels = self.filters.shape[3]
+
+    def vectors(self, **vectors: Any) -> list[np.ndarray]:
+        """Each as a contiguous array [K] of the statistics' type."""
+        return [_array(name, value, self.stat_dtype, shape=(self.channels,)) for name, value in vectors.items()]
+
+    def image(self, name: str, value: Any, shape: Any, required: bool = False) -> np.ndarray | None:
+        """A contiguous array of the output's shape and the inputs' dtype; None if there is none."""
+        if value is None and not required:
+            return None
+        return _array(name, value, self.dtype, shape=tuple(shape))
+
+    def empty(self, shape: Any) -> np.ndarray:
+        return np.empty(shape, self.dtype)
+
+    def empty_vector(self) -> np.ndarray:
+        return np.empty(self.channels, self.stat_dtype)
+
+
+def _array(name: str, value: Any, dtype: np.dtype, *, rank: int | None = None, shape: Any = None) -> np.ndarray:
+    """`value` as an aligned C-contiguous array, copied only if it is none."""
+    if value is None:
+        _arguments.refuse(TypeError, name, f"an array of dtype {dtype.name}", value)
+    array = np.asarray(value)
+    if array.dtype != dtype:
+        _refuse_array(TypeError, name, f"of dtype {dtype.name}", array)
+    if rank is not None and array.ndim != rank:
+        _refuse_array(ValueError, name, f"of rank {rank}", array)
+    if shape is not None and array.shape != shape:
+        _refuse_array(ValueError, name, f"of shape {shape}", array)
+    return np.require(array, requirements=["C", "A"])
+
+
+def _refuse_array(error: type[Exception], name: str, accepted: str, array: np.ndarray) -> None:
+    raise error(f"`{name}` must be an array {accepted}. Received: shape {array.shape}, dtype {array.dtype.name}")

@@ -1,0 +1,83 @@
+"""`raw` beside the oracle on one case: forward, then backward from what the oracle says forward saved."""
+
+from __future__ import annotations
+
+from functools import cached_property
+from typing import Any
+
+import numpy as np
+import reference
+from cases import Arrays, Case, arrays
+from compare import assert_close
+
+from fusedconvbn import raw
+
+
+class Problem:
+    """A case, its arguments and upstream gradients, and what the oracle makes of them."""
+
+    def __init__(self, case: Case, arguments: Arrays | None = None):
+        self.case = case
+        self.arguments = arguments or arrays(case)
+
+    @cached_property
+    def forward(self) -> reference.Forward:
+        return reference.forward(*self.arguments, **self.case.attributes)
+
+    @cached_property
+    def upstream(self) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+        """Gradients of output, moving mean and moving variance; none where the activation's own is in doubt."""
+        case, rng = self.case, self.case.random("upstream")
+        output = rng.standard_normal(case.output_shape)
+        output[self.forward.near_kink] = 0
+        vectors = rng.standard_normal((2, case.out_channels)).astype(case.stat_dtype)
+        return output.astype(case.numpy_dtype), vectors[0], vectors[1]
+
+    @cached_property
+    def saved(self) -> dict[str, np.ndarray]:
+        """The arguments of `raw.backward` that come from forward."""
+        stat, data = self.case.stat_dtype, self.case.numpy_dtype
+        saved = {"output": self.forward.output.value.astype(data)}
+        if self.case.training:
+            saved["conv_out"] = self.forward.conv_out.value.astype(data)
+            saved["batch_mean"] = self.forward.batch_mean.value.astype(stat)
+            saved["inv_std"] = self.forward.inv_std.value.astype(stat)
+        return saved
+
+    @cached_property
+    def backward(self) -> reference.Backward:
+        saved = None
+        if self.case.training:
+            saved = reference.Saved(*(self.saved[name] for name in reference.Saved._fields))
+        return reference.backward(
+            self.upstream[0], *self.arguments, moving_mean_gradient=self.upstream[1],
+            moving_variance_gradient=self.upstream[2], saved=saved, **self.case.attributes,
+        )  # fmt: skip
+
+    def run_forward(self, **options: Any) -> raw.ForwardResult:
+        return raw.forward(*self.arguments, **self.case.attributes, **options)
+
+    def run_backward(self, **options: Any) -> raw.BackwardResult:
+        return raw.backward(
+            self.upstream[0], *self.arguments, **self.saved, moving_mean_gradient=self.upstream[1],
+            moving_variance_gradient=self.upstream[2], **self.case.attributes, **options,
+        )  # fmt: skip
+
+    def check_forward(self, result: raw.ForwardResult) -> None:
+        image, stat = self.case.numpy_dtype, self.case.stat_dtype
+        assert_close(result.output, self.forward.output, "output", image)
+        for name in ("moving_mean", "moving_variance", "batch_mean", "inv_std"):
+            assert_close(getattr(result, name), getattr(self.forward, name), name, stat)
+        if self.case.training:
+            assert_close(result.conv_out, self.forward.conv_out, "conv_out", image)
+        else:
+            assert result.conv_out is None
+
+    def check_backward(self, result: raw.BackwardResult) -> None:
+        for name, expected in self.backward._asdict().items():
+            actual = getattr(result, name)
+            if expected is None or actual is None:
+                assert expected is actual, name
+                continue
+            of_data = name in ("inputs", "filters", "residual")
+            assert_close(actual, expected, f"d_{name}", self.case.numpy_dtype if of_data else self.case.stat_dtype)

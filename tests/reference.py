@@ -1,0 +1,280 @@
+"""The oracle of the tests: forward and all gradients in float64 by NumPy, from the formulas, with error bounds.
+
+    z = conv(inputs, filters), rounded to the type of inputs in training
+    mean, variance = training ? moments of z over N, H, W : moving_mean, moving_variance
+    output = activation(gamma * xhat + beta + residual), xhat = (z - mean) / sqrt(variance + epsilon)
+
+Every result is an `Expected`: a value and, per element, how far from it a correct implementation may lie that
+accumulates in float32 (float64 for float64 inputs) and rounds its results to their types. A sum of K products p_i may
+err by 4 sqrt(K) eps sqrt(sum p_i^2), the rest is propagation of errors (tests/uncertain.py).
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any, NamedTuple
+
+import numpy as np
+from compare import Expected
+from convolution import Convolution
+from uncertain import Real, bilinear
+
+
+BLOCK_ROWS = 96  # pixels that an implementation may add up one after the other in its computing type
+
+
+class Forward(NamedTuple):
+    """Results of `forward`; `near_kink` marks where rounding may decide on which side of a kink the activation is."""
+
+    output: Expected
+    moving_mean: Expected
+    moving_variance: Expected
+    batch_mean: Expected
+    inv_std: Expected
+    conv_out: Expected
+    near_kink: np.ndarray
+
+
+class Backward(NamedTuple):
+    """Gradients of the arguments of `forward`; `residual` is None unless there is one."""
+
+    inputs: Expected
+    filters: Expected
+    gamma: Expected
+    beta: Expected
+    moving_mean: Expected
+    moving_variance: Expected
+    residual: Expected | None
+
+
+class Saved(NamedTuple):
+    """What forward hands to backward, in its own precision; backward's bounds are then those of its own errors."""
+
+    conv_out: np.ndarray
+    batch_mean: np.ndarray
+    inv_std: np.ndarray
+
+
+def forward(inputs, filters, gamma, beta, moving_mean, moving_variance, residual=None, **attributes: Any) -> Forward:
+    """Takes what `raw.forward` takes; `attributes` are `Case.attributes`."""
+    problem = _Problem(inputs, filters, gamma, beta, moving_mean, moving_variance, residual, attributes)
+    statistics = problem.statistics()
+    z = problem.conv_out()
+    new_mean, new_variance = problem.moving_statistics(statistics)
+    output = problem.activate(problem.argument(z, statistics))
+    kinks = problem.near_kink(problem.argument(problem.conv_out_again(), statistics))
+    return Forward(
+        problem.image(output), problem.vector(new_mean), problem.vector(new_variance), problem.vector(statistics.mean),
+        problem.vector(statistics.inv_std), problem.image(z), problem.order(kinks),
+    )  # fmt: skip
+
+
+def backward(
+    output_gradient, inputs, filters, gamma, beta, moving_mean, moving_variance, residual=None, *,
+    moving_mean_gradient=None, moving_variance_gradient=None, saved: Saved | None = None, **attributes: Any,
+) -> Backward:  # fmt: skip
+    """Takes what `raw.backward` takes. Without `saved` the bounds hold forward's errors too."""
+    problem = _Problem(inputs, filters, gamma, beta, moving_mean, moving_variance, residual, attributes)
+    zeros = np.zeros(len(gamma))
+    g_mean, g_variance = (
+        problem.exact(zeros if g is None else g) for g in (moving_mean_gradient, moving_variance_gradient)
+    )
+    statistics, z = problem.saved(saved)
+    scale = problem.gamma * statistics.inv_std
+    xhat = (z - statistics.mean) * statistics.inv_std
+    du = problem.exact_image(output_gradient) * problem.slope(problem.argument(z, statistics))
+    d_beta, d_gamma = du.sum(), (du * xhat).sum()
+    if problem.uses_batch:
+        dz = problem.through_batch_statistics(du, xhat, scale, d_beta, d_gamma, statistics, g_mean, g_variance)
+        d_mean, d_variance = g_mean * problem.momentum, g_variance * problem.momentum
+    else:
+        dz = scale * du
+        d_mean = g_mean - scale * d_beta
+        d_variance = g_variance - scale * statistics.inv_std * d_gamma * 0.5
+    convolution = problem.convolution
+    taps = np.prod(convolution.filters_shape[:2])
+    d_inputs = bilinear(convolution.inputs_gradient, taps * problem.group_out, dz, problem.filters)
+    d_filters = bilinear(convolution.filters_gradient, problem.count, dz, problem.inputs)
+    return Backward(
+        problem.image(d_inputs), d_filters.expected(problem.dtype), problem.vector(d_gamma), problem.vector(d_beta),
+        problem.vector(d_mean), problem.vector(d_variance), None if residual is None else problem.image(du),
+    )  # fmt: skip
+
+
+class _Statistics(NamedTuple):
+    mean: Real
+    variance: Real
+    inv_std: Real
+
+
+class _Problem:
+    """The arguments of the op as NHWC `Real`s, and the steps of the formula."""
+
+    def __init__(self, inputs, filters, gamma, beta, moving_mean, moving_variance, residual, attributes):
+        self.dtype, self.stat_dtype = np.asarray(inputs).dtype, np.asarray(gamma).dtype
+        self.eps = float(np.finfo(np.float64 if self.dtype == np.float64 else np.float32).eps)
+        self.nhwc = attributes["data_format"] == "NHWC"
+        self.epsilon, self.momentum = attributes["epsilon"], attributes["momentum"]
+        self.unbiased, self.training = attributes["unbiased_moving_variance"], attributes["training"]
+        self.activation = ACTIVATIONS[attributes["activation"]]
+        self.inputs, self.filters = self.exact_image(inputs), self.exact(filters)
+        self.gamma, self.beta = self.exact(gamma), self.exact(beta)
+        self.moving_mean, self.moving_variance = self.exact(moving_mean), self.exact(moving_variance)
+        self.residual = None if residual is None else self.exact_image(residual)
+        geometry = {name: attributes[name] for name in ("strides", "dilations", "padding")}
+        self.convolution = Convolution(self.inputs.value.shape, self.filters.value.shape, **geometry)
+        self.count = int(np.prod(self.convolution.output_shape[:3]))
+        self.group_out = self.filters.value.shape[3] // self.convolution.groups
+        self.uses_batch = self.training and self.count > 0
+
+    def exact(self, array) -> Real:
+        return Real.exact(array, self.eps)
+
+    def exact_image(self, array) -> Real:
+        return self.exact(array if self.nhwc else np.moveaxis(np.asarray(array), 1, 3))
+
+    def order(self, image: np.ndarray) -> np.ndarray:
+        return image if self.nhwc else np.moveaxis(image, 3, 1)
+
+    def image(self, image: Real) -> Expected:
+        expected = image.expected(self.dtype)
+        return Expected(self.order(expected.value), self.order(expected.tolerance))
+
+    def vector(self, vector: Real) -> Expected:
+        return vector.expected(self.stat_dtype)
+
+    def conv_out(self) -> Real:
+        """z as the output is made of it: stored in training, not in inference."""
+        terms = int(np.prod(self.filters.value.shape[:3]))
+        z = bilinear(self.convolution.forward, terms, self.inputs, self.filters)
+        return z.rounded(self.dtype) if self.training else z
+
+    def conv_out_again(self) -> Real:
+        """z as backward sees it: in inference recomputed, and maybe stored in between."""
+        z = self.conv_out()
+        return z if self.training else z.widened(self.dtype)
+
+    def statistics(self) -> _Statistics:
+        mean, variance = self.moving_mean, self.moving_variance
+        if self.uses_batch:
+            z = self.conv_out()
+            mean = z.sum() * (1 / self.count)
+            centred = Real(z.value - mean.value, z.error, self.eps)  # a correct variance owes nothing to the mean's error
+            variance = (centred * centred).sum() * (1 / self.count)
+            # Equal terms round alike, and padding makes many: rows summed one by one err by up to rows * eps / 4.
+            rounding = min(self.count, BLOCK_ROWS) / 4 * self.eps * variance.value
+            variance = Real(variance.value, variance.error + rounding, self.eps)
+        return _Statistics(mean, variance, self.inverse_root(variance))
+
+    def inverse_root(self, variance: Real) -> Real:
+        inv_std = variance.apply(lambda v: 1 / np.sqrt(np.maximum(v, 0) + self.epsilon))
+        return inv_std * 1.0
+
+    def saved(self, saved: Saved | None) -> tuple[_Statistics, Real]:
+        """The statistics and z that backward starts from."""
+        statistics = None if saved is not None and self.uses_batch else self.statistics()
+        if statistics is not None:
+            return statistics, self.conv_out_again()
+        inv_std = self.exact(saved.inv_std)
+        variance = self.exact(1 / np.square(inv_std.value) - self.epsilon)
+        return _Statistics(self.exact(saved.batch_mean), variance, inv_std), self.exact_image(saved.conv_out)
+
+    @property
+    def correction(self) -> float:
+        return self.count / (self.count - 1) if self.unbiased and self.count > 1 else 1.0
+
+    def moving_statistics(self, batch: _Statistics) -> tuple[Real, Real]:
+        if not self.uses_batch:
+            return self.moving_mean, self.moving_variance
+        new, old = 1 - self.momentum, self.momentum
+        return self.moving_mean * old + batch.mean * new, (
+            self.moving_variance * old + batch.variance * self.correction * new
+        )
+
+    def argument(self, z: Real, statistics: _Statistics) -> Real:
+        """u = gamma * xhat + beta + residual."""
+        u = self.gamma * statistics.inv_std * (z - statistics.mean) + self.beta
+        return u if self.residual is None else u + self.residual
+
+    def activate(self, u: Real) -> Real:
+        return u.apply(self.activation.value, 4 * self.eps * self.activation.size(u.value))
+
+    def slope(self, u: Real) -> Real:
+        """activation'(u); taken from the stored output where that is enough and there is a residual."""
+        own = 4 * self.eps * self.activation.curved
+        if self.activation.curved and self.activation.from_output and self.residual is not None:
+            own = own + 0.5 * float(Real.exact(1.0, self.eps).widened(self.dtype).error) * 2
+        return u.apply(self.activation.slope, own * np.maximum(1, np.abs(u.value)))
+
+    def near_kink(self, u: Real) -> np.ndarray:
+        near = np.zeros(u.value.shape, bool)
+        for kink in self.activation.kinks:
+            stored = Real.exact(kink, self.eps).widened(self.dtype)  # an output near 6 may be stored as 6
+            near |= np.abs(u.value - kink) <= 2 * u.error + 2 * stored.error
+        return near
+
+    def through_batch_statistics(self, du, xhat, scale, d_beta, d_gamma, statistics, g_mean, g_variance) -> Real:
+        """dz in training: z acts directly, through its statistics, and on the returned moving statistics."""
+        share = 1 / self.count
+        dz = scale * (du - d_beta * share - xhat * (d_gamma * share))
+        std = statistics.inv_std.apply(lambda inv: 1 / inv)
+        decay = (1 - self.momentum) * share
+        return dz + g_mean * decay + g_variance * (2 * self.correction * decay) * xhat * std
+
+
+@dataclass(frozen=True)
+class _Activation:
+    """`size`: what evaluating it errs by, in eps; `kinks`: where the derivative jumps."""
+
+    value: Callable[[np.ndarray], np.ndarray]
+    slope: Callable[[np.ndarray], np.ndarray]
+    kinks: tuple[float, ...] = ()
+    curved: bool = False
+    from_output: bool = True
+
+    def size(self, u: np.ndarray) -> np.ndarray | float:
+        return np.maximum(np.abs(u), 1) if self.curved else np.abs(self.value(u))
+
+
+_erfc = np.vectorize(math.erfc, otypes=[np.float64])
+
+
+def _sigmoid(u):
+    with np.errstate(over="ignore"):
+        return 1 / (1 + np.exp(-u))
+
+
+def _normal_density(u):
+    return np.exp(-0.5 * u * u) / np.sqrt(2 * np.pi)
+
+
+def _normal_distribution(u):
+    return 0.5 * _erfc(-u / np.sqrt(2))
+
+
+ACTIVATIONS = {
+    None: _Activation(lambda u: u, np.ones_like),
+    "relu": _Activation(lambda u: np.maximum(u, 0), lambda u: np.where(u > 0, 1.0, 0.0), kinks=(0,)),
+    "relu6": _Activation(
+        lambda u: np.clip(u, 0, 6), lambda u: np.where((u > 0) & (u < 6), 1.0, 0.0), kinks=(0, 6)
+    ),
+    "leaky_relu": _Activation(lambda u: np.where(u > 0, u, 0.2 * u), lambda u: np.where(u > 0, 1.0, 0.2), kinks=(0,)),
+    "elu": _Activation(
+        lambda u: np.where(u < 0, np.expm1(np.minimum(u, 0)), u), lambda u: np.exp(np.minimum(u, 0)), curved=True
+    ),
+    "silu": _Activation(
+        lambda u: u * _sigmoid(u), lambda u: _sigmoid(u) * (1 + u * (1 - _sigmoid(u))), curved=True, from_output=False
+    ),
+    "hard_swish": _Activation(
+        lambda u: u * np.clip(u + 3, 0, 6) / 6,
+        lambda u: np.where(u <= -3, 0.0, np.where(u >= 3, 1.0, (2 * u + 3) / 6)),
+        kinks=(-3, 3), curved=True, from_output=False,
+    ),
+    "gelu": _Activation(
+        lambda u: u * _normal_distribution(u),
+        lambda u: _normal_distribution(u) + u * _normal_density(u),
+        curved=True, from_output=False,
+    ),
+}  # fmt: skip

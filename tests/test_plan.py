@@ -1,0 +1,171 @@
+"""Plans and output shapes: pure, printable, forced by arguments and environment variables, right at any size."""
+
+import os
+import subprocess
+import sys
+
+import numpy as np
+import pytest
+from cases import op_cases
+
+from fusedconvbn import raw
+
+SHAPE, FILTERS = (2, 9, 9, 16), (3, 3, 16, 32)
+HUGE = 2**40
+
+
+def plan(**options):
+    return raw.plan(SHAPE, FILTERS, **options)
+
+
+def test_is_printable():
+    text = str(plan(isa="generic"))
+    assert "forward_direct_generic" in text
+    assert f"workspace {plan(isa='generic').workspace_bytes} bytes" in text
+    assert text in repr(plan(isa="generic"))
+
+
+@pytest.mark.parametrize("direction", ["forward", "backward"])
+@pytest.mark.parametrize("training", [False, True])
+def test_is_a_function_of_its_arguments(direction, training):
+    first, second = (plan(direction=direction, training=training) for _ in range(2))
+    assert (first.kernels, first.workspace_bytes, str(first)) == (second.kernels, second.workspace_bytes, str(second))
+    assert plan(direction=direction, training=training, threads=8).kernels == first.kernels
+
+
+def test_stages():
+    assert [name.split("_")[0] for name in plan().kernels] == ["forward"]
+    assert [name.split("_")[0] for name in plan(direction="backward", training=True).kernels] == [
+        "reduce", "dgrad", "wgrad",
+    ]  # fmt: skip
+    assert plan(direction="backward").kernels[0].startswith("forward_")  # z is not saved in inference
+
+
+def test_direction_is_checked():
+    with pytest.raises(ValueError, match=r"`direction` must be 'forward' or 'backward'.*sideways"):
+        plan(direction="sideways")
+
+
+@pytest.mark.parametrize("isa", ["generic", "avx2", "avx512"])
+def test_isa(isa, available_isas):
+    if isa not in available_isas:
+        pytest.skip(f"this machine has no {isa}")
+    assert all(name.endswith(isa) for name in plan(isa=isa, direction="backward").kernels)
+
+
+@pytest.mark.parametrize("isa", ["generic", "avx2", "avx512"])
+def test_isa_by_environment(isa, available_isas, monkeypatch):
+    if isa not in available_isas:
+        pytest.skip(f"this machine has no {isa}")
+    monkeypatch.setenv("FUSEDCONVBN_ISA", isa)
+    assert all(name.endswith(isa) for name in plan(direction="backward").kernels)
+    order = ("generic", "avx2", "avx512")
+    assert {row.isa for row in raw.kernels() if row.available} == set(order[: order.index(isa) + 1])
+
+
+def test_environment_limits_the_argument(monkeypatch):
+    monkeypatch.setenv("FUSEDCONVBN_ISA", "generic")
+    with pytest.raises(ValueError, match=r"`isa` must be one that this machine has.*: generic\. Received: avx2"):
+        plan(isa="avx2")
+
+
+def test_unknown_isa_in_the_environment(monkeypatch):
+    monkeypatch.setenv("FUSEDCONVBN_ISA", "mmx")
+    with pytest.raises(ValueError, match=r"FUSEDCONVBN_ISA must be generic, avx2 or avx512\. Received: mmx"):
+        plan()
+
+
+@pytest.mark.parametrize("name", ["forward_reference", "forward_direct_generic"])
+def test_kernel_by_environment(name, monkeypatch):
+    monkeypatch.setenv("FUSEDCONVBN_KERNEL", name)
+    assert plan().kernels == [name]
+    assert plan(kernel="forward_direct_generic").kernels == ["forward_direct_generic"]  # the argument goes first
+
+
+def test_unknown_kernel_in_the_environment(monkeypatch):
+    monkeypatch.setenv("FUSEDCONVBN_KERNEL", "forward_magic")
+    with pytest.raises(ValueError, match=r"kernel must be one of .*forward_reference.* Received: forward_magic"):
+        plan()
+
+
+def test_kernel_of_an_isa_that_is_not_allowed():
+    with pytest.raises(ValueError, match="forward_direct_avx2"):
+        plan(kernel="forward_direct_avx2", isa="generic")
+
+
+@pytest.mark.parametrize("case", op_cases()[::5], ids=str)
+def test_out_shape(case):
+    assert raw.out_shape(case.inputs_shape, case.filters_shape, **case.convolution) == case.output_shape
+
+
+@pytest.mark.parametrize(
+    ("inputs", "filters", "attributes", "expected"),
+    [
+        ((1, 2, 9, 1), (3, 3, 1, 1), {}, (1, 0, 7, 1)),  # a window one row too large: empty, as in TensorFlow
+        ((HUGE, 1, 1, 1), (1, 1, 1, 1), {}, (HUGE, 1, 1, 1)),
+        ((1, HUGE, 1, 1), (3, 1, 1, 1), {"padding": "SAME", "strides": (7, 1)}, (1, -(-HUGE // 7), 1, 1)),
+        ((1, 2**20, 2**20, 1), (5, 5, 1, 3), {"padding": "SAME"}, (1, 2**20, 2**20, 3)),
+        ((1, 1, 1, 2**20), (1, 1, 1, 2**28), {}, (1, 1, 1, 2**28)),
+        ((1, 1, 1, 1), (1, 1, 1, 1), {"strides": HUGE, "padding": [(HUGE, 0), (0, 5)]}, (1, 2, 1, 1)),
+        ((1, 1, 1, 1), (1, 1, 1, 1), {"padding": [(HUGE, 7), (0, 0)]}, (1, HUGE + 8, 1, 1)),
+        ((1, HUGE, 1, 1), (2, 1, 1, 1), {"dilations": (HUGE - 1, 1)}, (1, 1, 1, 1)),
+    ],
+)
+def test_out_shape_at_the_edges(inputs, filters, attributes, expected):
+    assert raw.out_shape(inputs, filters, **attributes) == expected
+
+
+@pytest.mark.parametrize(
+    ("inputs", "filters", "attributes", "message"),
+    [
+        ((HUGE, HUGE, 1, 1), (1, 1, 1, 1), {}, r"at most 2\^48 elements.*1099511627776"),
+        ((2**62, 2**62, 2**62, 1), (1, 1, 1, 1), {}, r"inputs"),
+        ((1, 2**62, 1, 1), (1, 1, 1, 1), {"padding": [(2**62, 2**62), (0, 0)]}, r"padding|inputs"),
+        ((1, 1, 1, 1), (1, 1, 1, 1), {"padding": [(HUGE, 0), (HUGE, 0)]}, r"at most 2\^48 elements"),
+        ((1, 2**63 - 1, 1, 1), (1, 1, 1, 1), {"strides": 2**28, "padding": "SAME"}, r"inputs must have .* over 2\^48"),
+        ((1, 8, 8, 1), (HUGE, 1, 1, 1), {}, r"filters must not be larger than the padded inputs.*1099511627776"),
+        ((1, -1, 8, 1), (1, 1, 1, 1), {}, r"`inputs` must be of rank 4.*at least 0.*-1"),
+        ((1, 2**64, 8, 1), (1, 1, 1, 1), {}, r"`inputs` must be of rank 4"),
+        ((8, 8, 1), (1, 1, 1, 1), {}, r"`inputs` must be of rank 4.*\(8, 8, 1\)"),
+    ],
+)
+def test_sizes_that_are_refused(inputs, filters, attributes, message):
+    with pytest.raises(ValueError, match=message):
+        raw.out_shape(inputs, filters, **attributes)
+
+
+@pytest.mark.parametrize("direction", ["forward", "backward"])
+@pytest.mark.parametrize("data_format", ["NHWC", "NCHW"])
+@pytest.mark.parametrize("shape", [(HUGE, 1, 1, 1), (1, 2**20, 2**20, 1), (1, HUGE, 1, 1), (2**20, 1, 2**20, 1)])
+def test_plans_of_huge_problems(shape, data_format, direction):
+    """In no time and no memory: nothing of a plan grows with the batch but the number that says how much it needs."""
+    if data_format == "NCHW":
+        shape = (shape[0], shape[3], *shape[1:3])
+    planned = raw.plan(shape, (1, 1, 1, 1), data_format=data_format, direction=direction, training=True)
+    assert 0 <= planned.workspace_bytes < 2**50
+
+
+@pytest.mark.parametrize("dtype", ["float16", "bfloat16", np.float32, np.dtype(np.float64)])
+def test_dtypes(dtype):
+    assert plan(dtype=dtype).kernels
+
+
+@pytest.mark.parametrize("dtype", ["int8", np.int32, "complex64", object(), None])
+def test_unknown_dtypes(dtype):
+    with pytest.raises(TypeError, match=r"`dtype` must be one of 'float32'"):
+        plan(dtype=dtype)
+
+
+def test_raw_needs_no_tensorflow():
+    """Neither `import fusedconvbn.raw` nor its use imports TensorFlow."""
+    script = (
+        "import sys; sys.modules['tensorflow'] = None\n"
+        "import numpy as np; from fusedconvbn import raw\n"
+        "v = np.ones(2, np.float32)\n"
+        "print(raw.forward(np.ones((1, 3, 3, 1), np.float32), np.ones((3, 3, 1, 2), np.float32), v, v, v, v).output)\n"
+    )
+    result = subprocess.run(
+        [sys.executable, "-c", script], capture_output=True, text=True, check=False, env={**os.environ}
+    )
+    assert result.returncode == 0, result.stderr
+    assert "8.99" in result.stdout  # (9 - 1) / sqrt(1 + 1e-3) + 1

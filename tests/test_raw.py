@@ -1,0 +1,23 @@
+"""The kernels, through `raw`, on the covering cases against the float64 oracle: forward and backward."""
+
+from dataclasses import replace
+
+import pytest
+from cases import Case, raw_cases
+from raw_problem import Problem
+
+from fusedconvbn import raw
+
+
+def test_there_are_enough_cases():
+    assert len(raw_cases()) >= 600
+    assert len({str(case) for case in raw_cases()}) == len(raw_cases())
+
+
+@pytest.mark.parametrize("case", raw_cases(), ids=str)
+def test_forward_and_backward(case, available_isas):
+    if case.isa not in available_isas:
+        pytest.skip(f"this machine has no {case.isa}")
+    problem = Problem(case)
+    problem.check_forward(problem.run_forward(isa=case.isa))
+    problem.check_backward(problem.run_backward(isa=case.isa))

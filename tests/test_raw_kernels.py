@@ -1,0 +1,64 @@
+"""Every row of the dispatch table, the reference's among them, forced on problems of each kind."""
+
+from dataclasses import replace
+
+import pytest
+from cases import op_cases
+from raw_problem import Problem
+
+from fusedconvbn import raw
+
+KERNELS = raw.kernels()
+CASES = op_cases()[::17]
+
+
+def test_cases_hold_each_kind():
+    assert {case.dtype for case in CASES} == {"f32", "f64", "f16", "bf16"}
+    assert {(case.data_format, case.training) for case in CASES} == {(f, t) for f in ("NHWC", "NCHW") for t in (0, 1)}
+    assert any(case.groups == case.in_channels > 1 for case in CASES)
+
+
+def test_each_stage_has_rows_for_each_isa_and_a_reference():
+    rows = {(row.stage, row.isa) for row in KERNELS}
+    assert rows >= {(stage, "generic") for stage in ("forward", "reduce", "dgrad", "wgrad", "backward")}
+    assert [row.name for row in KERNELS][-2:] == ["forward_reference", "backward_reference"]
+    assert len({row.name for row in KERNELS}) == len(KERNELS)
+
+
+def planned(case, direction, **options):
+    return raw.plan(
+        case.inputs_shape, case.filters_shape, dtype=case.numpy_dtype, residual=case.residual, direction=direction,
+        **case.attributes, **options,
+    )  # fmt: skip
+
+
+@pytest.mark.parametrize("case", CASES, ids=str)
+@pytest.mark.parametrize("kernel", KERNELS, ids=lambda row: row.name)
+def test_forced_kernel(kernel, case):
+    if not kernel.available:
+        pytest.skip(f"this machine has no {kernel.isa}")
+    problem = Problem(case)
+    if kernel.stage == "forward":
+        assert planned(case, "forward", kernel=kernel.name).kernels == [kernel.name]
+        problem.check_forward(problem.run_forward(kernel=kernel.name))
+    if kernel.name in planned(case, "backward", kernel=kernel.name).kernels:
+        problem.check_backward(problem.run_backward(kernel=kernel.name))
+    else:
+        assert kernel.stage == "forward"
+
+
+@pytest.mark.parametrize("needs_filters", [False, True])
+@pytest.mark.parametrize("needs_inputs", [False, True])
+@pytest.mark.parametrize("kernel", [None, "backward_reference"])
+@pytest.mark.parametrize("training", [False, True])
+def test_only_the_gradients_that_are_needed(training, kernel, needs_inputs, needs_filters):
+    case = replace(CASES[0], training=training, residual=True)
+    problem = Problem(case)
+    result = problem.run_backward(kernel=kernel, needs_inputs=needs_inputs, needs_filters=needs_filters)
+    assert (result.inputs is None, result.filters is None) == (not needs_inputs, not needs_filters)
+    problem.check_backward(
+        result._replace(
+            inputs=result.inputs if needs_inputs else problem.run_backward().inputs,
+            filters=result.filters if needs_filters else problem.run_backward().filters,
+        )
+    )
