@@ -1,0 +1,41 @@
+"""Convolution, batch normalization, residual and activation as one TensorFlow op, training and inference.
+
+    output = activation(gamma * (conv(inputs, filters) - mean) / sqrt(variance + epsilon) + beta + residual)
+
+`fused_conv_bn` is the op, `FusedConvBN` the Keras layer, `raw` the same kernels on NumPy arrays without TensorFlow.
+"""
+
+from __future__ import annotations
+
+import importlib
+from typing import TYPE_CHECKING, Any
+
+from fusedconvbn import _load
+
+if TYPE_CHECKING:
+    from fusedconvbn import raw
+    from fusedconvbn.layer import FusedConvBN
+    from fusedconvbn.ops import FusedConvBNOutput, fused_conv_bn
+
+__all__ = ["FusedConvBN", "FusedConvBNOutput", "fused_conv_bn", "raw"]
+__version__ = "0.1.0"
+
+_EXPORTS = {"FusedConvBN": "layer", "FusedConvBNOutput": "ops", "fused_conv_bn": "ops"}
+
+
+def __getattr__(name: str) -> Any:
+    """Imports what is asked for on first use: TensorFlow takes seconds, and `raw` does without it."""
+    if name == "raw":
+        return importlib.import_module("fusedconvbn.raw")
+    if name not in _EXPORTS:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    value = getattr(importlib.import_module(f"{__name__}.{_EXPORTS[name]}"), name)
+    globals()[name] = value
+    return value
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *__all__})
+
+
+_load.register_with_frameworks()

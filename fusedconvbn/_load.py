@@ -1,0 +1,122 @@
+"""Opens the libraries of the package when they are first needed, after checking that they fit."""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+import importlib
+import importlib.abc
+import importlib.machinery
+import importlib.util
+import sys
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+LIBRARY = Path(__file__).with_name("_ops.so")
+
+_REBUILD = "`pip install --no-build-isolation --force-reinstall --no-deps fusedconvbn`"
+
+
+@functools.cache
+def ops() -> ModuleType:
+    """The functions of the registered TensorFlow ops: `fused_conv_bn`, `fused_conv_bn_grad`.
+
+    Raises:
+        ImportError: The library was not built, or it was built for another minor version of TensorFlow.
+    """
+    import tensorflow as tf
+
+    built_for = _build_info().TENSORFLOW_VERSION if _built("_build_info") else None
+    if built_for is None or not LIBRARY.exists():
+        raise _not_built("TensorFlow ops", "with TensorFlow installed, ")
+    if _minor(built_for) != _minor(tf.__version__):
+        raise ImportError(
+            f"The TensorFlow ops of fusedconvbn were built for TensorFlow {built_for}; TensorFlow {tf.__version__} is "
+            f"installed. Install a TensorFlow of the same minor version, or rebuild them for this one: {_REBUILD} (in a "
+            "clone: `make build`)."
+        )
+    return tf.load_op_library(str(LIBRARY))
+
+
+@functools.cache
+def core() -> ModuleType:
+    """The extension module behind `fusedconvbn.raw`.
+
+    Raises:
+        ImportError: It was not built, or for another version of Python.
+    """
+    if not _built("_core"):
+        raise _not_built("extension module")
+    return importlib.import_module("fusedconvbn._core")
+
+
+def register_with_frameworks() -> None:
+    """Registers the ops with TensorFlow and the layer with Keras: now, where these are there, else after their import.
+
+    So a SavedModel or a `.keras` file loads wherever fusedconvbn was imported, in whichever order, though that import
+    alone loads nothing.
+    """
+    for framework, last, register in (
+        ("tensorflow", "load_op_library", _register_ops),
+        ("keras", "saving", _register_layer),
+    ):
+        if hasattr(sys.modules.get(framework), last):
+            register()
+        else:
+            sys.meta_path.insert(0, _AfterImport(framework, register))
+
+
+def _register_ops() -> None:
+    """An op library that does not fit is an error for whoever calls an op, not for whoever imports TensorFlow."""
+    with contextlib.suppress(ImportError):
+        importlib.import_module("fusedconvbn.ops").register()
+
+
+def _register_layer() -> None:
+    """With another backend of Keras the layer is of no use: it is not worth importing TensorFlow for."""
+    if sys.modules["keras"].config.backend() == "tensorflow":
+        importlib.import_module("fusedconvbn.layer")
+
+
+def _not_built(what: str, condition: str = "") -> ImportError:
+    return ImportError(
+        f"fusedconvbn: no {what}: not built. In a clone: {condition}`make build`; elsewhere: {condition}{_REBUILD}."
+    )
+
+
+def _built(module: str) -> bool:
+    return importlib.util.find_spec(f"fusedconvbn.{module}") is not None
+
+
+def _build_info() -> Any:
+    return importlib.import_module("fusedconvbn._build_info")
+
+
+def _minor(version: str) -> list[str]:
+    return version.split(".")[:2]
+
+
+class _AfterImport(importlib.abc.MetaPathFinder):
+    """Lets the finders behind it find the module `name`, and calls `action` at the end of its first import."""
+
+    def __init__(self, name: str, action: Callable[[], None]) -> None:
+        self.name, self.action = name, action
+
+    def find_spec(
+        self, fullname: str, path: Sequence[str] | None, target: ModuleType | None = None
+    ) -> importlib.machinery.ModuleSpec | None:
+        if fullname != self.name:
+            return None
+        sys.meta_path.remove(self)
+        spec = importlib.util.find_spec(fullname)
+        if spec is not None and spec.loader is not None:
+            load = spec.loader.exec_module
+
+            def load_and_act(module: ModuleType) -> None:
+                load(module)
+                self.action()
+
+            spec.loader.exec_module = load_and_act  # type: ignore[method-assign]
+        return spec
