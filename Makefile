@@ -1,0 +1,49 @@
+# make demo and make test do all that they need, from a fresh clone on: an environment in .venv, the build, the run.
+# PYTHON=/path/to/python uses an environment of yours instead (docs/building.md says what it needs).
+
+VENV := $(CURDIR)/.venv
+ifneq ($(origin PYTHON), command line)
+PYTHON := $(VENV)/bin/python
+READY := $(VENV)/.ready
+endif
+BOOTSTRAP ?= python3
+JOBS ?= $(shell nproc)
+BUILD := build/inplace
+PIP := $(PYTHON) -m pip --disable-pip-version-check install --quiet --progress-bar off
+
+export TF_CPP_MIN_LOG_LEVEL ?= 2
+MAKEFLAGS += --no-print-directory
+
+.PHONY: build venv demo test check lint wheel clean
+
+build: $(READY)
+	@$(PYTHON) -m cmake -S . -B $(BUILD) -DPython_EXECUTABLE="$$($(PYTHON) -c 'import sys; print(sys.executable)')" >/dev/null
+	@$(PYTHON) -m cmake --build $(BUILD) -j $(JOBS)
+
+venv: $(VENV)/.ready
+
+$(VENV)/.ready: pyproject.toml setup.py
+	@echo "Installing into .venv (TensorFlow and tools, then this package in place)"
+	@$(BOOTSTRAP) -m venv $(VENV)
+	@$(PIP) $$($(PYTHON) tools/requirements.py)
+	@$(PIP) --no-build-isolation --editable '.[cpu,dev]'
+	@touch $@
+
+demo: build
+	$(PYTHON) examples/demo.py
+
+test: build
+	$(PYTHON) -m pytest -m "not slow"
+
+check: build lint
+	$(PYTHON) -m pytest
+
+lint: $(READY)
+	$(PYTHON) -m ruff check .
+	$(PYTHON) -m ruff format --check .
+
+wheel: $(READY)
+	$(PYTHON) -m pip --disable-pip-version-check wheel --no-deps --no-build-isolation --wheel-dir dist .
+
+clean:
+	rm -rf build dist artifacts *.egg-info .pytest_cache .ruff_cache fusedconvbn/*.so fusedconvbn/_build_info.py

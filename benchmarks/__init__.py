@@ -1,0 +1,1 @@
+"""Timings of `fusedconvbn` against stock TensorFlow, results checked first: `python -m benchmarks.run --help`."""

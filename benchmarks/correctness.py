@@ -1,0 +1,65 @@
+"""Whether a result is right: the tolerance, derived from the length of the sums, and the comparison."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator
+
+import numpy as np
+
+from benchmarks.problem import Problem
+
+_EPS = {"float32": 2.0**-23, "float64": 2.0**-52, "float16": 2.0**-10, "bfloat16": 2.0**-7}
+_WINOGRAD = 10  # F(4x4,3x3) loses this much on a direct convolution
+_CHUNK = 1 << 22  # elements compared at a time
+
+
+def _terms(problem: Problem, name: str) -> int:
+    """How many products are summed for one element of the result called `name`."""
+    case = problem.case
+    taps = case.filter_height * case.filter_width
+    if name == "d_inputs":
+        return taps * case.out_channels // case.groups
+    if name in ("d_filters", "d_gamma", "d_beta", "moving_mean", "moving_variance", "moving_variance_unbiased"):
+        return problem.pixels
+    return taps * case.channels // case.groups
+
+
+def bound(problem: Problem, name: str) -> float:
+    """The error allowed relative to an element plus the root mean square of its tensor: sums are in float32 at least,
+    their errors random (so sqrt), and a result and what it is made of are rounded to the problem's type a few times.
+    """
+    sums = _EPS["float64" if problem.dtype == "float64" else "float32"]
+    return 4 * _WINOGRAD * math.sqrt(_terms(problem, name)) * sums + 4 * _EPS[problem.dtype]
+
+
+def mismatch(problem: Problem, name: str, actual: np.ndarray, expected: np.ndarray) -> str | None:
+    """What is wrong with `actual`, or None: no element may be off by more than bound() allows, nor the root mean square
+    of the error by more than half of it (which finds a small error everywhere).
+    """
+    if actual.size != expected.size:
+        return f"{name} has {actual.size} elements, expected {expected.size}"
+    if not expected.size:
+        return None
+    allowed = bound(problem, name)
+    rms = math.sqrt(sum(float(np.sum(np.square(e))) for _, e in _chunks(expected, expected)) / expected.size)
+    error_squares = 0.0
+    for chunk, (a, e) in enumerate(_chunks(actual, expected)):
+        error = np.abs(a - e)
+        wrong = ~(error <= allowed * (rms + np.abs(e)))  # a NaN is wrong
+        if wrong.any():
+            at = int(np.argmax(np.where(wrong, np.nan_to_num(error, nan=np.inf), -1)))
+            return f"{name}: element {chunk * _CHUNK + at} is {a[at]:.8g}, expected {e[at]:.8g} (rms {rms:.3g})"
+        error_squares += float(np.sum(np.square(error)))
+    error_rms = math.sqrt(error_squares / expected.size)
+    if error_rms > allowed / 2 * rms:
+        return f"{name}: the error's root mean square is {error_rms:.3g}, that of the result {rms:.3g}"
+    return None
+
+
+def _chunks(actual: np.ndarray, expected: np.ndarray) -> Iterator[tuple[np.ndarray, np.ndarray]]:
+    """Pairs of flat float64 pieces, so that big results are never held twice."""
+    actual, expected = actual.reshape(-1), expected.reshape(-1)
+    for start in range(0, expected.size, _CHUNK):
+        piece = slice(start, start + _CHUNK)
+        yield actual[piece].astype(np.float64), expected[piece].astype(np.float64)

@@ -1,0 +1,177 @@
+"""A measurement as a JSON-able dictionary, and that dictionary as tables. docs/benchmarks.md describes its fields."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+from rich import box
+from rich.console import Group, RenderableType
+from rich.markup import escape
+from rich.table import Table
+
+from benchmarks.implementations import OURS, Implementation
+from benchmarks.session import OK, WRONG, Outcome, Row
+from benchmarks.statistics import geometric_mean, median, round_ratios, spread
+
+SCHEMA = 1  # of the JSON file
+_MIB = 1 << 20
+
+
+def _outcome(outcome: Outcome, row: Row, peak: float) -> dict[str, Any]:
+    result: dict[str, Any] = {"status": outcome.status}
+    if outcome.status != OK:
+        return result | {"detail": outcome.detail}
+    seconds = median(outcome.samples)
+    ours = row.outcomes[OURS.name]
+    flops = row.problem.flops / seconds
+    result |= {
+        "samples_ms": [sample * 1e3 for sample in outcome.samples],
+        "median_ms": seconds * 1e3,
+        "iqr_ms": spread(outcome.samples) * 1e3,
+        "gflops": flops / 1e9,
+        "peak_fraction": flops / peak,
+        **outcome.memory,
+    }
+    if outcome is not ours and ours.status == OK:
+        ratios = round_ratios(outcome.samples, ours.samples)
+        result |= {"ratio": median(ratios), "ratio_iqr": spread(ratios)}
+    return result
+
+
+def _layer(row: Row, peak: float) -> dict[str, Any]:
+    problem = row.problem
+    return {
+        "name": problem.name,
+        "peak_gflops": row.peak_flops / 1e9,
+        "shape": problem.case.spec(),
+        "times": problem.case.times,
+        "copies": problem.copies,
+        "gflop": problem.flops / 1e9,
+        "implementations": {name: _outcome(outcome, row, peak) for name, outcome in row.outcomes.items()},
+    }
+
+
+def _summary(name: str, what: str, layers: Sequence[dict[str, Any]]) -> dict[str, Any]:
+    """Totals over the layers that both this implementation and ours have times for."""
+    pairs = [
+        (layer["times"], layer["implementations"][name], layer["implementations"][OURS.name])
+        for layer in layers
+        if layer["implementations"][name]["status"] == layer["implementations"][OURS.name]["status"] == OK
+    ]
+    result: dict[str, Any] = {"what": what, "layers": len(pairs)}
+    if not pairs:
+        return result
+    result |= {
+        "total_ms": sum(times * own["median_ms"] for times, own, _ in pairs),
+        "ours_total_ms": sum(times * ours["median_ms"] for times, _, ours in pairs),
+        "peak_bytes": max(own["peak_bytes"] for _, own, _ in pairs),
+        "working_bytes": max(own["working_bytes"] for _, own, _ in pairs),
+    }
+    if name != OURS.name:
+        ratios = [own["ratio"] for _, own, _ in pairs]
+        result["geometric_mean"] = geometric_mean(ratios, [times for times, _, _ in pairs])
+    return result
+
+
+def make_report(
+    rows: Sequence[Row],
+    implementations: Sequence[Implementation],
+    settings: dict[str, Any],
+    machine: dict[str, Any],
+    peak_what: str,
+) -> dict[str, Any]:
+    """Everything that was measured and where."""
+    peak = max(row.peak_flops for row in rows)
+    layers = [_layer(row, peak) for row in rows]
+    return {
+        "schema": SCHEMA,
+        "settings": settings,
+        "machine": machine | rows[0].device,
+        "peak": {"what": peak_what, "gflops": peak / 1e9},
+        "layers": layers,
+        "summary": {each.name: _summary(each.name, each.what, layers) for each in implementations},
+    }
+
+
+def problems_found(report: dict[str, Any]) -> list[str]:
+    """One line for each result that is wrong, and for each failure; a baseline may fail, that is not our error."""
+    return [
+        f"{layer['name']}: {name} {result['status'].upper()}: {result['detail']}"
+        for layer in report["layers"]
+        for name, result in layer["implementations"].items()
+        if result["status"] != OK
+    ]
+
+
+def succeeded(report: dict[str, Any]) -> bool:
+    """Whether nobody was wrong and ours did not fail."""
+    outcomes = [pair for layer in report["layers"] for pair in layer["implementations"].items()]
+    return all(result["status"] == OK or (result["status"] != WRONG and name != OURS.name) for name, result in outcomes)
+
+
+def _cell(result: dict[str, Any]) -> str:
+    if result["status"] != OK:
+        return f"[bold red]{result['status'].upper()}[/]" if result["status"] == WRONG else "[dim]failed[/]"
+    time = f"{result['median_ms']:.3f}"
+    if "ratio" not in result:
+        return time
+    color = "green" if result["ratio"] >= 1 else "yellow"
+    return f"{time} [{color}]{result['ratio']:.2f}x[/]"
+
+
+def _own_cells(result: dict[str, Any]) -> list[str]:
+    if result["status"] != OK:
+        return [_cell(result), "", "", ""]
+    return [
+        f"{result['median_ms']:.3f}",
+        f"{result['iqr_ms']:.3f}",
+        f"{result['gflops']:.1f}",
+        f"{result['peak_fraction']:.0%}",
+    ]
+
+
+def _layer_table(report: dict[str, Any]) -> Table:
+    baselines = [name for name in report["summary"] if name != OURS.name]
+    table = Table(box=box.SIMPLE_HEAD, title="milliseconds a layer; 1.50x: fusedconvbn is 1.5 times as fast")
+    table.add_column("layer", no_wrap=True)
+    for heading in ("times", "GFLOP", OURS.name, "IQR", "GFLOP/s", "of peak", *baselines):
+        table.add_column(heading, justify="right", no_wrap=True)
+    for layer in report["layers"]:
+        results = layer["implementations"]
+        table.add_row(
+            escape(layer["name"]),
+            str(layer["times"]),
+            f"{layer['gflop']:.3f}",
+            *_own_cells(results[OURS.name]),
+            *(_cell(results[name]) for name in baselines),
+        )
+    return table
+
+
+def _summary_table(report: dict[str, Any]) -> Table:
+    table = Table(box=box.SIMPLE_HEAD, title="weighted by how often a layer occurs")
+    table.add_column("implementation", no_wrap=True)
+    for heading in ("layers", "total ms", "fusedconvbn ms", "geo-mean", "largest working MiB", "peak process MiB"):
+        table.add_column(heading, justify="right")
+    for name, summary in report["summary"].items():
+        if not summary["layers"]:
+            table.add_row(name, "0", *[""] * 5)
+            continue
+        mean = f"{summary['geometric_mean']:.2f}x" if "geometric_mean" in summary else ""
+        times = [f"{summary[key]:.2f}" for key in ("total_ms", "ours_total_ms")]
+        memory = [f"{summary[key] / _MIB:.1f}" for key in ("working_bytes", "peak_bytes")]
+        table.add_row(name, str(summary["layers"]), *times, mean, *memory)
+    return table
+
+
+def tables(report: dict[str, Any]) -> RenderableType:
+    """What the run prints."""
+    machine, settings, peak = report["machine"], report["settings"], report["peak"]
+    device = machine.get("gpu") or f"{machine['cpu']} ({machine['cores']} cores, {', '.join(machine['isa'])})"
+    head = (
+        f"{settings['mode']}, batch {settings['batch']}, {settings['dtype']}, {settings['threads']} thread(s) on "
+        f"{device}; TensorFlow {machine['tensorflow']}, Keras {machine['versions'].get('keras')}\n"
+        f"peak: {peak['gflops']:.0f} GFLOP/s, {peak['what']}"
+    )
+    return Group(head, _layer_table(report), _summary_table(report))

@@ -1,0 +1,147 @@
+"""Checks, then times: every implementation in a process of its own, only one of them busy at a time."""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import math
+import pathlib
+import shutil
+import tempfile
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any
+
+import numpy as np
+
+from benchmarks.correctness import mismatch
+from benchmarks.implementations import Implementation
+from benchmarks.problem import Problem
+from benchmarks.process import Worker, WorkerError
+
+OK, WRONG, FAILED = "ok", "wrong", "failed"
+
+
+@dataclasses.dataclass(frozen=True)
+class Settings:
+    """How to measure."""
+
+    threads: int
+    device: str
+    rounds: int
+    sample_seconds: float  # a sample repeats its call until it takes about this long
+    peak_size: int  # of the matrices whose product is the peak
+    timeout: float  # seconds that a worker may take for one answer
+
+
+@dataclasses.dataclass
+class Outcome:
+    """What became of one implementation of one problem; only a right one has samples."""
+
+    status: str
+    detail: str = ""  # why it is not ok
+    samples: list[float] = dataclasses.field(default_factory=list)  # seconds a layer, one a round
+    memory: dict[str, int] = dataclasses.field(default_factory=dict)
+
+
+@dataclasses.dataclass
+class Row:
+    """One problem with the outcome of each implementation, by name."""
+
+    problem: Problem
+    outcomes: dict[str, Outcome]
+    device: dict[str, str]  # where TensorFlow ran
+    peak_flops: float  # a second, measured just before
+
+
+def measure(
+    problems: Sequence[Problem],
+    implementations: Sequence[Implementation],
+    settings: Settings,
+    advance: Callable[[str], None] = lambda doing: None,
+) -> list[Row]:
+    """Measures each problem; calls advance() steps() times. WorkerError: no reference, so nothing can be checked."""
+    rows = []
+    for problem in problems:
+        with tempfile.TemporaryDirectory() as folder:
+            rows.append(_measure_one(problem, implementations, settings, pathlib.Path(folder), advance))
+    return rows
+
+
+def steps(problems: Sequence[Problem], implementations: Sequence[Implementation], settings: Settings) -> int:
+    """How often measure() calls advance()."""
+    return len(problems) * (1 + len(implementations) + settings.rounds)
+
+
+def _measure_one(
+    problem: Problem,
+    implementations: Sequence[Implementation],
+    settings: Settings,
+    folder: pathlib.Path,
+    advance: Callable[[str], None],
+) -> Row:
+    def start(name: str, factory: str, *arguments: Any) -> Worker:
+        setup = (settings.threads, settings.device, *arguments)
+        return Worker(f"benchmarks.workload:{factory}", setup, folder / f"{name}.log", settings.timeout)
+
+    advance(f"{problem.name}: reference")
+    with contextlib.closing(start("reference", "Reference")) as reference:
+        reference.wait()
+        reference.call("expect", problem, folder / "expected")
+        device = reference.call("describe")
+        peak = reference.call("peak_flops", problem.dtype, settings.peak_size)
+    with contextlib.ExitStack() as stack:
+        workers, outcomes = {}, {}
+        for each in implementations:
+            advance(f"{problem.name}: checking {each.name}")
+            worker = workers[each.name] = stack.enter_context(contextlib.closing(start(each.name, "Measured", each)))
+            outcomes[each.name] = _check(problem, worker, folder / "expected", folder / each.name)
+        _time(problem, workers, outcomes, settings, advance)
+    return Row(problem, outcomes, device, peak)
+
+
+def _check(problem: Problem, worker: Worker, expected: pathlib.Path, results: pathlib.Path) -> Outcome:
+    """Runs the implementation once and compares what it returns with the reference."""
+    try:
+        worker.wait()
+        names = worker.call("prepare", problem, expected, results)
+        outcome = Outcome(OK, memory=worker.call("memory_of_a_call"))
+    except WorkerError as error:
+        return Outcome(FAILED, str(error))
+    for name in names:
+        actual, right = (np.load(folder / f"{name}.npy", mmap_mode="r") for folder in (results, expected))
+        wrong = mismatch(problem, name, actual, right)
+        if wrong:
+            return Outcome(WRONG, wrong)
+    shutil.rmtree(results)
+    return outcome
+
+
+def _time(
+    problem: Problem,
+    workers: dict[str, Worker],
+    outcomes: dict[str, Outcome],
+    settings: Settings,
+    advance: Callable[[str], None],
+) -> None:
+    """Interleaved rounds, A B C A B C: a drift of the machine's speed meets everybody alike."""
+    right = {name: worker for name, worker in workers.items() if outcomes[name].status == OK}
+    repeats = {}
+    for name, worker in right.items():
+        with _failure_in(outcomes[name]):
+            seconds = worker.call("sample", 1) * problem.copies
+            repeats[name] = max(1, math.ceil(settings.sample_seconds / seconds))
+    for round_number in range(settings.rounds):
+        advance(f"{problem.name}: round {round_number + 1}")
+        for name, count in repeats.items():
+            if outcomes[name].status == OK:
+                with _failure_in(outcomes[name]):
+                    outcomes[name].samples.append(right[name].call("sample", count))
+
+
+@contextlib.contextmanager
+def _failure_in(outcome: Outcome) -> Iterator[None]:
+    """A WorkerError inside becomes the outcome, in place of samples."""
+    try:
+        yield
+    except WorkerError as error:
+        outcome.status, outcome.detail, outcome.samples = FAILED, str(error), []

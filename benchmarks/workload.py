@@ -1,0 +1,204 @@
+"""What a worker process does: sets TensorFlow up, checks and times one implementation. Imported in workers only."""
+
+from __future__ import annotations
+
+import dataclasses
+import pathlib
+import time
+from collections.abc import Callable
+from typing import Any
+
+import numpy as np
+import tensorflow as tf
+from tensorflow.python.framework import convert_to_constants, kernels
+
+from benchmarks.data import DTYPES, Data, make_data, normal
+from benchmarks.implementations import RUN_TIME_SWITCH, TRAIN_STEP, Implementation
+from benchmarks.layers import Layer, Weights
+from benchmarks.memory import GpuMemory, HostMemory
+from benchmarks.problem import Problem
+from benchmarks.reference import expected
+from fusedconvbn import _load
+
+Tensors = list[list[tf.Tensor]]  # inputs, residuals, output gradients: one of each a copy
+
+
+def _has_gpu_kernel() -> bool:
+    _load.ops()
+    registered = kernels.get_registered_kernels_for_op("FusedConvBN").kernel
+    return any(kernel.device_type == "GPU" for kernel in registered)
+
+
+def _choose_device(wanted: str) -> str:
+    gpus = tf.config.list_physical_devices("GPU")
+    if wanted == "gpu" and not gpus:
+        raise RuntimeError("--device gpu: TensorFlow finds no GPU here")
+    if wanted == "gpu" and not _has_gpu_kernel():
+        raise RuntimeError("--device gpu: this build of fusedconvbn has no GPU kernel; use --device cpu")
+    if wanted == "cpu" or not gpus or not _has_gpu_kernel():
+        tf.config.set_visible_devices([], "GPU")
+        return "cpu"
+    tf.config.experimental.set_memory_growth(gpus[0], True)
+    return "gpu"
+
+
+class Machine:
+    """TensorFlow, set up before it initialises: threads for one op, one op at a time, one device."""
+
+    def __init__(self, threads: int, device: str):
+        tf.config.threading.set_intra_op_parallelism_threads(threads)
+        tf.config.threading.set_inter_op_parallelism_threads(1)
+        self.device = _choose_device(device)
+        self.memory = GpuMemory() if self.device == "gpu" else HostMemory()
+
+    def describe(self) -> dict[str, str]:
+        details = {"device": self.device, "tensorflow": tf.__version__}
+        if self.device == "gpu":
+            gpu = tf.config.list_physical_devices("GPU")[0]
+            details["gpu"] = tf.config.experimental.get_device_details(gpu).get("device_name", "unknown")
+        return details
+
+    def synchronize(self, outputs: list[tf.Tensor]) -> None:
+        """Waits for a GPU by reading one number of the last result; on the CPU a call returns when it is done."""
+        if self.device == "gpu":
+            tf.reshape(outputs[-1], [-1])[:1].numpy()
+
+
+class Reference(Machine):
+    """Computes what is right, and the peak."""
+
+    def expect(self, problem: Problem, folder: pathlib.Path) -> None:
+        """Writes each expected result to folder/NAME.npy."""
+        folder.mkdir()
+        for name, value in expected(problem, make_data(problem)).items():
+            np.save(folder / f"{name}.npy", value.astype(_file_type(problem)))
+
+    def peak_flops(self, dtype: str, size: int) -> float:
+        """FLOP/s of the fastest of five products of square matrices."""
+        a, b = (tf.constant(normal([place], (size, size), dtype)) for place in (0, 1))
+        product = tf.function(tf.matmul)
+        self.synchronize([product(a, b)])
+        return 2 * size**3 / min(self._seconds(lambda: product(a, b)) for _ in range(5))
+
+    def _seconds(self, call: Callable[[], tf.Tensor]) -> float:
+        start = time.perf_counter()
+        self.synchronize([call()])
+        return time.perf_counter() - start
+
+
+class Measured(Machine):
+    """One implementation of one problem."""
+
+    def __init__(self, threads: int, device: str, implementation: Implementation):
+        super().__init__(threads, device)
+        self._implementation = implementation
+        self._call: Callable[[], list[tf.Tensor]] = list
+        self._copies = 1
+        self._memory: dict[str, int] = {}
+
+    def prepare(self, problem: Problem, expected: pathlib.Path, results: pathlib.Path) -> list[str]:
+        """Builds the graph, runs it once and writes the first copy's results to results/NAME.npy: their names."""
+        layer = self._build(problem, expected)
+        named = _name_results(problem, layer, self._measure_memory())
+        results.mkdir()
+        for name, value in named.items():
+            np.save(results / f"{name}.npy", value.numpy().astype(_file_type(problem), copy=False))
+        if self.memory.steady:
+            self._measure_memory()
+        return list(named)
+
+    def _build(self, problem: Problem, expected: pathlib.Path) -> Layer:
+        data = [make_data(problem, copy) for copy in range(problem.copies)]
+        if problem.mode == TRAIN_STEP:  # this one is zero at kinks
+            gradient = np.load(expected / "output_gradient.npy").astype(DTYPES[problem.dtype])
+            data[0] = dataclasses.replace(data[0], output_gradient=gradient)
+        first = data[0]
+        switch = tf.Variable(problem.training) if problem.mode == RUN_TIME_SWITCH else None
+        weights = Weights(first.filters, first.gamma, first.beta, first.moving_mean, first.moving_variance, switch)
+        layers = self._implementation.load()(problem, weights)
+        tensors = _tensors(data)
+        function = _function(self._implementation, problem, layers, tensors)
+        self._copies = problem.copies
+        self._call = lambda: function(*tensors)
+        return layers[0]
+
+    def _measure_memory(self) -> list[tf.Tensor]:
+        """The results of a call; keeps what it needed on top of inputs, variables and the traced graph."""
+        self.memory.reset()
+        before = self.memory.used()
+        outputs = self._call()
+        self.synchronize(outputs)
+        peak = self.memory.peak()
+        self._memory = {"peak_bytes": peak, "working_bytes": max(0, peak - before)}
+        return outputs
+
+    def sample(self, repeats: int) -> float:
+        """Seconds a layer, the mean of so many calls."""
+        outputs: list[tf.Tensor] = []
+        start = time.perf_counter()
+        for _ in range(repeats):
+            del outputs  # a network would not hold them twice
+            outputs = self._call()
+        self.synchronize(outputs)
+        return (time.perf_counter() - start) / (repeats * self._copies)
+
+    def memory_of_a_call(self) -> dict[str, int]:
+        """Bytes: the peak, and how far it is above what there was before."""
+        return self._memory
+
+
+def _file_type(problem: Problem) -> type:
+    return np.float64 if problem.dtype == "float64" else np.float32
+
+
+def _tensors(data: list[Data]) -> Tensors:
+    """Copied by TensorFlow: memory of NumPy has huge pages, that of a network's tensors has not."""
+    fields = ("inputs", "residual", "output_gradient")
+    columns = [[getattr(copy, field) for copy in data] for field in fields]
+    return [[tf.raw_ops.DeepCopy(x=value) for value in column if value is not None] for column in columns]
+
+
+def _function(
+    implementation: Implementation, problem: Problem, layers: list[Layer], tensors: Tensors
+) -> Callable[..., list[tf.Tensor]]:
+    """One tf.function over all copies, returning a flat list of everything that the mode computes."""
+
+    def forward(inputs: list[tf.Tensor], residuals: list[tf.Tensor], gradients: list[tf.Tensor]) -> list[tf.Tensor]:
+        residuals = residuals or [None] * len(layers)
+        return [layer.forward(x, r) for layer, x, r in zip(layers, inputs, residuals, strict=True)]
+
+    def step(inputs: list[tf.Tensor], residuals: list[tf.Tensor], gradients: list[tf.Tensor]) -> list[tf.Tensor]:
+        results = []
+        for i, layer in enumerate(layers):
+            sources = [inputs[i], *layer.trainable, *residuals[i : i + 1]]
+            with tf.GradientTape(watch_accessed_variables=False) as tape:
+                tape.watch(sources)
+                y = layer.forward(inputs[i], residuals[i] if residuals else None)
+            found = tape.gradient(y, sources, gradients[i])
+            results += [y, *(gradient for gradient in found if gradient is not None)]  # a bare conv has fewer
+        return results
+
+    body = step if problem.mode == TRAIN_STEP else forward
+    function = tf.function(body, jit_compile=implementation.jit or None, autograph=False)
+    function.get_concrete_function(*tensors)  # traces
+    return _freeze(function, tensors) if implementation.frozen else function
+
+
+def _freeze(function: Any, tensors: Tensors) -> Callable[..., list[tf.Tensor]]:
+    """Inside another tf.function: a frozen ConcreteFunction called by itself costs 0.85 ms more."""
+    frozen = convert_to_constants.convert_variables_to_constants_v2(function.get_concrete_function(*tensors))
+    return tf.function(lambda *arguments: frozen(*tf.nest.flatten(arguments)), autograph=False)
+
+
+def _name_results(problem: Problem, layer: Layer, outputs: list[tf.Tensor]) -> dict[str, tf.Tensor]:
+    """The first copy's results by the names of the reference; of a bare convolution, its output."""
+    if not layer.moving:
+        return {"conv_output": outputs[0]}
+    results = {"output": outputs[0]}
+    if problem.mode == TRAIN_STEP:
+        names = ["d_inputs", "d_filters", "d_gamma", "d_beta"] + ["d_residual"] * problem.case.residual
+        results |= dict(zip(names, outputs[1:], strict=False))  # behind these come the other copies' results
+    if problem.training:
+        variance = "moving_variance_unbiased" if layer.unbiased else "moving_variance"
+        results |= {"moving_mean": layer.moving[0], variance: layer.moving[1]}
+    return results
