@@ -78,6 +78,7 @@ static void reduce(const GradientBlock<C>& b) {
       const Vector<C> du = gradient_of_u<C, A, P>(b, read, r, c, centered);
       write(b.sum_du + c, read(b.sum_du + c) + du);
       write(b.sum_du_z + c, read(b.sum_du_z + c) + du * centered);
+      write(b.sum_z + c, read(b.sum_z + c) + centered);
     });
 }
 

@@ -47,8 +47,8 @@ struct GradientBlock {
   int64_t ld_extra;
   int64_t rows, cols;
   const C *mean, *scale, *beta;  // [cols]
-  // reduce: sum_du += sum of du, sum_du_z += sum of du * (z - mean), over the rows
-  C *sum_du, *sum_du_z;  // [cols]
+  // reduce: sum_du += sum of du, sum_du_z += sum of du * (z - mean), sum_z += sum of z - mean, over the rows
+  C *sum_du, *sum_du_z, *sum_z;  // [cols]
   // apply: d_conv = slope * du + curve * (z - mean) + offset; d_residual = du
   const C *slope, *curve, *offset;  // [cols]
   C* d_conv;

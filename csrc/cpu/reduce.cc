@@ -5,6 +5,9 @@
 //   training:  dz = gamma inv (du - d_beta / n - (z - mean) inv d_gamma / n) + what the returned statistics add
 //   inference: dz = gamma inv du
 // which is dz = slope du + curve (z - mean) + offset, a few constants a channel.
+//
+// The saved mean is rounded: sum (z - mean) is not quite 0, sum dz would not be either, and under a large mean of the
+// inputs that is an error of d_filters, many times larger. So that sum is taken too, and the mean corrected by it.
 #include <algorithm>
 
 #include "compute_type.h"
@@ -40,8 +43,7 @@ class Reduce {
                 image_grid(DataFormat::kNHWC, p.batch, p.out_height, p.out_width, p.out_channels)) {
     Arena arena(scratch);
     for (C** array : {&inv_std_, &scale_, &slope_, &curve_, &offset_}) *array = arena.take<C>(p.out_channels);
-    sum_du_ = arena.take<C>(blocks() * p.out_channels);
-    sum_du_z_ = arena.take<C>(blocks() * p.out_channels);
+    for (C** sums : {&sum_du_, &sum_du_z_, &sum_z_}) *sums = arena.take<C>(blocks() * p.out_channels);
     for (int w = 0; w < device.threads; ++w) {
       C* first = arena.take<C>(4 * kSumRows * kColumns);
       scratch_.push_back(first);
@@ -55,10 +57,8 @@ class Reduce {
     prepare();
     for_blocks(parallel, [this](GradientBlock<C> g, int64_t first, int64_t channel, int) {
       const int64_t at = first / kSumRows * p_.out_channels + channel;
-      g.sum_du = sum_du_ + at;
-      g.sum_du_z = sum_du_z_ + at;
-      std::fill(g.sum_du, g.sum_du + g.cols, C(0));
-      std::fill(g.sum_du_z, g.sum_du_z + g.cols, C(0));
+      g.sum_du = sum_du_ + at, g.sum_du_z = sum_du_z_ + at, g.sum_z = sum_z_ + at;
+      for (C* sums : {g.sum_du, g.sum_du_z, g.sum_z}) std::fill(sums, sums + g.cols, C(0));
       kernel(k_.reduce)(g);
     });
     parallel->run(ceil_div(p_.out_channels, kChannelChunk), [&](int64_t chunk, int) { finish(chunk * kChannelChunk); });
@@ -112,25 +112,30 @@ class Reduce {
   void finish(int64_t begin) {
     const int64_t end = std::min(begin + kChannelChunk, p_.out_channels);
     for (int64_t c = begin; c < end; ++c) {
-      double sum_du = 0, sum_du_z = 0;
-      for (int64_t block = 0; block < blocks(); ++block) {
-        sum_du += sum_du_[block * p_.out_channels + c];
-        sum_du_z += sum_du_z_[block * p_.out_channels + c];
-      }
-      finish(c, sum_du, sum_du_z * inv_std_[c]);
+      const double d_beta = sum(sum_du_, c), mean_error = learns() ? sum(sum_z_, c) / static_cast<double>(p_.pixels()) : 0;
+      finish(c, d_beta, (sum(sum_du_z_, c) - mean_error * d_beta) * inv_std_[c], mean_error);
     }
   }
 
-  void finish(int64_t c, double d_beta, double d_gamma) {
+  // Whether the statistics are the batch's.
+  bool learns() const { return p_.training && p_.pixels() > 0; }
+
+  double sum(const C* blocks_sums, int64_t c) const {
+    double total = 0;
+    for (int64_t block = 0; block < blocks(); ++block) total += blocks_sums[block * p_.out_channels + c];
+    return total;
+  }
+
+  void finish(int64_t c, double d_beta, double d_gamma, double mean_error) {
     set(b_.d_beta, c, d_beta);
     set(b_.d_gamma, c, d_gamma);
     const double g_mean = values(b_.moving_mean_gradient)[c], g_variance = values(b_.moving_variance_gradient)[c];
     const double inv_std = inv_std_[c], slope = values(b_.gamma)[c] * inv_std;
     double curve = 0, offset = 0;
-    if (p_.training && p_.pixels() > 0) {
+    if (learns()) {
       const double n = static_cast<double>(p_.pixels()), learned = (1 - p_.momentum) / n;
       curve = 2 * learned * moving_variance_factor(p_) * g_variance - slope * inv_std * d_gamma / n;
-      offset = learned * g_mean - slope * d_beta / n;
+      offset = learned * g_mean - slope * d_beta / n - curve * mean_error;
       set(b_.d_moving_mean, c, p_.momentum * g_mean);
       set(b_.d_moving_variance, c, p_.momentum * g_variance);
     } else {
@@ -161,7 +166,7 @@ class Reduce {
   const ComputeKernels<C>& k_;
   Image<C> dy_, z_, extra_, d_residual_, d_conv_;
   C *inv_std_, *scale_, *slope_, *curve_, *offset_;  // [K]
-  C *sum_du_, *sum_du_z_;                            // [blocks][K]
+  C *sum_du_, *sum_du_z_, *sum_z_;                   // [blocks][K]
   std::vector<C*> scratch_;                          // a worker's 4 blocks [kSumRows][kColumns]
   size_t scratch_bytes_;
 };
