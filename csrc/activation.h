@@ -17,7 +17,7 @@ constexpr bool derivative_from_output(Activation a) {
   return a == Activation::kRelu || a == Activation::kRelu6 || a == Activation::kLeakyRelu || a == Activation::kElu;
 }
 
-constexpr double kLeakySlope = 0.2;             // tf.nn.leaky_relu's and Keras's default
+constexpr double kLeakySlope = 0.2;  // tf.nn.leaky_relu's and Keras's default
 constexpr double kInvSqrt2 = 0.70710678118654752440;
 constexpr double kInvSqrt2Pi = 0.39894228040143267794;
 

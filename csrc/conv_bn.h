@@ -85,18 +85,18 @@ struct BackwardBuffers {
   const void* beta = nullptr;
   const void* moving_mean = nullptr;
   const void* moving_variance = nullptr;
-  const void* residual = nullptr;    // data; required if needs_residual(params)
-  const void* output = nullptr;      // data; required if needs_output(params)
-  const void* batch_mean = nullptr;  // stat [K], as forward wrote it; ignored in inference
-  const void* inv_std = nullptr;     // stat [K], as forward wrote it; ignored in inference
-  const void* conv_out = nullptr;    // data; required in training, else z is recomputed from inputs and filters
-  void* d_inputs = nullptr;          // data, shape of inputs
-  void* d_filters = nullptr;         // data, shape of filters
-  void* d_gamma = nullptr;           // stat [K]
-  void* d_beta = nullptr;            // stat [K]
-  void* d_moving_mean = nullptr;     // stat [K]
-  void* d_moving_variance = nullptr; // stat [K]
-  void* d_residual = nullptr;        // data, shape of output
+  const void* residual = nullptr;     // data; required if needs_residual(params)
+  const void* output = nullptr;       // data; required if needs_output(params)
+  const void* batch_mean = nullptr;   // stat [K], as forward wrote it; ignored in inference
+  const void* inv_std = nullptr;      // stat [K], as forward wrote it; ignored in inference
+  const void* conv_out = nullptr;     // data; required in training, else z is recomputed from inputs and filters
+  void* d_inputs = nullptr;           // data, shape of inputs
+  void* d_filters = nullptr;          // data, shape of filters
+  void* d_gamma = nullptr;            // stat [K]
+  void* d_beta = nullptr;             // stat [K]
+  void* d_moving_mean = nullptr;      // stat [K]
+  void* d_moving_variance = nullptr;  // stat [K]
+  void* d_residual = nullptr;         // data, shape of output
 };
 
 // What the gradient reads besides z: with a residual, the activation's argument cannot be had from z alone. It

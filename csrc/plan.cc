@@ -45,7 +45,7 @@ bool usable(const Kernel& kernel, const ConvBnParams& params, const DeviceInfo& 
   return kernel.isa <= device.isa && kernel.supports(params);
 }
 
-// The forced row if it serves this stage, else the first that accepts the problem.
+// The forced row if it serves this stage, else the first that suits the problem.
 Status choose(Stage stage, const ConvBnParams& params, const DeviceInfo& device, const std::string& forced,
               const Kernel** chosen) {
   *chosen = nullptr;
@@ -54,7 +54,8 @@ Status choose(Stage stage, const ConvBnParams& params, const DeviceInfo& device,
     if (forced == kernel.name && !usable(kernel, params, device))
       return Status::error("kernel " + forced + " does not support this problem or this machine (" +
                            name_of(device.isa) + ")");
-    if (forced == kernel.name || (*chosen == nullptr && usable(kernel, params, device))) *chosen = &kernel;
+    if (forced == kernel.name || (*chosen == nullptr && usable(kernel, params, device) && kernel.suits(params)))
+      *chosen = &kernel;
   }
   return *chosen ? Status{} : Status::error(std::string("no kernel for stage ") + name_of(stage));
 }

@@ -158,9 +158,8 @@ void forward_channel(const Problem& problem, const ForwardBuffers& b, int64_t k)
   const double old_mean = load<Stat>(b.moving_mean, k), old_variance = load<Stat>(b.moving_variance, k);
   Moments used{old_mean, old_variance}, updated = used;
   if (uses_batch_statistics(p)) {
-    for_each_pixel(p, [&](int64_t n, int64_t h, int64_t w) {
-      store<T>(z_at(n, h, w), b.conv_out, problem.output(n, h, w, k));
-    });
+    for_each_pixel(
+        p, [&](int64_t n, int64_t h, int64_t w) { store<T>(z_at(n, h, w), b.conv_out, problem.output(n, h, w, k)); });
     used = batch_moments<T>(problem, b.conv_out, k);
     updated.mean = p.momentum * old_mean + (1 - p.momentum) * used.mean;
     updated.variance = p.momentum * old_variance + (1 - p.momentum) * used.variance * variance_correction(p);
@@ -191,7 +190,7 @@ Status forward(const ConvBnParams& p, const ForwardBuffers& b) {
 // Zeros in double precision; empty() after a failed allocation.
 class Scratch {
  public:
-  explicit Scratch(int64_t size) : size_(size), data_(new (std::nothrow) double[std::max<int64_t>(size, 1)]()) {}
+  explicit Scratch(int64_t size) : size_(size), data_(new(std::nothrow) double[std::max<int64_t>(size, 1)]()) {}
   bool empty() const { return data_ == nullptr; }
   double& operator[](int64_t i) { return data_[i]; }
   template <class T>
@@ -233,8 +232,7 @@ template <class T>
 double argument_gradient(const ConvBnParams& p, const BackwardBuffers& b, const Channel& channel, double xhat,
                          int64_t at) {
   const double dy = load<T>(b.output_gradient, at);
-  if (needs_output(p))
-    return dy * derivative_of_output_function(p.activation, AllActivations{})(load<T>(b.output, at));
+  if (needs_output(p)) return dy * derivative_of_output_function(p.activation, AllActivations{})(load<T>(b.output, at));
   const double residual = needs_residual(p) ? load<T>(b.residual, at) : 0;
   return dy * derivative_function(p.activation, AllActivations{})(channel.gamma * xhat + channel.beta + residual);
 }

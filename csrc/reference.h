@@ -1,5 +1,5 @@
-// The naive implementation: plain loops, double accumulation, every problem that validate() accepts. The last row of the
-// dispatch table, and the oracle of the fast rows.
+// The naive implementation: plain loops, double accumulation, every problem that validate() accepts. The last row of
+// the dispatch table, and the oracle of the fast rows.
 #pragma once
 
 #include "conv_bn.h"

@@ -28,9 +28,7 @@ std::string text(const std::array<int64_t, N>& values) {
   return result + "]";
 }
 
-Status require(bool condition, const std::string& message) {
-  return condition ? Status{} : Status::error(message);
-}
+Status require(bool condition, const std::string& message) { return condition ? Status{} : Status::error(message); }
 
 // Before sums of them are taken.
 Status check_sizes(const std::array<int64_t, 4>& inputs_shape) {
@@ -50,8 +48,9 @@ Status check_steps(const char* name, int64_t height, int64_t width) {
 Status check_padding(int64_t top, int64_t bottom, int64_t left, int64_t right) {
   for (int64_t pad : {top, bottom, left, right})
     if (pad < 0 || pad > kMaxElements)
-      return Status::error("padding must be [(top, bottom), (left, right)] with no negative value and none over 2^48. Received: [(" +
-                           text(top) + ", " + text(bottom) + "), (" + text(left) + ", " + text(right) + ")]");
+      return Status::error(
+          "padding must be [(top, bottom), (left, right)] with no negative value and none over 2^48. Received: [(" +
+          text(top) + ", " + text(bottom) + "), (" + text(left) + ", " + text(right) + ")]");
   return Status{};
 }
 
@@ -60,12 +59,16 @@ Status check_channels(const ConvArguments& a, int64_t channels) {
   const std::string got = " Received: filters of shape " + text(a.filters_shape) + ", inputs of shape " +
                           text(a.inputs_shape) + " with " + text(channels) + " channels";
   for (int64_t size : a.filters_shape)
-    if (size < 1) return Status::error("filters must be [height, width, in_channels / groups, out_channels], each at least 1." + got);
+    if (size < 1)
+      return Status::error("filters must be [height, width, in_channels / groups, out_channels], each at least 1." +
+                           got);
   if (channels < 1) return Status::error("inputs must have at least 1 channel." + got);
   if (channels % per_group != 0)
-    return Status::error("filters.shape[2] must divide the number of channels of inputs (their quotient is the number of groups)." + got);
-  return require(out % (channels / per_group) == 0,
-                 "filters.shape[3] must be a multiple of the number of groups, " + text(channels / per_group) + "." + got);
+    return Status::error(
+        "filters.shape[2] must divide the number of channels of inputs (their quotient is the number of groups)." +
+        got);
+  return require(out % (channels / per_group) == 0, "filters.shape[3] must be a multiple of the number of groups, " +
+                                                        text(channels / per_group) + "." + got);
 }
 
 void pad(Padding padding, int64_t in, int64_t filter, int64_t stride, int64_t dilation, const int64_t* explicit_pads,
@@ -114,12 +117,14 @@ Status resolve(const ConvArguments& a, ConvBnParams* p) {
                          text(a.filters_shape) + ", dilations " + text(a.dilations));
   const auto& pads = a.explicit_padding;
   if (Status s = check_padding(pads[0], pads[1], pads[2], pads[3]); !s.ok()) return s;
-  pad(a.padding, p->in_height, p->filter_height, p->stride_height, p->dilation_height, &pads[0],
-      &p->pad_top, &p->pad_bottom);
-  pad(a.padding, p->in_width, p->filter_width, p->stride_width, p->dilation_width, &pads[2],
-      &p->pad_left, &p->pad_right);
-  p->out_height = output_size(p->in_height, p->filter_height, p->stride_height, p->dilation_height, p->pad_top, p->pad_bottom);
-  p->out_width = output_size(p->in_width, p->filter_width, p->stride_width, p->dilation_width, p->pad_left, p->pad_right);
+  pad(a.padding, p->in_height, p->filter_height, p->stride_height, p->dilation_height, &pads[0], &p->pad_top,
+      &p->pad_bottom);
+  pad(a.padding, p->in_width, p->filter_width, p->stride_width, p->dilation_width, &pads[2], &p->pad_left,
+      &p->pad_right);
+  p->out_height =
+      output_size(p->in_height, p->filter_height, p->stride_height, p->dilation_height, p->pad_top, p->pad_bottom);
+  p->out_width =
+      output_size(p->in_width, p->filter_width, p->stride_width, p->dilation_width, p->pad_left, p->pad_right);
   return validate(*p);
 }
 
@@ -146,13 +151,24 @@ Status validate(const ConvBnParams& p) {
     return Status::error("epsilon must be a finite number, at least 0. Received: " + std::to_string(p.epsilon));
   if (!(p.momentum >= 0 && p.momentum <= 1))
     return Status::error("momentum must be a number from 0 to 1. Received: " + std::to_string(p.momentum));
-  if (p.algorithm == Algorithm::kWinograd2 || p.algorithm == Algorithm::kWinograd4)
-    return Status::error("algorithm must be \"auto\" or \"direct\"; Winograd kernels are not there yet. Received: " +
-                         std::string(p.algorithm == Algorithm::kWinograd2 ? "\"winograd2\"" : "\"winograd4\""));
+  if (p.algorithm == Algorithm::kWinograd4)
+    return Status::error(
+        "algorithm must be \"auto\", \"direct\" or \"winograd2\"; F(4x4) kernels are not there yet. Received: "
+        "\"winograd4\"");
+  if (p.algorithm == Algorithm::kWinograd2 && !winograd2_applies(p))
+    return Status::error(
+        "algorithm must be \"auto\" or \"direct\" unless the filters are 3x3 with strides, dilations and groups of 1. "
+        "Received: \"winograd2\", " +
+        sizes + ", " + text(p.groups) + " groups");
   if (p.save != Save::kConv)
     return Status::error("save must be \"conv\"; the other modes are not there yet. Received: " +
                          std::string(p.save == Save::kBFloat16 ? "\"bfloat16\"" : "\"recompute\""));
   return Status{};
+}
+
+bool winograd2_applies(const ConvBnParams& p) {
+  return p.filter_height == 3 && p.filter_width == 3 && p.stride_height == 1 && p.stride_width == 1 &&
+         p.dilation_height == 1 && p.dilation_width == 1 && p.groups == 1;
 }
 
 std::array<int64_t, 4> output_shape(const ConvBnParams& p) {

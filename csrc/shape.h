@@ -23,8 +23,8 @@ struct ConvArguments {
 // (before, after) of SAME: the output has ceil(in / stride) elements and the odd element of padding goes behind.
 std::pair<int64_t, int64_t> same_padding(int64_t in, int64_t filter, int64_t stride, int64_t dilation);
 
-// The number of window positions, as TensorFlow counts them: 0 where the dilated filter exceeds the padded input by less
-// than two strides, negative (an error) where it exceeds it by more.
+// The number of window positions, as TensorFlow counts them: 0 where the dilated filter exceeds the padded input by
+// less than two strides, negative (an error) where it exceeds it by more.
 int64_t output_size(int64_t in, int64_t filter, int64_t stride, int64_t dilation, int64_t pad_before,
                     int64_t pad_after);
 
@@ -34,6 +34,9 @@ Status resolve(const ConvArguments& arguments, ConvBnParams* params);
 
 // Checks everything that resolve() set and the other fields; plan_*() begins with it.
 Status validate(const ConvBnParams& params);
+
+// Whether Winograd's F(2x2, 3x3) can compute the problem.
+bool winograd2_applies(const ConvBnParams& params);
 
 // Shape of the output in the order of data_format.
 std::array<int64_t, 4> output_shape(const ConvBnParams& params);

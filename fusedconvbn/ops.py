@@ -57,6 +57,9 @@ def fused_conv_bn(
     the returned ones. It has gradients with respect to every tensor argument but `training`, also through the returned
     moving statistics. Arguments may be tensors, variables, or whatever converts to a tensor.
 
+    Where XLA compiles (`jit_compile=True`), stock ops that compute the same take the op's place. A function that was
+    traced before, elsewhere, contains the op, and XLA refuses it: "Detected unsupported operations".
+
     Args:
         inputs: `[N, H, W, C]`, or `[N, C, H, W]` for "NCHW"; float16, bfloat16, float32 or float64.
         filters: `[kh, kw, C / groups, K]`, the dtype of `inputs`. `C / filters.shape[2]` is the number of groups.
@@ -76,7 +79,8 @@ def fused_conv_bn(
         activation: None, "relu", "relu6", "leaky_relu" (slope 0.2), "elu" (alpha 1), "silu", "hard_swish" or "gelu"
             (the exact one).
         training: A bool, or a scalar bool tensor, which decides when the op runs.
-        algorithm: "auto" or "direct"; "winograd2" and "winograd4" have no kernels yet.
+        algorithm: "auto", "direct", or "winograd2" for 3x3 filters with strides, dilations and groups of 1;
+            "winograd4" has no kernels yet.
         save: What training keeps for the gradient: "conv", the convolution's result; "bfloat16" and "recompute" have no
             kernels yet.
         name: Of the op.

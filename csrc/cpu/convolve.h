@@ -1,7 +1,7 @@
 // The direct convolution: packed filters, a table of pointers for each block of positions, register tiles.
 //
 // One dense or depthwise convolution of any windows; forward and the gradient by the input are both made of it. What
-// becomes of a tile while it is hot in L1 is the caller's: emit(tile, first, rows, channel, cols, worker).
+// becomes of a tile while it is hot in L1 is the caller's TileEpilogue.
 #pragma once
 
 #include <algorithm>
@@ -25,6 +25,21 @@ struct FilterLayout {
   int64_t group_stride, depth_stride, column_stride;
 };
 
+// A block's outputs of a few channels: consecutive pixels as rows.
+template <class C>
+struct Tile {
+  C* data;
+  int64_t ld, first, rows, channel, cols;
+  int64_t block;  // of blocks()
+  int worker;
+};
+
+template <class C>
+struct TileEpilogue {
+  std::function<void(const Tile<C>&)> emit;    // for each run of consecutive pixels
+  std::function<void(const Tile<C>&)> finish;  // may be empty; for the rows of all the block's runs at once
+};
+
 // Channels of a convolution. A depthwise one multiplies element by element: one group, depth = cols = its channels.
 struct Channels {
   bool depthwise;
@@ -34,8 +49,6 @@ struct Channels {
 template <class C>
 class Convolution {
  public:
-  using Emit = std::function<void(C* tile, int64_t first, int64_t rows, int64_t channel, int64_t cols, int worker)>;
-
   // `storage` is that of the filters.
   Convolution(const ComputeKernels<C>& kernels, const Storage<C>& storage, const Image<C>& source,
               const Windows& windows, const Channels& channels)
@@ -59,6 +72,9 @@ class Convolution {
     std::vector<typename WindowReader<C>::Scratch> reader;
   };
 
+  int64_t blocks() const { return ceil_div(windows_.positions(), kBlockRows); }
+  int64_t block_pixels(int64_t block) const { return std::min(kBlockRows, windows_.positions() - block * kBlockRows); }
+
   Scratch carve(Arena* arena, int workers) const {
     Scratch s;
     s.filters = arena->take<C>(panels() * panel_elements());
@@ -70,18 +86,19 @@ class Convolution {
     return s;
   }
 
-  void run(const FilterLayout& filters, const Scratch& s, ParallelFor* parallel, const Emit& emit) const {
+  void run(const FilterLayout& filters, const Scratch& s, ParallelFor* parallel,
+           const TileEpilogue<C>& epilogue) const {
     if (windows_.positions() == 0) return;
     std::fill(s.zeros, s.zeros + reader_.zero_elements(), C(0));
     parallel->run(panels(), [&](int64_t panel, int) { pack(filters, panel, s.filters + panel * panel_elements()); });
 
-    const int64_t blocks = ceil_div(windows_.positions(), kBlockRows), block_tasks = ceil_div(blocks, blocks_in_task_);
+    const int64_t block_tasks = ceil_div(blocks(), blocks_in_task_);
     // Few blocks: tasks of fewer panels, so that every thread has several.
     const int64_t panel_tasks = std::min(panels(), ceil_div(4 * parallel->threads(), block_tasks));
     parallel->run(block_tasks * panel_tasks, [&](int64_t task, int worker) {
       const int64_t block = task / panel_tasks * blocks_in_task_, share = task % panel_tasks;
-      run_task(block, std::min(block + blocks_in_task_, blocks), share * panels() / panel_tasks,
-               (share + 1) * panels() / panel_tasks, s, worker, emit);
+      run_task(block, std::min(block + blocks_in_task_, blocks()), share * panels() / panel_tasks,
+               (share + 1) * panels() / panel_tasks, s, worker, epilogue);
     });
   }
 
@@ -105,7 +122,7 @@ class Convolution {
   }
 
   void run_task(int64_t block, int64_t block_end, int64_t panel_begin, int64_t panel_end, const Scratch& s, int worker,
-                const Emit& emit) const {
+                const TileEpilogue<C>& epilogue) const {
     const int64_t begin = block * kBlockRows, end = std::min(block_end * kBlockRows, windows_.positions());
     const auto& scratch = s.reader[worker];
     reader_.stage(begin, end - begin, scratch);
@@ -116,7 +133,10 @@ class Convolution {
         const int64_t group = panel / panels_in_group(), column = panel % panels_in_group() * kernels_.panel;
         const int64_t cols = std::min(kernels_.panel, cols_ - column);
         multiply(scratch, rows, group, column, cols, s.filters + panel * panel_elements(), s.tile[worker]);
-        emit(s.tile[worker], first, rows, group * cols_ + column, cols, worker);
+        const Tile<C> tile{s.tile[worker], kernels_.panel,     first, rows, group * cols_ + column,
+                           cols,           first / kBlockRows, worker};
+        epilogue.emit(tile);
+        if (epilogue.finish) epilogue.finish(tile);
       }
     }
   }

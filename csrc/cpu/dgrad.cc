@@ -1,25 +1,26 @@
 // The gradient by the inputs.
 //
-// Input line h takes part in output line i through filter line k where h = i stride - pad + k dilation. All lines of one
-// phase h mod stride read the same filter lines, at i = h / stride + (phase + pad - k dilation) / stride: so each phase
-// (in both dimensions) is a stride-1 convolution of conv_grad with the transposed filters of its taps.
+// Input line h takes part in output line i through filter line k where h = i stride - pad + k dilation. All lines of
+// one phase h mod stride read the same filter lines, at i = h / stride + (phase + pad - k dilation) / stride: so each
+// phase (in both dimensions) is a stride-1 convolution of conv_grad with the transposed filters of its taps.
 #include <algorithm>
 
 #include "compute_type.h"
 #include "convolve.h"
 #include "stages.h"
+#include "winograd.h"
 
 namespace fusedconvbn {
 namespace {
 
-// The filter positions of a phase, each with its offset in source pixels.
+// The filter positions of a phase, each with its offset in source pixels, in the order of the offsets.
 struct PhaseTap {
   int64_t index, offset;
 };
 
 std::vector<PhaseTap> phase_taps(int64_t phase, int64_t filter, int64_t stride, int64_t dilation, int64_t pad) {
   std::vector<PhaseTap> taps;
-  for (int64_t k = 0; k < filter; ++k) {
+  for (int64_t k = filter - 1; k >= 0; --k) {
     const int64_t distance = phase + pad - k * dilation;
     if (distance % stride == 0) taps.push_back({k, distance / stride});
   }
@@ -39,7 +40,8 @@ Image<C> phase_image(const void* data, const Storage<C>& storage, const ConvBnPa
   return Image<C>(data ? static_cast<const char*>(data) + element * storage.element_bytes : nullptr, storage, grid);
 }
 
-template <class C>
+// Conv: Convolution, or WinogradConvolution for the one phase of stride 1.
+template <class C, template <class> class Conv>
 class Phase {
  public:
   Phase(const KernelSet& set, const ConvBnParams& p, const void* conv_grad, const void* d_inputs, int64_t height,
@@ -60,10 +62,9 @@ class Phase {
     Arena arena(scratch);
     const FilterLayout transposed{filters, tap_offset_, p_.group_out(), 1, p_.out_channels};
     const FilterLayout depthwise{filters, tap_offset_, 0, 0, 1};
+    const auto emit = [this](const Tile<C>& t) { output_.write(t.first, t.rows, t.channel, t.cols, {t.data, t.ld}); };
     convolution_.run(is_depthwise(p_) ? depthwise : transposed, convolution_.carve(&arena, workers), parallel,
-                     [this](C* tile, int64_t first, int64_t rows, int64_t channel, int64_t cols, int) {
-                       output_.write(first, rows, channel, cols, {tile, k_.panel});
-                     });
+                     {emit, nullptr});
   }
 
  private:
@@ -92,7 +93,7 @@ class Phase {
   Storage<C> storage_;
   Image<C> output_;
   std::vector<int64_t> tap_offset_;
-  Convolution<C> convolution_;
+  Conv<C> convolution_;
 };
 
 // The phases of one dimension that have taps, and phase 0, whose image is the largest: the others need no more memory.
@@ -107,28 +108,41 @@ std::vector<int64_t> distinct_phases(int64_t in, int64_t filter, int64_t stride,
   return phases;
 }
 
-}  // namespace
-
-size_t dgrad_scratch(const KernelSet& set, const ConvBnParams& p, const DeviceInfo& device) {
+template <template <class> class Conv>
+size_t scratch_of(const KernelSet& set, const ConvBnParams& p, const DeviceInfo& device) {
   return with_compute_type(p.dtype, [&](auto c) {
     size_t bytes = 0;
     for (int64_t h : distinct_phases(p.in_height, p.filter_height, p.stride_height, p.dilation_height, p.pad_top))
       for (int64_t w : distinct_phases(p.in_width, p.filter_width, p.stride_width, p.dilation_width, p.pad_left))
-        bytes = std::max(bytes, Phase<decltype(c)>(set, p, nullptr, nullptr, h, w).scratch_bytes(device.threads));
+        bytes = std::max(bytes, Phase<decltype(c), Conv>(set, p, nullptr, nullptr, h, w).scratch_bytes(device.threads));
     return bytes;
   });
 }
 
-Status run_dgrad(const KernelSet& set, const StageCall& call) {
+template <template <class> class Conv>
+Status run_with(const KernelSet& set, const StageCall& call) {
   if (call.backward->d_inputs == nullptr) return Status{};
   const ConvBnParams& p = call.params;
   with_compute_type(p.dtype, [&](auto c) {
     for (int64_t h = 0; h < std::min(p.stride_height, p.in_height); ++h)
       for (int64_t w = 0; w < std::min(p.stride_width, p.in_width); ++w)
-        Phase<decltype(c)>(set, p, call.conv_grad, call.backward->d_inputs, h, w)
+        Phase<decltype(c), Conv>(set, p, call.conv_grad, call.backward->d_inputs, h, w)
             .run(call.backward->filters, call.device.threads, call.scratch, call.parallel);
   });
   return Status{};
+}
+
+}  // namespace
+
+size_t dgrad_direct_scratch(const KernelSet& set, const ConvBnParams& p, const DeviceInfo& device) {
+  return scratch_of<Convolution>(set, p, device);
+}
+size_t dgrad_winograd2_scratch(const KernelSet& set, const ConvBnParams& p, const DeviceInfo& device) {
+  return scratch_of<WinogradConvolution>(set, p, device);
+}
+Status run_dgrad_direct(const KernelSet& set, const StageCall& call) { return run_with<Convolution>(set, call); }
+Status run_dgrad_winograd2(const KernelSet& set, const StageCall& call) {
+  return run_with<WinogradConvolution>(set, call);
 }
 
 }  // namespace fusedconvbn

@@ -1,6 +1,7 @@
 #include "dispatch.h"
 
 #include "../reference.h"
+#include "../shape.h"
 #include "kernels.h"
 #include "stages.h"
 
@@ -8,6 +9,16 @@ namespace fusedconvbn {
 namespace {
 
 bool any_problem(const ConvBnParams&) { return true; }
+
+// Where the transforms cost less than the products they save: F(2x2) has 2.25 times fewer.
+bool suits_winograd(const ConvBnParams& p, int64_t height, int64_t width) {
+  constexpr int64_t kMinChannels = 32, kMinPixels = 192;
+  if (p.algorithm != Algorithm::kAuto) return p.algorithm == Algorithm::kWinograd2;
+  return p.in_channels >= kMinChannels && p.out_channels >= kMinChannels && p.batch * height * width >= kMinPixels;
+}
+bool forward_winograd2(const ConvBnParams& p) { return suits_winograd(p, p.out_height, p.out_width); }
+bool dgrad_winograd2(const ConvBnParams& p) { return suits_winograd(p, p.in_height, p.in_width); }
+
 size_t no_scratch(const ConvBnParams&, const DeviceInfo&) { return 0; }
 
 Status run_forward_reference(const StageCall& call) { return reference_forward(call.params, *call.forward); }
@@ -28,13 +39,22 @@ Status run_with(const StageCall& call) {
 
 }  // namespace
 
-// One row a stage and instruction set. is_depthwise problems take the depthwise kernels of the same row's set.
-#define FCB_ROW(stage, Stage_, isa, Isa_)                                                        \
-  {#stage "_direct_" #isa, Stage::Stage_, Isa::k##Isa_, any_problem,                             \
-   scratch_with<&kKernels##Isa_, stage##_scratch>, run_with<&kKernels##Isa_, run_##stage>}
-#define FCB_ROWS(isa, Isa_)                                                          \
-  FCB_ROW(forward, kForward, isa, Isa_), FCB_ROW(reduce, kReduce, isa, Isa_), \
-      FCB_ROW(dgrad, kDgrad, isa, Isa_), FCB_ROW(wgrad, kWgrad, isa, Isa_)
+// One row an algorithm of a stage and instruction set, in order of preference.
+#define FCB_ROW(name, stage, supports, suits, isa, Isa_) \
+  {#name "_" #isa,                                       \
+   Stage::stage,                                         \
+   Isa::k##Isa_,                                         \
+   supports,                                             \
+   suits,                                                \
+   scratch_with<&kKernels##Isa_, name##_scratch>,        \
+   run_with<&kKernels##Isa_, run_##name>}
+#define FCB_ROWS(isa, Isa_)                                                              \
+  FCB_ROW(forward_winograd2, kForward, winograd2_applies, forward_winograd2, isa, Isa_), \
+      FCB_ROW(forward_direct, kForward, any_problem, any_problem, isa, Isa_),            \
+      FCB_ROW(reduce_direct, kReduce, any_problem, any_problem, isa, Isa_),              \
+      FCB_ROW(dgrad_winograd2, kDgrad, winograd2_applies, dgrad_winograd2, isa, Isa_),   \
+      FCB_ROW(dgrad_direct, kDgrad, any_problem, any_problem, isa, Isa_),                \
+      FCB_ROW(wgrad_direct, kWgrad, any_problem, any_problem, isa, Isa_)
 
 const std::vector<Kernel>& kernel_table() {
   static const std::vector<Kernel> table = {
@@ -43,8 +63,10 @@ const std::vector<Kernel>& kernel_table() {
       FCB_ROWS(avx2, Avx2),
 #endif
       FCB_ROWS(generic, Generic),
-      {"forward_reference", Stage::kForward, Isa::kGeneric, any_problem, no_scratch, run_forward_reference},
-      {"backward_reference", Stage::kBackward, Isa::kGeneric, any_problem, no_scratch, run_backward_reference},
+      {"forward_reference", Stage::kForward, Isa::kGeneric, any_problem, any_problem, no_scratch,
+       run_forward_reference},
+      {"backward_reference", Stage::kBackward, Isa::kGeneric, any_problem, any_problem, no_scratch,
+       run_backward_reference},
   };
   return table;
 }

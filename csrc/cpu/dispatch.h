@@ -18,9 +18,9 @@ struct StageCall {
   const DeviceInfo& device;
   const ForwardBuffers* forward = nullptr;
   const BackwardBuffers* backward = nullptr;
-  const void* conv_out = nullptr;   // backward: z, data type, shape of output
-  void* conv_grad = nullptr;        // backward: gradient of z, compute type [N,OH,OW,K] whatever the data format
-  char* scratch = nullptr;          // the stage's own workspace
+  const void* conv_out = nullptr;  // backward: z, data type, shape of output
+  void* conv_grad = nullptr;       // backward: gradient of z, compute type [N,OH,OW,K] whatever the data format
+  char* scratch = nullptr;         // the stage's own workspace
   ParallelFor* parallel = nullptr;
 };
 
@@ -28,7 +28,8 @@ struct Kernel {
   const char* name;  // stage_algorithm_isa
   Stage stage;
   Isa isa;
-  bool (*supports)(const ConvBnParams&);
+  bool (*supports)(const ConvBnParams&);  // can compute it
+  bool (*suits)(const ConvBnParams&);     // is to be chosen for it where nobody forces a row
   size_t (*scratch_bytes)(const ConvBnParams&, const DeviceInfo&);
   Status (*run)(const StageCall&);
 };

@@ -6,11 +6,13 @@
 #include "convolve.h"
 #include "stages.h"
 #include "statistics.h"
+#include "winograd.h"
 
 namespace fusedconvbn {
 namespace {
 
-template <class C>
+// Conv: Convolution or WinogradConvolution.
+template <class C, template <class> class Conv>
 class Forward {
  public:
   // With empty buffers and a null scratch it only measures.
@@ -26,7 +28,7 @@ class Forward {
         convolution_(k_, storage_, Image<C>(buffers.inputs, storage_, input_grid(p)), forward_windows(p), channels(p)) {
     Arena arena(scratch);
     scale_ = arena.take<C>(p.out_channels);
-    if (p.training) moments_ = BlockMoments<C>::carve(&arena, ceil_div(p.pixels(), kBlockRows), p.out_channels);
+    if (p.training) moments_ = BlockMoments<C>::carve(&arena, convolution_.blocks(), p.out_channels);
     for (int w = 0; w < device.threads; ++w) {
       z_.push_back(arena.take<C>(kBlockRows * columns()));
       extra_.push_back(arena.take<C>(kBlockRows * columns()));
@@ -39,29 +41,30 @@ class Forward {
 
   void infer(ParallelFor* parallel) const {
     keep_moving_statistics();
-    convolve(parallel, [this](C* tile, int64_t first, int64_t rows, int64_t channel, int64_t cols, int worker) {
-      normalize({tile, k_.panel}, {tile, k_.panel}, first, rows, channel, cols, worker);
-    });
+    convolve(parallel, {[this](const Tile<C>& t) { normalize({t.data, t.ld}, t); }, nullptr});
   }
 
   // Without pixels there is nothing to learn: the moving statistics stay.
   void train(ParallelFor* parallel) const {
     if (p_.pixels() == 0) return keep_moving_statistics();
-    convolve(parallel, [this](C* tile, int64_t first, int64_t rows, int64_t channel, int64_t cols, int worker) {
-      conv_out_.write(first, rows, channel, cols, {tile, k_.panel});
-      Block<C> z{tile, k_.panel};  // the statistics are those of z as stored
-      if (conv_out_.rounds()) z = conv_out_.read(first, rows, channel, cols, z_[worker]);
-      const int64_t at = first / kBlockRows * p_.out_channels + channel;
-      k_.moments(z.data, z.ld, rows, cols, moments_.mean + at, moments_.squares + at);
-    });
+    const auto save = [this](const Tile<C>& t) {
+      conv_out_.write(t.first, t.rows, t.channel, t.cols, {t.data, t.ld});
+      // The statistics are those of z as stored.
+      if (conv_out_.rounds()) conv_out_.copy(t.first, t.rows, t.channel, t.cols, {t.data, t.ld});
+    };
+    const auto measure = [this](const Tile<C>& t) {
+      const int64_t at = t.block * p_.out_channels + t.channel;
+      k_.moments(t.data, t.ld, t.rows, t.cols, moments_.mean + at, moments_.squares + at);
+    };
+    convolve(parallel, {save, measure});
     parallel->run(ceil_div(p_.out_channels, kChannelChunk), [&](int64_t chunk, int) { learn(chunk * kChannelChunk); });
     normalize_all(parallel);
   }
 
   void recompute(ParallelFor* parallel) const {
-    convolve(parallel, [this](C* tile, int64_t first, int64_t rows, int64_t channel, int64_t cols, int) {
-      conv_out_.write(first, rows, channel, cols, {tile, k_.panel});
-    });
+    convolve(
+        parallel,
+        {[this](const Tile<C>& t) { conv_out_.write(t.first, t.rows, t.channel, t.cols, {t.data, t.ld}); }, nullptr});
   }
 
  private:
@@ -72,10 +75,10 @@ class Forward {
 
   int64_t columns() const { return std::max(kChannelChunk, k_.panel); }  // of a block in scratch
 
-  void convolve(ParallelFor* parallel, const typename Convolution<C>::Emit& emit) const {
+  void convolve(ParallelFor* parallel, const TileEpilogue<C>& epilogue) const {
     FilterLayout filters{b_.filters, {}, p_.group_out(), p_.out_channels, 1};
     for (int64_t t = 0; t < p_.taps(); ++t) filters.tap_offset.push_back(t * p_.group_in() * p_.out_channels);
-    convolution_.run(filters, convolution_scratch_, parallel, emit);
+    convolution_.run(filters, convolution_scratch_, parallel, epilogue);
   }
 
   void keep_moving_statistics() const {
@@ -96,7 +99,9 @@ class Forward {
   void learn(int64_t begin) const {
     double mean[kChannelChunk], squares[kChannelChunk];
     const int64_t end = std::min(begin + kChannelChunk, p_.out_channels);
-    merge_moments(moments_, p_.pixels(), p_.out_channels, begin, end, mean, squares);
+    merge_moments(
+        moments_, convolution_.blocks(), [this](int64_t block) { return convolution_.block_pixels(block); },
+        p_.out_channels, begin, end, mean, squares);
     for (int64_t c = begin; c < end; ++c) {
       const double variance = squares[c - begin] / static_cast<double>(p_.pixels());
       static_cast<C*>(b_.batch_mean)[c] = static_cast<C>(mean[c - begin]);
@@ -120,20 +125,20 @@ class Forward {
       const int64_t rows = std::min(kBlockRows, p_.pixels() - first);
       const int64_t cols = std::min(width, p_.out_channels - channel);
       const Block<C> z = conv_out_.read(first, rows, channel, cols, z_[worker]);
-      normalize(z, {z_[worker], cols}, first, rows, channel, cols, worker);
+      normalize(z, {z_[worker], cols, first, rows, channel, cols, 0, worker});
     });
   }
 
-  // output = activation((z - mean) * scale + beta + residual), computed in `scratch` where it cannot be in place.
-  void normalize(const Block<C>& z, const Block<C>& scratch, int64_t first, int64_t rows, int64_t channel, int64_t cols,
-                 int worker) const {
+  // output = activation((z - mean) * scale + beta + residual), computed in the tile where it cannot be in place.
+  void normalize(const Block<C>& z, const Tile<C>& t) const {
     Block<C> extra{nullptr, 0};
-    if (residual_.present()) extra = residual_.read(first, rows, channel, cols, extra_[worker]);
-    const Block<C> y = output_.target(first, channel, scratch);
-    k_.affine[static_cast<int>(p_.activation)](
-        {z.data, z.ld, extra.data, extra.ld, y.data, y.ld, rows, cols, static_cast<const C*>(b_.batch_mean) + channel,
-         scale_ + channel, static_cast<const C*>(b_.beta) + channel, output_.streams(channel, cols)});
-    output_.write(first, rows, channel, cols, y);
+    if (residual_.present()) extra = residual_.read(t.first, t.rows, t.channel, t.cols, extra_[t.worker]);
+    const Block<C> y = output_.target(t.first, t.channel, {t.data, t.ld});
+    k_.affine[static_cast<int>(p_.activation)]({z.data, z.ld, extra.data, extra.ld, y.data, y.ld, t.rows, t.cols,
+                                                static_cast<const C*>(b_.batch_mean) + t.channel, scale_ + t.channel,
+                                                static_cast<const C*>(b_.beta) + t.channel,
+                                                output_.streams(t.channel, t.cols)});
+    output_.write(t.first, t.rows, t.channel, t.cols, y);
   }
 
   const ConvBnParams& p_;
@@ -141,11 +146,11 @@ class Forward {
   const ComputeKernels<C>& k_;
   Storage<C> storage_;
   Image<C> conv_out_, output_, residual_;
-  Convolution<C> convolution_;
+  Conv<C> convolution_;
   C* scale_;
   BlockMoments<C> moments_{};
   std::vector<C*> z_, extra_;  // a worker's [kBlockRows][columns()]
-  typename Convolution<C>::Scratch convolution_scratch_;
+  typename Conv<C>::Scratch convolution_scratch_;
   size_t scratch_bytes_;
 };
 
@@ -159,17 +164,16 @@ ForwardBuffers forward_buffers(const StageCall& call) {
   return buffers;
 }
 
-}  // namespace
-
-size_t forward_scratch(const KernelSet& set, const ConvBnParams& p, const DeviceInfo& device) {
-  return with_compute_type(p.dtype, [&](auto c) {
-    return Forward<decltype(c)>(set, p, device, {}, nullptr).scratch_bytes();
-  });
+template <template <class> class Conv>
+size_t scratch_of(const KernelSet& set, const ConvBnParams& p, const DeviceInfo& device) {
+  return with_compute_type(
+      p.dtype, [&](auto c) { return Forward<decltype(c), Conv>(set, p, device, {}, nullptr).scratch_bytes(); });
 }
 
-Status run_forward(const KernelSet& set, const StageCall& call) {
+template <template <class> class Conv>
+Status run_with(const KernelSet& set, const StageCall& call) {
   with_compute_type(call.params.dtype, [&](auto c) {
-    const Forward<decltype(c)> forward(set, call.params, call.device, forward_buffers(call), call.scratch);
+    const Forward<decltype(c), Conv> forward(set, call.params, call.device, forward_buffers(call), call.scratch);
     if (call.backward)
       forward.recompute(call.parallel);
     else if (call.params.training)
@@ -178,6 +182,19 @@ Status run_forward(const KernelSet& set, const StageCall& call) {
       forward.infer(call.parallel);
   });
   return Status{};
+}
+
+}  // namespace
+
+size_t forward_direct_scratch(const KernelSet& set, const ConvBnParams& p, const DeviceInfo& device) {
+  return scratch_of<Convolution>(set, p, device);
+}
+size_t forward_winograd2_scratch(const KernelSet& set, const ConvBnParams& p, const DeviceInfo& device) {
+  return scratch_of<WinogradConvolution>(set, p, device);
+}
+Status run_forward_direct(const KernelSet& set, const StageCall& call) { return run_with<Convolution>(set, call); }
+Status run_forward_winograd2(const KernelSet& set, const StageCall& call) {
+  return run_with<WinogradConvolution>(set, call);
 }
 
 }  // namespace fusedconvbn

@@ -69,7 +69,7 @@ class Image {
 
   // Whether blocks written in place should go past the caches: where the image will not stay in them anyway.
   bool streams(int64_t channel, int64_t cols) const {
-    constexpr int64_t kInCache = 32 << 20, kLine = 64;  // bytes
+    constexpr int64_t kInCache = 8 << 20, kLine = 64;  // bytes
     const auto aligned = [](int64_t bytes) { return bytes % kLine == 0; };
     return direct_ && grid_.pixels() * grid_.pixel_stride * storage_.element_bytes > kInCache &&
            aligned(reinterpret_cast<intptr_t>(data_)) && aligned(grid_.pixel_stride * storage_.element_bytes) &&

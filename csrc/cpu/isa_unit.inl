@@ -23,6 +23,7 @@ namespace {
 
 #include "elementwise.inl"
 #include "storage.inl"
+#include "winograd.inl"
 
 template <int A, class C>
 static constexpr void fill_activation(ComputeKernels<C>* k) {
@@ -51,6 +52,9 @@ static constexpr ComputeKernels<C> compute_kernels() {
   k.outer = outer<C>;
   k.pack_rows = pack_rows<C>;
   k.depthwise_outer = depthwise_outer<C>;
+  k.winograd_window = winograd_window<C>;
+  k.winograd_filter = winograd_filter<C>;
+  k.winograd_output = winograd_output<C>;
   k.moments = moments<C>;
   fill_activation<0>(&k);
   return k;
@@ -62,8 +66,8 @@ static constexpr StorageKernels<C> storage_kernels() {
 }
 
 static constexpr KernelSet kernel_set() {
-  return {compute_kernels<float>(),          compute_kernels<double>(),          storage_kernels<float, float>(),
-          storage_kernels<float, Half>(),    storage_kernels<float, BFloat16>(), storage_kernels<double, double>()};
+  return {compute_kernels<float>(),       compute_kernels<double>(),          storage_kernels<float, float>(),
+          storage_kernels<float, Half>(), storage_kernels<float, BFloat16>(), storage_kernels<double, double>()};
 }
 }  // namespace
 

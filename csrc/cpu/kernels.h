@@ -73,6 +73,11 @@ struct ComputeKernels {
   // sums[taps][cols] += sum over rows of rows[cols] * dz[count][cols], element by element.
   void (*depthwise_outer)(const GatheredRows<C>& rows, const C* dz, int64_t ld_dz, int64_t cols, C* sums);
 
+  // The transforms of Winograd's F(2x2, 3x3), winograd.inl: 16 planes of `plane` elements.
+  void (*winograd_window)(const GatheredRows<C>& rows, C* planes, int64_t ld, int64_t plane);
+  void (*winograd_filter)(const C* filters, int64_t depth, C* planes, int64_t plane);
+  void (*winograd_output)(const C* planes, int64_t plane, int64_t count, int64_t pixels, C* upper, C* lower);
+
   // Of each column: its mean, and the sum of squared deviations from it, in two passes over the block.
   void (*moments)(const C* block, int64_t ld, int64_t rows, int64_t cols, C* mean, C* squares);
   void (*affine[kActivationCount])(const AffineBlock<C>&);

@@ -37,7 +37,9 @@ class Reduce {
         k_(compute_kernels<C>(set)),
         dy_(image(set, buffers.output_gradient)),
         z_(image(set, conv_out)),
-        extra_(image(set, needs_output(p) ? buffers.output : needs_residual(p) ? buffers.residual : nullptr)),
+        extra_(image(set, needs_output(p)     ? buffers.output
+                          : needs_residual(p) ? buffers.residual
+                                              : nullptr)),
         d_residual_(image(set, buffers.d_residual)),
         d_conv_(conv_grad, {{}, sizeof(C), true},
                 image_grid(DataFormat::kNHWC, p.batch, p.out_height, p.out_width, p.out_channels)) {
@@ -112,7 +114,8 @@ class Reduce {
   void finish(int64_t begin) {
     const int64_t end = std::min(begin + kChannelChunk, p_.out_channels);
     for (int64_t c = begin; c < end; ++c) {
-      const double d_beta = sum(sum_du_, c), mean_error = learns() ? sum(sum_z_, c) / static_cast<double>(p_.pixels()) : 0;
+      const double d_beta = sum(sum_du_, c),
+                   mean_error = learns() ? sum(sum_z_, c) / static_cast<double>(p_.pixels()) : 0;
       finish(c, d_beta, (sum(sum_du_z_, c) - mean_error * d_beta) * inv_std_[c], mean_error);
     }
   }
@@ -173,13 +176,13 @@ class Reduce {
 
 }  // namespace
 
-size_t reduce_scratch(const KernelSet& set, const ConvBnParams& p, const DeviceInfo& device) {
+size_t reduce_direct_scratch(const KernelSet& set, const ConvBnParams& p, const DeviceInfo& device) {
   return with_compute_type(p.dtype, [&](auto c) {
     return Reduce<decltype(c)>(set, p, device, {}, nullptr, nullptr, nullptr).scratch_bytes();
   });
 }
 
-Status run_reduce(const KernelSet& set, const StageCall& call) {
+Status run_reduce_direct(const KernelSet& set, const StageCall& call) {
   with_compute_type(call.params.dtype, [&](auto c) {
     Reduce<decltype(c)>(set, call.params, call.device, *call.backward, call.conv_out, call.conv_grad, call.scratch)
         .run(call.parallel);

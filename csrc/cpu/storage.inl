@@ -43,8 +43,7 @@ static void load_block(const void* memory, int64_t pixel_stride, int64_t channel
   for (int64_t r0 = 0; r0 < rows; r0 += 16) {  // 16 pixels by `cols` channels: the block's lines stay in L1
     const int64_t r1 = r0 + 16 < rows ? r0 + 16 : rows;
     for (int64_t c = 0; c < cols; ++c)
-      for (int64_t r = r0; r < r1; ++r)
-        block[r * ld + c] = to_compute(from[r * pixel_stride + c * channel_stride]);
+      for (int64_t r = r0; r < r1; ++r) block[r * ld + c] = to_compute(from[r * pixel_stride + c * channel_stride]);
   }
 }
 
@@ -59,7 +58,6 @@ static void store_block(const C* block, int64_t ld, int64_t rows, int64_t cols, 
   for (int64_t r0 = 0; r0 < rows; r0 += 16) {
     const int64_t r1 = r0 + 16 < rows ? r0 + 16 : rows;
     for (int64_t c = 0; c < cols; ++c)
-      for (int64_t r = r0; r < r1; ++r)
-        to_storage(block[r * ld + c], to + r * pixel_stride + c * channel_stride);
+      for (int64_t r = r0; r < r1; ++r) to_storage(block[r * ld + c], to + r * pixel_stride + c * channel_stride);
   }
 }

@@ -1,4 +1,5 @@
-// The gradient by the filters: d_filters[tap][c][k] = sum over positions of input[position through tap][c] dz[position][k].
+// The gradient by the filters: d_filters[tap][c][k] = sum over positions of input[position through tap][c]
+// dz[position][k].
 //
 // Both operands are packed into panels for a block of positions, then outer products accumulate into tiles. The tiles
 // are split among tasks; where there are few, the positions are too, each range of them with sums of its own, added in
@@ -42,7 +43,8 @@ class FilterGradient {
   void run(int workers, char* scratch, ParallelFor* parallel) {
     carve(scratch, workers);
     std::fill(zeros_, zeros_ + reader_.zero_elements(), C(0));
-    parallel->run(ranges_ * parts_, [&](int64_t task, int worker) { accumulate(task / parts_, task % parts_, worker); });
+    parallel->run(ranges_ * parts_,
+                  [&](int64_t task, int worker) { accumulate(task / parts_, task % parts_, worker); });
     parallel->run(units(), [&](int64_t unit, int) { finish(unit); });
   }
 
@@ -218,15 +220,14 @@ auto with_gradient(const KernelSet& set, const ConvBnParams& p, const BackwardBu
 
 }  // namespace
 
-size_t wgrad_scratch(const KernelSet& set, const ConvBnParams& p, const DeviceInfo& device) {
+size_t wgrad_direct_scratch(const KernelSet& set, const ConvBnParams& p, const DeviceInfo& device) {
   return with_gradient(set, p, {}, nullptr, [&](auto gradient) { return gradient.scratch_bytes(device.threads); });
 }
 
-Status run_wgrad(const KernelSet& set, const StageCall& call) {
+Status run_wgrad_direct(const KernelSet& set, const StageCall& call) {
   if (call.backward->d_filters == nullptr) return Status{};
-  with_gradient(set, call.params, *call.backward, call.conv_grad, [&](auto gradient) {
-    gradient.run(call.device.threads, call.scratch, call.parallel);
-  });
+  with_gradient(set, call.params, *call.backward, call.conv_grad,
+                [&](auto gradient) { gradient.run(call.device.threads, call.scratch, call.parallel); });
   return Status{};
 }
 

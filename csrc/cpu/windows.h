@@ -1,8 +1,8 @@
 // The geometry of a convolution: which source pixel each window position reads through each tap.
 //
-// Forward, its gradient by the input (a phase at a time) and its gradient by the filters all read a source image through
-// windows: position (i, j) reads source pixel (i * step_height + tap.height, j * step_width + tap.width). Pixels outside
-// the image are read from a row of zeros. Kernels then see nothing but a table of pointers.
+// Forward, its gradient by the input (a phase at a time) and its gradient by the filters all read a source image
+// through windows: position (i, j) reads source pixel (i * step_height + tap.height, j * step_width + tap.width).
+// Pixels outside the image are read from a row of zeros. Kernels then see nothing but a table of pointers.
 #pragma once
 
 #include <algorithm>
@@ -40,8 +40,8 @@ inline Windows forward_windows(const ConvBnParams& p) {
 template <class C>
 class WindowReader {
  public:
-  WindowReader(const Image<C>& source, int64_t channels, const Windows& windows, bool may_merge,
-               int64_t table_rows, int64_t stage_rows)
+  WindowReader(const Image<C>& source, int64_t channels, const Windows& windows, bool may_merge, int64_t table_rows,
+               int64_t stage_rows)
       : source_(source), channels_(channels), windows_(windows), table_rows_(table_rows), stage_rows_(stage_rows) {
     for (const Tap& tap : windows.taps) {
       low_ = std::min(low_, tap.height);
@@ -71,8 +71,8 @@ class WindowReader {
   }
   int64_t zero_elements() const { return channels_ * depth_; }
 
-  // Points rows[t][r] at what position first + r reads through tap t, r < count <= table_rows. stage() must have covered
-  // these positions.
+  // Points rows[t][r] at what position first + r reads through tap t, r < count <= table_rows. stage() must have
+  // covered these positions.
   void point(int64_t first, int64_t count, const Scratch& s) const {
     const Grid& grid = source_.grid();
     const int64_t height = grid.height, width = staged_ ? line_pixels() : grid.width;

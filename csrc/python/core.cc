@@ -44,8 +44,8 @@ ConvBnParams make_params(const std::array<int64_t, 4>& inputs_shape, const std::
   p.momentum = momentum;
   p.algorithm = static_cast<Algorithm>(algorithm);
   p.save = static_cast<Save>(save);
-  raise_if(resolve({inputs_shape, filters_shape, strides, dilations, static_cast<Padding>(padding), explicit_padding},
-                   &p));
+  raise_if(
+      resolve({inputs_shape, filters_shape, strides, dilations, static_cast<Padding>(padding), explicit_padding}, &p));
   return p;
 }
 
@@ -138,9 +138,9 @@ void forward(const Plan& plan, const Array& inputs, const Array& filters, const 
 void backward(const Plan& plan, const Array& output_gradient, const Array& moving_mean_gradient,
               const Array& moving_variance_gradient, const Array& inputs, const Array& filters, const Array& gamma,
               const Array& beta, const Array& moving_mean, const Array& moving_variance, const Array& residual,
-              const Array& output, const Array& batch_mean, const Array& inv_std, const Array& conv_out,
-              Array d_inputs, Array d_filters, Array d_gamma, Array d_beta, Array d_moving_mean,
-              Array d_moving_variance, Array d_residual) {
+              const Array& output, const Array& batch_mean, const Array& inv_std, const Array& conv_out, Array d_inputs,
+              Array d_filters, Array d_gamma, Array d_beta, Array d_moving_mean, Array d_moving_variance,
+              Array d_residual) {
   BackwardBuffers b;
   b.output_gradient = read(output_gradient);
   b.moving_mean_gradient = read(moving_mean_gradient);
@@ -168,8 +168,8 @@ void backward(const Plan& plan, const Array& output_gradient, const Array& movin
 
 void define_plan(py::module_* m) {
   py::class_<ConvBnParams>(*m, "Params")
-      .def(py::init(&make_params), py::kw_only(), py::arg("inputs_shape"), py::arg("filters_shape"),
-           py::arg("strides"), py::arg("dilations"), py::arg("padding"), py::arg("explicit_padding"), py::arg("dtype"),
+      .def(py::init(&make_params), py::kw_only(), py::arg("inputs_shape"), py::arg("filters_shape"), py::arg("strides"),
+           py::arg("dilations"), py::arg("padding"), py::arg("explicit_padding"), py::arg("dtype"),
            py::arg("data_format"), py::arg("activation"), py::arg("residual"), py::arg("training"),
            py::arg("unbiased_moving_variance"), py::arg("epsilon"), py::arg("momentum"), py::arg("algorithm"),
            py::arg("save"))
