@@ -7,18 +7,17 @@ PYTHON := $(VENV)/bin/python
 READY := $(VENV)/.ready
 endif
 BOOTSTRAP ?= python3
-JOBS ?= $(shell nproc)
-BUILD := build/inplace
-PIP := $(PYTHON) -m pip --disable-pip-version-check install --quiet --progress-bar off
+CLANG_FORMAT = $(dir $(PYTHON))clang-format
+CPP = $(shell find csrc -name '*.cc' -o -name '*.h' -o -name '*.inl')
+PIP := $(PYTHON) -m pip --disable-pip-version-check install -qq --progress-bar off
 
 export TF_CPP_MIN_LOG_LEVEL ?= 2
 MAKEFLAGS += --no-print-directory
 
-.PHONY: build venv demo test check lint wheel clean
+.PHONY: build venv demo test check lint format wheel clean
 
 build: $(READY)
-	@$(PYTHON) -m cmake -S . -B $(BUILD) -DPython_EXECUTABLE="$$($(PYTHON) -c 'import sys; print(sys.executable)')" >/dev/null
-	@$(PYTHON) -m cmake --build $(BUILD) -j $(JOBS)
+	@$(PYTHON) setup.py --quiet build_ext --inplace
 
 venv: $(VENV)/.ready
 
@@ -41,6 +40,11 @@ check: build lint
 lint: $(READY)
 	$(PYTHON) -m ruff check .
 	$(PYTHON) -m ruff format --check .
+	$(CLANG_FORMAT) --dry-run -Werror $(CPP)
+
+format: $(READY)
+	$(PYTHON) -m ruff format .
+	$(CLANG_FORMAT) -i $(CPP)
 
 wheel: $(READY)
 	$(PYTHON) -m pip --disable-pip-version-check wheel --no-deps --no-build-isolation --wheel-dir dist .

@@ -12,15 +12,15 @@ ROOT = Path(__file__).parent.resolve()
 
 
 class BuildWithCMake(build_ext):
-    """Builds into the package of the wheel, or in place (`pip install --editable`, as `make build`)."""
+    """Builds into the package of the wheel, or in place (`make build`, `pip install --editable`)."""
 
     def run(self) -> None:
         package = ROOT / "fusedconvbn" if self.inplace else Path(self.build_lib).resolve() / "fusedconvbn"
-        build = ROOT / "build" / ("inplace" if self.inplace else "wheel")
+        build = ROOT / "build" / f"{'inplace' if self.inplace else 'wheel'}-{sys.implementation.cache_tag}"
         package.mkdir(parents=True, exist_ok=True)
         options = [f"-DPython_EXECUTABLE={sys.executable}", f"-DFUSEDCONVBN_OUTPUT={package}"]
         options += os.environ.get("FUSEDCONVBN_CMAKE_ARGS", "").split()
-        self._cmake("-S", str(ROOT), "-B", str(build), *options)
+        self._cmake("--log-level=NOTICE", "-S", str(ROOT), "-B", str(build), *options)
         self._cmake("--build", str(build), "-j", str(os.cpu_count() or 1))
 
     def _cmake(self, *arguments: str) -> None:

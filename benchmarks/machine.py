@@ -9,7 +9,9 @@ import platform
 import subprocess
 from typing import Any
 
-_PACKAGES = ("fusedconvbn", "tensorflow", "tensorflow-cpu", "keras", "numpy")
+import fusedconvbn
+
+_PACKAGES = ("tensorflow", "tensorflow-cpu", "keras", "numpy")
 _ISAS = ("avx2", "fma", "avx512f", "avx512_bf16", "avx512_fp16", "amx_bf16")
 _ROOT = pathlib.Path(__file__).parent.parent
 
@@ -36,7 +38,7 @@ def _versions() -> dict[str, str]:
             found[package] = importlib.metadata.version(package)
         except importlib.metadata.PackageNotFoundError:
             continue
-    return {"python": platform.python_version(), **found}
+    return {"python": platform.python_version(), "fusedconvbn": fusedconvbn.__version__, **found}
 
 
 def _revision() -> str | None:

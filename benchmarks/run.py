@@ -16,18 +16,19 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 
 from benchmarks import machine
 from benchmarks.cases import Case, parse_shape, read_suite, suites
-from benchmarks.implementations import BASELINES, INFERENCE, MODES, OURS, choose
-from benchmarks.problem import DTYPES, problems_of
+from benchmarks.implementations import BASELINES, INFERENCE, MODES, OURS, Implementation, choose
+from benchmarks.problem import DTYPES, Problem, problems_of
 from benchmarks.process import WorkerError
 from benchmarks.report import make_report, problems_found, succeeded, tables
-from benchmarks.session import Settings, measure, steps
+from benchmarks.session import Row, Settings, measure, steps
+from fusedconvbn import _load
 from fusedconvbn._arguments import ALGORITHMS, SAVES
 
 EXIT_OK, EXIT_WRONG, EXIT_USAGE = 0, 1, 2
 _QUICK_LAYERS = 3
 _FEWEST_ELEMENTS = 8  # a channel of a training batch: below, its gradients are differences of nearly equal numbers
 _BUSY = 0.5  # load average a core from which timings are not to be trusted
-_DEFAULTS = {"rounds": 9, "sample_ms": 100.0}
+_DEFAULTS = {"rounds": 7, "sample_ms": 100.0}
 _QUICK = {"rounds": 3, "sample_ms": 10.0}
 _PEAK_SIZE = {False: 2048, True: 512}  # by --quick
 
@@ -163,24 +164,33 @@ def main(arguments: Sequence[str] | None = None) -> int:
     problems = [problem for case in cases for problem in problems_of(case, options.mode, **common)]
 
     errors = Console(stderr=True)
+    if not _load.LIBRARY.exists():
+        errors.print("error: this clone is not built: run `make build`", style="red", highlight=False)
+        return EXIT_WRONG
     described = machine.describe()
     _warn_if_busy(errors, described)
-    columns = (BarColumn(), MofNCompleteColumn(), TimeRemainingColumn(), TextColumn("{task.description}"))
-    with Progress(*columns, console=errors, transient=True) as progress:
-        task = progress.add_task("starting", total=steps(problems, implementations, settings))
-
-        def advance(doing: str) -> None:
-            progress.update(task, advance=1, description=doing)
-
-        try:
-            rows = measure(problems, implementations, settings, advance)
-        except WorkerError as error:
-            errors.print(f"error: {error}", style="red", markup=False, highlight=False, soft_wrap=True)
-            return EXIT_WRONG
+    try:
+        rows = _measure(problems, implementations, settings, errors)
+    except WorkerError as error:
+        errors.print(f"error: {error}", style="red", markup=False, highlight=False, soft_wrap=True)
+        return EXIT_WRONG
     size = settings.peak_size
     peak_what = f"the fastest tf.matmul of {size}x{size} {options.dtype} matrices, same threads and device, this run"
     report = make_report(rows, implementations, _described(options, settings), described, peak_what)
     return _deliver(report, options, errors)
+
+
+def _measure(
+    problems: Sequence[Problem], implementations: Sequence[Implementation], settings: Settings, console: Console
+) -> list[Row]:
+    """measure() under a progress bar."""
+    doing_column = TextColumn("{task.description}", markup=False)
+    columns = (BarColumn(), MofNCompleteColumn(), TimeRemainingColumn(), doing_column)
+    with Progress(*columns, console=console, transient=True) as progress:
+        task = progress.add_task("starting", total=steps(problems, implementations, settings))
+        return measure(
+            problems, implementations, settings, lambda doing: progress.update(task, advance=1, description=doing)
+        )
 
 
 def _deliver(report: dict[str, Any], options: argparse.Namespace, errors: Console) -> int:

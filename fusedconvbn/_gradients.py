@@ -15,7 +15,7 @@ _SHARED_ATTRIBUTES = (
     "unbiased_moving_variance", "activation", "algorithm", "save",
 )  # fmt: skip
 
-# activation'(u) from y = activation(u), as derivative_of_output of csrc/activation.h; what is not here is computed from u.
+# activation'(u) from y = activation(u), as in csrc/activation.h; what is not here is computed from u.
 _DERIVATIVE_OF_OUTPUT: dict[str, Callable[[tf.Tensor], tf.Tensor]] = {
     "relu": lambda y: tf.cast(y > 0, y.dtype),
     "relu6": lambda y: tf.cast((y > 0) & (y < 6), y.dtype),

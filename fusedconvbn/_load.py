@@ -34,7 +34,7 @@ def ops() -> ModuleType:
     if _minor(built_for) != _minor(tf.__version__):
         raise ImportError(
             f"The TensorFlow ops of fusedconvbn were built for TensorFlow {built_for}; TensorFlow {tf.__version__} is "
-            f"installed. Install a TensorFlow of the same minor version, or rebuild them for this one: {_REBUILD} (in a "
+            f"installed. Install a TensorFlow of that minor version, or rebuild them for this one: {_REBUILD} (in a "
             "clone: `make build`)."
         )
     return tf.load_op_library(str(LIBRARY))
@@ -102,20 +102,24 @@ class _AfterImport(importlib.abc.MetaPathFinder):
     """Lets the finders behind it find the module `name`, and calls `action` at the end of its first import."""
 
     def __init__(self, name: str, action: Callable[[], None]) -> None:
-        self.name, self.action = name, action
+        self.name, self.action, self.searching = name, action, False
 
     def find_spec(
         self, fullname: str, path: Sequence[str] | None, target: ModuleType | None = None
     ) -> importlib.machinery.ModuleSpec | None:
-        if fullname != self.name:
+        if fullname != self.name or self.searching:
             return None
-        sys.meta_path.remove(self)
-        spec = importlib.util.find_spec(fullname)
+        self.searching = True
+        try:
+            spec = importlib.util.find_spec(fullname)
+        finally:
+            self.searching = False
         if spec is not None and spec.loader is not None:
             load = spec.loader.exec_module
 
             def load_and_act(module: ModuleType) -> None:
                 load(module)
+                sys.meta_path.remove(self)  # not before: who asks for a spec may import nothing
                 self.action()
 
             spec.loader.exec_module = load_and_act  # type: ignore[method-assign]

@@ -171,32 +171,24 @@ def backward(
     )  # fmt: skip
     image = params.output_shape
     output_gradient = data.image("output_gradient", output_gradient, image, required=True)
-    zeros = np.zeros(data.channels, data.stat_dtype)
-    vectors = data.vectors(
-        moving_mean_gradient=zeros if moving_mean_gradient is None else moving_mean_gradient,
-        moving_variance_gradient=zeros if moving_variance_gradient is None else moving_variance_gradient,
-        gamma=gamma, beta=beta, moving_mean=moving_mean, moving_variance=moving_variance,
-    )  # fmt: skip
-    images = [
-        data.image("residual", residual, image),
-        data.image("output", output, image, required=params.needs_output),
-    ]
-    saved = [None, None, None]
-    if training:
-        saved = data.vectors(batch_mean=batch_mean, inv_std=inv_std)
-        saved.append(data.image("conv_out", conv_out, image, required=True))
+    g_mean = data.vector_or_zeros("moving_mean_gradient", moving_mean_gradient)
+    g_variance = data.vector_or_zeros("moving_variance_gradient", moving_variance_gradient)
+    statistics = data.vectors(gamma=gamma, beta=beta, moving_mean=moving_mean, moving_variance=moving_variance)
+    residual = data.image("residual", residual, image)
+    output = data.image("output", output, image, required=params.needs_output)
+    saved = data.saved(image, batch_mean, inv_std, conv_out) if training else [None, None, None]
     chosen = _plan(params, True, isa, kernel, threads)
-    d_residual = None if residual is None else data.empty(image)
-    results = [
-        np.empty(data.inputs.shape, data.dtype) if _arguments.flag("needs_inputs", needs_inputs) else None,
-        np.empty(data.filters.shape, data.dtype) if _arguments.flag("needs_filters", needs_filters) else None,
+    results = BackwardResult(
+        data.empty(data.inputs.shape) if _arguments.flag("needs_inputs", needs_inputs) else None,
+        data.empty(data.filters.shape) if _arguments.flag("needs_filters", needs_filters) else None,
         *(data.empty_vector() for _ in range(4)),
-        d_residual,
-    ]
-    _load.core().backward(
-        chosen, output_gradient, *vectors[:2], data.inputs, data.filters, *vectors[2:], *images, *saved, *results
+        residual=None if residual is None else data.empty(image),
     )
-    return BackwardResult(*results)
+    _load.core().backward(
+        chosen, output_gradient, g_mean, g_variance, data.inputs, data.filters, *statistics, residual, output, *saved,
+        *results,
+    )  # fmt: skip
+    return results
 
 
 def _params(
@@ -263,6 +255,15 @@ class _Data:
     def vectors(self, **vectors: Any) -> list[np.ndarray]:
         """Each as a contiguous array [K] of the statistics' type."""
         return [_array(name, value, self.stat_dtype, shape=(self.channels,)) for name, value in vectors.items()]
+
+    def vector_or_zeros(self, name: str, value: Any) -> np.ndarray:
+        """As `vectors`; zeros for None."""
+        return np.zeros(self.channels, self.stat_dtype) if value is None else self.vectors(**{name: value})[0]
+
+    def saved(self, shape: Any, batch_mean: Any, inv_std: Any, conv_out: Any) -> list[np.ndarray | None]:
+        """What forward must have returned in training."""
+        vectors = self.vectors(batch_mean=batch_mean, inv_std=inv_std)
+        return [*vectors, self.image("conv_out", conv_out, shape, required=True)]
 
     def image(self, name: str, value: Any, shape: Any, required: bool = False) -> np.ndarray | None:
         """A contiguous array of the output's shape and the inputs' dtype; None if there is none."""

@@ -119,17 +119,19 @@ def batch_moments(z: tf.Tensor) -> Moments:
 def _statistics(
     z: tf.Tensor, moving: list[tf.Tensor], training: Any, moments: Callable, momentum: float, unbiased: bool
 ) -> tuple[list[tf.Tensor], list[tf.Tensor]]:
-    """The (mean, variance) to normalize with, and the new moving (mean, variance)."""
+    """The (mean, variance) to normalize with, and the new moving (mean, variance).
 
-    def trained() -> tuple[list[tf.Tensor], list[tf.Tensor]]:
-        batch = moments(z)
-        sample = batch.variance * (batch.count / tf.maximum(batch.count - 1, 1)) if unbiased else batch.variance
-        used = [tf.where(batch.count > 0, b, m) for b, m in zip(batch[:2], moving)]
-        new = [momentum * m + (1 - momentum) * b for b, m in zip((batch.mean, sample), moving)]
-        return used, [tf.where(batch.count > 0, n, m) for n, m in zip(new, moving)]
-
-    frozen = lambda: ([tf.identity(m) for m in moving], [tf.identity(m) for m in moving])  # noqa: E731
-    return _cond(training, trained, frozen)
+    A `training` known only at run time selects, in place of a tf.cond: replicas must all reduce or none, and TensorFlow
+    1 cannot differentiate a tf.cond twice. The zeros keep values that are not finite out of the gradients of inference.
+    """
+    static = _static(training)
+    if static is not None and not static:
+        return moving, [tf.identity(m) for m in moving]
+    batch = moments(z if static else tf.where(training, z, tf.zeros_like(z)))
+    in_use = batch.count > 0 if static else tf.logical_and(training, batch.count > 0)
+    sample = batch.variance * (batch.count / tf.maximum(batch.count - 1, 1)) if unbiased else batch.variance
+    new = [momentum * m + (1 - momentum) * b for b, m in zip((batch.mean, sample), moving)]
+    return tuple([tf.where(in_use, v, m) for v, m in zip(values, moving)] for values in (batch[:2], new))
 
 
 def _normalize(
@@ -154,12 +156,9 @@ _ACTIVATIONS: dict[str | None, Callable[[tf.Tensor], tf.Tensor]] = {
 }
 
 
-def _cond(predicate: Any, if_true: Callable, if_false: Callable) -> Any:
-    """tf.cond, without the graph of the branch that is known not to be taken."""
-    static = tf.get_static_value(predicate) if tf.is_tensor(predicate) else predicate
-    if static is None:
-        return tf.cond(predicate, if_true, if_false)
-    return if_true() if static else if_false()
+def _static(value: Any) -> Any:
+    """The value of a tensor if it is known while the graph is built, else None; of anything else, itself."""
+    return tf.get_static_value(value) if tf.is_tensor(value) else value
 
 
 def _nhwc(images: tf.Tensor, nchw: bool) -> tf.Tensor:
@@ -169,7 +168,7 @@ def _nhwc(images: tf.Tensor, nchw: bool) -> tf.Tensor:
 def _sizes(tensor: tf.Tensor) -> list[Any]:
     """The shape of an image: Python ints where they are known, scalar tensors elsewhere."""
     dynamic = tf.shape(tensor)
-    return [dynamic[i] if size is None else size for i, size in enumerate(tensor.shape)]
+    return [dynamic[i] if size is None else size for i, size in enumerate(tensor.shape.as_list())]
 
 
 def _at_least(minimum: int, value: Any) -> Any:
@@ -200,26 +199,34 @@ def _convolution(strides: Any, dilations: Any, padding: Any) -> Callable[[tf.Ten
         ]
         if not _native(inputs, filters, dilations):
             return _sum_of_taps(inputs, filters, strides, dilations, out)
-        pixels = batch * out[0] * out[1]
-        return _cond(  # some CPU kernels of TensorFlow return a wrong shape where the output has no elements
-            tf.equal(pixels, 0) if tf.is_tensor(pixels) else pixels == 0,
-            lambda: _empty(inputs, filters, [batch, *out, _sizes(filters)[3]]),
-            lambda: tf.nn.conv2d(inputs, filters, strides, "VALID", dilations=dilations),
-        )
+        return _conv2d(inputs, filters, strides, dilations, [batch, *out, _sizes(filters)[3]])
 
     return convolve
 
 
 def _native(inputs: tf.Tensor, filters: tf.Tensor, dilations: tuple[int, int]) -> bool:
     """Whether to use tf.nn.conv2d: with dilations or groups, its gradients have kernels for XLA and GPUs only."""
-    plain = dilations == (1, 1) and inputs.shape[3] == filters.shape[2]
-    known = filters.shape.is_fully_defined() and inputs.shape[3] is not None
+    channels, depth = inputs.shape.as_list()[3], filters.shape.as_list()[2]
+    plain = dilations == (1, 1) and channels == depth
+    known = filters.shape.is_fully_defined() and channels is not None
     return plain or in_xla_context() or not known
 
 
-def _empty(inputs: tf.Tensor, filters: tf.Tensor, shape: list[Any]) -> tf.Tensor:
-    """No elements, and gradients of zeros."""
-    return tf.zeros(shape, inputs.dtype) + 0 * (tf.reduce_sum(inputs) + tf.reduce_sum(filters))
+def _conv2d(
+    inputs: tf.Tensor, filters: tf.Tensor, strides: tuple[int, int], dilations: tuple[int, int], shape: list[Any]
+) -> tf.Tensor:
+    """tf.nn.conv2d; where the result, of the given shape, has no elements, some of its CPU kernels return another."""
+
+    def convolve() -> tf.Tensor:
+        return tf.nn.conv2d(inputs, filters, strides, "VALID", dilations=dilations)
+
+    def empty() -> tf.Tensor:
+        return tf.zeros(shape, inputs.dtype) + 0 * (tf.reduce_sum(inputs) + tf.reduce_sum(filters))
+
+    pixels = shape[0] * shape[1] * shape[2]
+    if _static(pixels) is None:
+        return tf.cond(tf.equal(pixels, 0), empty, convolve)
+    return convolve() if _static(pixels) else empty()
 
 
 def _sum_of_taps(
@@ -227,8 +234,8 @@ def _sum_of_taps(
 ) -> tf.Tensor:
     """sum over (i, j) of window(i, j) @ filters[i, j] for each group, accumulated in float32 (float64)."""
     batch = _sizes(inputs)[0]
-    taps_height, taps_width, depth, out_channels = filters.shape
-    groups = inputs.shape[3] // depth
+    taps_height, taps_width, depth, out_channels = filters.shape.as_list()
+    groups = inputs.shape.as_list()[3] // depth
     accumulator = tf.float64 if inputs.dtype == tf.float64 else tf.float32
     shape = [taps_height, taps_width, depth, groups, out_channels // groups]
     weights = tf.reshape(tf.cast(filters, accumulator), shape)

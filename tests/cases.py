@@ -1,8 +1,8 @@
 """The one list of problems that every test of the op runs over.
 
 `raw_cases()` covers every pair of levels of the factors below (and, as (dtype, layout, ISA) and (channels, groups) are
-factors of their own, many triples and quintuples); `op_cases()` does so without the ISA. Sizes are those that break
-kernels: prime, one off a tile of pixels or of channels, smaller than any tile.
+factors of their own, many triples and quintuples); `op_cases()` does so without the ISA, `winograd_cases()` for what
+Winograd's kernels can do. Sizes are those that break kernels: prime, one off a tile, smaller than any tile.
 """
 
 from __future__ import annotations
@@ -70,6 +70,7 @@ class Case:
     unbiased: bool = False
     epsilon: float = 1e-3
     momentum: float = 0.9
+    algorithm: str = "auto"
 
     def __str__(self) -> str:
         """The test id."""
@@ -79,6 +80,7 @@ class Case:
             f"k{self.kernel[0]}x{self.kernel[1]}x{self.out_channels}", f"g{self.groups}", f"s{_digits(self.strides)}",
             f"d{_digits(self.dilations)}", padding, self.activation or "linear", "res" if self.residual else "nores",
             ("unbiased" if self.unbiased else "train") if self.training else "infer", self.isa,
+            None if self.algorithm == "auto" else self.algorithm,
         ]  # fmt: skip
         return "-".join(part for part in parts if part)
 
@@ -118,6 +120,7 @@ class Case:
         return {
             **self.convolution, "epsilon": self.epsilon, "momentum": self.momentum,
             "unbiased_moving_variance": self.unbiased, "activation": self.activation, "training": self.training,
+            "algorithm": self.algorithm,
         }  # fmt: skip
 
     def random(self, salt: str = "") -> np.random.Generator:
@@ -169,7 +172,7 @@ class Arrays:
 
 
 def arrays(case: Case) -> Arrays:
-    """Random arguments of a case, the same at every call: z of mean near 0 and variance near 1, gammas of both signs."""
+    """Random arguments of a case, the same at every call: z of mean near 0 and variance near 1, gamma of both signs."""
     rng = case.random()
     dtype, stat, channels = case.numpy_dtype, case.stat_dtype, case.out_channels
     fan_in = case.kernel[0] * case.kernel[1] * case.in_channels // case.groups
@@ -196,7 +199,12 @@ FACTORS: dict[str, Sequence[Any]] = {
     "residual": (False, True),
     "mode": MODES,
     "remainder": (0, 1),
+    "algorithm": ("auto",),
 }
+WINOGRAD = {
+    "channels": tuple(channels for channels in CHANNELS if channels[2] == 1),
+    "kernel": ((3, 3),), "strides": ((1, 1),), "dilations": ((1, 1),), "remainder": (0,), "algorithm": ("winograd2",),
+}  # fmt: skip
 
 
 def _from_levels(levels: dict[str, Any]) -> Case:
@@ -207,6 +215,7 @@ def _from_levels(levels: dict[str, Any]) -> Case:
         out_channels=out_channels, groups=groups, kernel=levels["kernel"], strides=levels["strides"],
         dilations=levels["dilations"], padding=levels["padding"], activation=levels["activation"],
         residual=levels["residual"], training=levels["mode"] != "inference", unbiased=levels["mode"] == "unbiased",
+        algorithm=levels["algorithm"],
     )  # fmt: skip
     height, width = (_input_size(case, axis, levels["output"][1 + axis], levels["remainder"]) for axis in (0, 1))
     return replace(case, height=height, width=width)
@@ -228,11 +237,11 @@ def _work(name: str, level: Any) -> int:
     return math.prod(level) if name in ("output", "kernel") else 1
 
 
-def covering(factors: dict[str, Sequence[Any]], seed: int = 1) -> list[Case]:
+def covering(factors: dict[str, Sequence[Any]], limit: int = MAX_MULTIPLY_ADDS, seed: int = 1) -> list[Case]:
     """Cases that hold every pair of levels of any two factors, found greedily; deterministic.
 
     Each case starts from a pair that no case before it has, and takes for each other factor, in random order, the level
-    that adds most such pairs, among those that keep the work of the case within MAX_MULTIPLY_ADDS.
+    that adds most such pairs, among those that keep the multiply-adds of the case within `limit`.
     """
     rng = random.Random(seed)
     levels = list(factors.values())
@@ -244,22 +253,25 @@ def covering(factors: dict[str, Sequence[Any]], seed: int = 1) -> list[Case]:
     }
     cases = []
     while missing:
-        chosen = _complete(dict(next(iter(missing))), work, missing, rng)
+        chosen = _complete(dict(next(iter(missing))), work, limit, missing, rng)
         for pair in itertools.combinations(sorted(chosen.items()), 2):
             missing.pop(pair, None)
         cases.append(_from_levels({name: factors[name][chosen[i]] for i, name in enumerate(factors)}))
     return list(dict.fromkeys(cases))
 
 
-def _complete(chosen: dict[int, int], work: list[list[int]], missing: dict, rng: random.Random) -> dict[int, int]:
+def _complete(
+    chosen: dict[int, int], work: list[list[int]], limit: int, missing: dict, rng: random.Random
+) -> dict[int, int]:
     """{factor: level} for all factors, from a pair of them."""
     rest = [factor for factor in range(len(work)) if factor not in chosen]
     rng.shuffle(rest)
     for factor in rest:
-        budget = MAX_MULTIPLY_ADDS // math.prod(work[other][level] for other, level in chosen.items())
+        budget = limit // math.prod(work[other][level] for other, level in chosen.items())
         levels = [level for level, amount in enumerate(work[factor]) if amount <= budget]
         rng.shuffle(levels)
-        chosen[factor] = max(levels, key=lambda level: _new_pairs((factor, level), chosen, missing))  # noqa: B023
+        gains = [_new_pairs((factor, level), chosen, missing) for level in levels]
+        chosen[factor] = levels[gains.index(max(gains))]
     return chosen
 
 
@@ -277,3 +289,9 @@ def raw_cases() -> list[Case]:
 def op_cases() -> list[Case]:
     """At least 200 cases for the TensorFlow op, whose ISA is the machine's."""
     return covering({**FACTORS, "target": tuple(itertools.product(DTYPES, LAYOUTS, (None,)))})
+
+
+@functools.cache
+def winograd_cases() -> list[Case]:
+    """Dense 3x3 convolutions of stride 1, by the algorithm that `algorithm` names, each for one ISA."""
+    return covering({**FACTORS, **WINOGRAD}, limit=16_000_000)

@@ -1,4 +1,4 @@
-"""The convolution and its two gradients in float64 NumPy, a matrix product a tap. NHWC, groups, dilation, any padding."""
+"""The convolution and its two gradients in float64 NumPy, a matrix product a tap. NHWC, groups, any padding."""
 
 from __future__ import annotations
 

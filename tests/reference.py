@@ -21,7 +21,6 @@ from compare import Expected
 from convolution import Convolution
 from uncertain import Real, bilinear
 
-
 BLOCK_ROWS = 96  # pixels that an implementation may add up one after the other in its computing type
 
 
@@ -95,7 +94,8 @@ def backward(
         d_variance = g_variance - scale * statistics.inv_std * d_gamma * 0.5
     convolution = problem.convolution
     taps = np.prod(convolution.filters_shape[:2])
-    d_inputs = bilinear(convolution.inputs_gradient, taps * problem.group_out, dz, problem.filters)
+    terms = taps * problem.group_out
+    d_inputs = bilinear(convolution.inputs_gradient, terms, dz, problem.filters, problem.by_transforms)
     d_filters = bilinear(convolution.filters_gradient, problem.count, dz, problem.inputs)
     return Backward(
         problem.image(d_inputs), d_filters.expected(problem.dtype), problem.vector(d_gamma), problem.vector(d_beta),
@@ -119,6 +119,7 @@ class _Problem:
         self.epsilon, self.momentum = attributes["epsilon"], attributes["momentum"]
         self.unbiased, self.training = attributes["unbiased_moving_variance"], attributes["training"]
         self.activation = ACTIVATIONS[attributes["activation"]]
+        self.by_transforms = attributes.get("algorithm", "auto").startswith("winograd")
         self.inputs, self.filters = self.exact_image(inputs), self.exact(filters)
         self.gamma, self.beta = self.exact(gamma), self.exact(beta)
         self.moving_mean, self.moving_variance = self.exact(moving_mean), self.exact(moving_variance)
@@ -148,7 +149,7 @@ class _Problem:
     def conv_out(self) -> Real:
         """z as the output is made of it: stored in training, not in inference."""
         terms = int(np.prod(self.filters.value.shape[:3]))
-        z = bilinear(self.convolution.forward, terms, self.inputs, self.filters)
+        z = bilinear(self.convolution.forward, terms, self.inputs, self.filters, self.by_transforms)
         return z.rounded(self.dtype) if self.training else z
 
     def conv_out_again(self) -> Real:
@@ -161,9 +162,10 @@ class _Problem:
         if self.uses_batch:
             z = self.conv_out()
             mean = z.sum() * (1 / self.count)
-            centred = Real(z.value - mean.value, z.error, self.eps)  # a correct variance owes nothing to the mean's error
+            # A correct variance owes nothing to the mean's error. Equal terms round alike, and padding makes many: rows
+            # summed one by one err by up to rows * eps / 4.
+            centred = Real(z.value - mean.value, z.error, self.eps)
             variance = (centred * centred).sum() * (1 / self.count)
-            # Equal terms round alike, and padding makes many: rows summed one by one err by up to rows * eps / 4.
             rounding = min(self.count, BLOCK_ROWS) / 4 * self.eps * variance.value
             variance = Real(variance.value, variance.error + rounding, self.eps)
         return _Statistics(mean, variance, self.inverse_root(variance))

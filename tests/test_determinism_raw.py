@@ -7,7 +7,9 @@ import pytest
 from cases import Arrays, Case, raw_cases
 from raw_problem import Problem
 
-LARGE = Case(batch=3, height=29, width=23, in_channels=17, out_channels=40, training=True, residual=True, activation="gelu")
+LARGE = Case(
+    batch=3, height=29, width=23, in_channels=17, out_channels=40, training=True, residual=True, activation="gelu"
+)
 CASES = [
     LARGE,
     replace(LARGE, data_format="NCHW", strides=(2, 2), activation="relu"),
@@ -77,7 +79,8 @@ def test_arrays_one_element_off_alignment(case):
 @pytest.mark.parametrize("case", CASES[:2], ids=str)
 def test_strided_arrays(case):
     problem = Problem(case)
-    strided = Problem(case, Arrays(*(a if a is None else np.repeat(a, 2, axis=-1)[..., ::2] for a in problem.arguments)))
+    every_other = (a if a is None else np.repeat(a, 2, axis=-1)[..., ::2] for a in problem.arguments)
+    strided = Problem(case, Arrays(*every_other))
     assert not strided.arguments.inputs.flags.c_contiguous
     assert bits(strided.run_forward()) == bits(problem.run_forward())
     assert bits(strided.run_backward()) == bits(problem.run_backward())

@@ -9,6 +9,7 @@ import pytest
 import tensorflow as tf
 from cases import ACTIVATIONS, Case
 from op_problems import arguments, function_of, results_and_gradients
+from processes import run_python
 
 import fusedconvbn
 from fusedconvbn import stock
@@ -118,6 +119,32 @@ def test_second_order_in_a_function_and_a_session(case):
     op_problems.assert_close(tf.function(lambda: second_order(op, case))(), expected, 1e-11)
     with tf.Graph().as_default(), tf.compat.v1.Session() as session:
         op_problems.assert_close(session.run(second_order(op, case)), expected, 1e-11)
+
+
+@pytest.mark.slow
+def test_second_order_with_the_control_flow_of_tensorflow_1():
+    script = """
+        import tensorflow.compat.v1 as tf1
+        tf1.disable_v2_behavior()
+        import test_op_gradients as tests
+        from fusedconvbn import fused_conv_bn, stock
+        for case in tests.op_problems.MODES[:3]:
+            case = tests.replace(case, dtype="f64")
+            arrays = [array for array in tests.op_problems.cases.arrays(case) if array is not None]
+            results = []
+            for op in (fused_conv_bn, stock.fused_conv_bn):
+                with tf1.Graph().as_default(), tf1.Session() as session:
+                    training = tf1.placeholder(tf1.bool, [])
+                    fed = [tf1.placeholder(array.dtype, array.shape) for array in arrays]
+                    first = list(tests.function_of(op, case, training=training)(*fed))
+                    second = tf1.gradients([tf1.sin(r) for r in first], fed)
+                    third = tf1.gradients([tf1.sin(r) for r in second], fed)
+                    values = {**dict(zip(fed, arrays)), training: case.training}
+                    results.append(session.run(first + second + third, values))
+            tests.op_problems.assert_close(*results, 1e-11)
+        print("done")
+    """
+    assert run_python(script) == "done"
 
 
 def test_third_order():

@@ -1,12 +1,8 @@
 """The kernels, through `raw`, on the covering cases against the float64 oracle: forward and backward."""
 
-from dataclasses import replace
-
 import pytest
-from cases import Case, raw_cases
+from cases import raw_cases, winograd_cases
 from raw_problem import Problem
-
-from fusedconvbn import raw
 
 
 def test_there_are_enough_cases():
@@ -14,7 +10,7 @@ def test_there_are_enough_cases():
     assert len({str(case) for case in raw_cases()}) == len(raw_cases())
 
 
-@pytest.mark.parametrize("case", raw_cases(), ids=str)
+@pytest.mark.parametrize("case", raw_cases() + winograd_cases(), ids=str)
 def test_forward_and_backward(case, available_isas):
     if case.isa not in available_isas:
         pytest.skip(f"this machine has no {case.isa}")

@@ -3,13 +3,15 @@
 from dataclasses import replace
 
 import pytest
-from cases import op_cases
+from cases import op_cases, winograd_cases
 from raw_problem import Problem
 
 from fusedconvbn import raw
 
 KERNELS = raw.kernels()
 CASES = op_cases()[::17]
+WINOGRAD_CASES = [replace(case, isa=None) for case in winograd_cases()[::23]]
+RUNS = [(row, case) for row in KERNELS for case in (WINOGRAD_CASES if "winograd" in row.name else CASES)]
 
 
 def test_cases_hold_each_kind():
@@ -32,8 +34,7 @@ def planned(case, direction, **options):
     )  # fmt: skip
 
 
-@pytest.mark.parametrize("case", CASES, ids=str)
-@pytest.mark.parametrize("kernel", KERNELS, ids=lambda row: row.name)
+@pytest.mark.parametrize(("kernel", "case"), RUNS, ids=[f"{row.name}-{case}" for row, case in RUNS])
 def test_forced_kernel(kernel, case):
     if not kernel.available:
         pytest.skip(f"this machine has no {kernel.isa}")

@@ -60,6 +60,23 @@ def test_function_with_training_at_run_time(case, jit_compile):
         op_problems.assert_close(results, [e.value for e in expected[:3]], tolerance)
 
 
+def test_inference_chosen_at_run_time_with_an_infinite_input():
+    """What the statistics of the batch would be, NaN, is not in the gradients."""
+    case = replace(op_problems.FROZEN, activation=None)
+    inputs, *rest = arguments(case)
+    inputs = tf.tensor_scatter_nd_update(inputs, [[0, 2, 2, 0]], [np.inf])
+    gradients = tf.function(
+        lambda training: results_and_gradients(
+            function_of(stock.fused_conv_bn, case, training=training), [inputs, *rest], op_problems.upstream(case)
+        ),
+        autograph=False,
+    )
+    frozen, expected = gradients(tf.constant(False)), gradients(False)
+    for a, e in zip(frozen, expected):
+        np.testing.assert_array_equal(a, e)
+    assert np.isfinite(frozen[3]).all()
+
+
 @pytest.mark.parametrize("case", op_problems.MODES[:1] + op_problems.MODES[2:3], ids=str)
 def test_moments_of_the_callers(case):
     """Statistics of another batch: the results are those of frozen statistics of that value."""
