@@ -39,4 +39,5 @@ set_target_properties(_ops PROPERTIES PREFIX "")
 target_include_directories(_ops SYSTEM PRIVATE "${include}")
 target_compile_options(_ops PRIVATE ${compile_flags} "-ffile-prefix-map=${include}/=")
 target_link_libraries(_ops PRIVATE core ${link_flags})
+target_link_options(_ops PRIVATE -Wl,-z,defs)  # what TensorFlow lacks is an error here, not when it is loaded
 finish_module(_ops "")
