@@ -86,13 +86,13 @@ struct ComputeKernels {
 };
 
 // Between memory of a data type and blocks of its compute type. Element (pixel, channel) of the memory is at
-// pixel * pixel_stride + channel * channel_stride.
+// pixel * pixel_stride + channel * channel_stride. `stream` as in AffineBlock.
 template <class C>
 struct StorageKernels {
   void (*load)(const void* memory, int64_t pixel_stride, int64_t channel_stride, int64_t rows, int64_t cols, C* block,
                int64_t ld);
   void (*store)(const C* block, int64_t ld, int64_t rows, int64_t cols, void* memory, int64_t pixel_stride,
-                int64_t channel_stride);
+                int64_t channel_stride, bool stream);
 };
 
 struct KernelSet {

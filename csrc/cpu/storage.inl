@@ -20,6 +20,13 @@ FCB_INLINE void row_to_compute(const T* from, int64_t count, C* to) {
   for (; i < count; ++i) to[i] = to_compute(from[i]);
 }
 
+// A whole aligned row past the caches; only memory of the compute type is streamed.
+template <class C, class T>
+FCB_INLINE void stream_row(const C* from, int64_t count, T* to) {
+  if constexpr (__is_same(T, C))
+    for (int64_t i = 0; i < count; i += kLanes<C>) stream(to + i, load(from + i));
+}
+
 template <class C, class T>
 FCB_INLINE void row_to_storage(const C* from, int64_t count, T* to) {
   int64_t i = 0;
@@ -49,8 +56,12 @@ static void load_block(const void* memory, int64_t pixel_stride, int64_t channel
 
 template <class C, class T>
 static void store_block(const C* block, int64_t ld, int64_t rows, int64_t cols, void* memory, int64_t pixel_stride,
-                        int64_t channel_stride) {
+                        int64_t channel_stride, bool streaming) {
   T* to = static_cast<T*>(memory);
+  if (streaming) {
+    for (int64_t r = 0; r < rows; ++r) stream_row(block + r * ld, cols, to + r * pixel_stride);
+    return end_streaming();
+  }
   if (channel_stride == 1) {
     for (int64_t r = 0; r < rows; ++r) row_to_storage(block + r * ld, cols, to + r * pixel_stride);
     return;

@@ -125,7 +125,7 @@ class FilterGradient {
       const int64_t column = panel * k_.panel, cols = std::min(k_.panel, p_.group_out() - column);
       const int64_t element = (tap * tap_rows() + row) * p_.out_channels + group * p_.group_out() + column;
       storage_.kernels.store(tiles + panel * tile_elements(), k_.panel, rows, cols,
-                             d_filters_ + element * storage_.element_bytes, p_.out_channels, 1);
+                             d_filters_ + element * storage_.element_bytes, p_.out_channels, 1, false);
     }
   }
 
@@ -169,7 +169,7 @@ class DepthwiseFilterGradient {
     parallel->run(ranges_, [&](int64_t range, int worker) { accumulate(range, workers_[worker]); });
     for (int64_t range = 1; range < ranges_; ++range)
       for (int64_t i = 0; i < elements(); ++i) sums_[i] += sums_[range * elements() + i];
-    storage_.kernels.store(sums_, p_.out_channels, p_.taps(), p_.out_channels, d_filters_, p_.out_channels, 1);
+    storage_.kernels.store(sums_, p_.out_channels, p_.taps(), p_.out_channels, d_filters_, p_.out_channels, 1, false);
   }
 
  private:
