@@ -13,7 +13,7 @@ enum class Activation { kNone, kRelu, kRelu6, kLeakyRelu, kElu, kSilu, kHardSwis
 constexpr int kActivationCount = 8;
 
 // True where activation'(u) is a function of activation(u) alone.
-constexpr bool derivative_from_output(Activation a) {
+FCB_INLINE constexpr bool derivative_from_output(Activation a) {
   return a == Activation::kRelu || a == Activation::kRelu6 || a == Activation::kLeakyRelu || a == Activation::kElu;
 }
 
@@ -37,7 +37,7 @@ FCB_INLINE V activate(V u) {
   } else if constexpr (A == Activation::kSilu) {  // u sigmoid(u)
     return u / (exp_of(-u) + S(1));
   } else if constexpr (A == Activation::kHardSwish) {  // u min(max(u + 3, 0), 6) / 6
-    return u * activate<Activation::kRelu6, S>(u + S(3)) * S(1.0 / 6);
+    return u * (activate<Activation::kRelu6, S>(u + S(3)) * S(1.0 / 6));
   } else if constexpr (A == Activation::kGelu) {  // u Phi(u), Phi the normal distribution function
     return u * S(0.5) * (erf_of(u * S(kInvSqrt2)) + S(1));
   } else {

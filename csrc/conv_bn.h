@@ -6,7 +6,8 @@
 //
 // A caller describes the problem (ConvBnParams), plans it (plan_forward, plan_backward), allocates
 // plan.workspace_bytes and runs the plan on its own threads. The core knows no framework, owns no memory and no
-// threads, keeps no state between calls, and reports every error as a Status: it never throws, prints or aborts.
+// threads, keeps no state between calls, and reports every error as a Status: it never prints or aborts, and throws
+// nothing but std::bad_alloc where the few hundred bytes of a plan cannot be had.
 #pragma once
 
 #include <cstddef>
@@ -109,7 +110,6 @@ inline bool needs_residual(const ConvBnParams& p) {
 struct DeviceInfo {
   Isa isa = Isa::kGeneric;  // the best that may be used
   int threads = 1;          // how many run_*'s ParallelFor may run at once
-  int64_t l1_bytes = 32 << 10, l2_bytes = 1 << 20;
 };
 
 // What this machine offers; the environment variable FUSEDCONVBN_ISA (generic, avx2, avx512) lowers it.
@@ -148,7 +148,7 @@ Status run_cpu(const Plan& plan, const BackwardBuffers& buffers, void* workspace
 // One line a row of the dispatch table.
 struct KernelInfo {
   std::string name;   // stage_algorithm_isa
-  std::string stage;  // forward, reduce, dgrad, wgrad
+  std::string stage;  // forward, reduce, dgrad, wgrad, backward
   Isa isa;
 };
 std::vector<KernelInfo> list_kernels();

@@ -14,19 +14,10 @@ constexpr char kForwardReference[] = "forward_reference", kBackwardReference[] =
 
 size_t align(size_t bytes) { return (bytes + kAlignment - 1) / kAlignment * kAlignment; }
 
-size_t data_bytes(const ConvBnParams& p) {
-  switch (p.dtype) {
-    case DType::kFloat64: return 8;
-    case DType::kFloat32: return 4;
-    default: return 2;
-  }
-}
-
 size_t compute_bytes(const ConvBnParams& p) { return p.dtype == DType::kFloat64 ? 8 : 4; }
 size_t output_elements(const ConvBnParams& p) { return static_cast<size_t>(p.pixels() * p.out_channels); }
 
-// Backward workspace: [conv_out, if recomputed][conv_grad][scratch of the stage].
-size_t recomputed_bytes(const ConvBnParams& p) { return p.training ? 0 : align(output_elements(p) * data_bytes(p)); }
+// Backward workspace: [conv_grad][scratch of the stage]. A recomputed z lies where its gradient will.
 size_t conv_grad_bytes(const ConvBnParams& p) { return align(output_elements(p) * compute_bytes(p)); }
 
 Status forced_name(const std::string& argument, std::string* name) {
@@ -92,7 +83,7 @@ Status plan_backward(const ConvBnParams& params, const DeviceInfo& device, const
   std::vector<Stage> stages = {Stage::kReduce, Stage::kDgrad, Stage::kWgrad};
   if (!params.training) stages.insert(stages.begin(), Stage::kForward);
   if (forced == kForwardReference) forced.clear();  // it computes no z alone
-  return make_plan(params, device, stages, forced, recomputed_bytes(params) + conv_grad_bytes(params), plan);
+  return make_plan(params, device, stages, forced, conv_grad_bytes(params), plan);
 }
 
 Status run_cpu(const Plan& plan, const ForwardBuffers& buffers, void* workspace, ParallelFor* parallel) {
@@ -106,11 +97,10 @@ Status run_cpu(const Plan& plan, const ForwardBuffers& buffers, void* workspace,
 Status run_cpu(const Plan& plan, const BackwardBuffers& buffers, void* workspace, ParallelFor* parallel) {
   if (plan.params.training && buffers.conv_out == nullptr && plan.params.pixels() > 0)
     return Status::error("conv_out must be what forward saved in training. Received: none");
-  char* recomputed = static_cast<char*>(workspace);
   StageCall call{plan.params, plan.device};
   call.backward = &buffers;
-  call.conv_out = plan.params.training ? buffers.conv_out : recomputed;
-  call.conv_grad = recomputed + recomputed_bytes(plan.params);
+  call.conv_grad = workspace;
+  call.conv_out = plan.params.training ? buffers.conv_out : workspace;
   call.scratch = static_cast<char*>(call.conv_grad) + conv_grad_bytes(plan.params);
   call.parallel = parallel;
   for (const Kernel* kernel : plan.stages)

@@ -139,7 +139,7 @@ Status validate(const ConvBnParams& p) {
                          text(p.dilation_width) + ")");
   if (!product_fits(p.batch, p.in_height, p.in_width, p.in_channels) ||
       !product_fits(p.batch, p.out_height, p.out_width, p.out_channels) ||
-      !product_fits(p.filter_height, p.filter_width, p.in_channels, p.out_channels) ||
+      !product_fits(p.filter_height, p.filter_width, p.group_in(), p.out_channels) ||
       !product_fits(p.in_height + p.pad_top + p.pad_bottom, p.in_width + p.pad_left + p.pad_right))
     return Status::error("inputs, filters and output must have at most 2^48 elements. Received: batch " +
                          text(p.batch) + ", " + sizes + ", " + text(p.in_channels) + " input channels, " +

@@ -32,7 +32,7 @@ int64_t output_size(int64_t in, int64_t filter, int64_t stride, int64_t dilation
 // argument, what it got and what is accepted.
 Status resolve(const ConvArguments& arguments, ConvBnParams* params);
 
-// Checks everything that resolve() set and the other fields; plan_*() begins with it.
+// Checks sizes that resolve() has set, and the other fields; plan_*() begins with it.
 Status validate(const ConvBnParams& params);
 
 // Whether Winograd's F(2x2, 3x3) can compute the problem.

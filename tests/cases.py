@@ -187,6 +187,30 @@ def arrays(case: Case) -> Arrays:
     )
 
 
+# As networks have them: many blocks of pixels, sums over ranges of blocks, long sums.
+LAYERS = {
+    "stem": Case(batch=2, height=66, width=67, kernel=(7, 7), strides=(2, 2), out_channels=64, activation="relu"),
+    "expand": Case(batch=2, height=29, width=31, kernel=(1, 1), in_channels=16, out_channels=208, residual=True),
+    "reduce": Case(batch=3, height=14, width=15, kernel=(1, 1), in_channels=515, out_channels=130, activation="silu"),
+    "winograd": Case(batch=2, height=29, width=31, in_channels=40, out_channels=72, residual=True, activation="relu"),
+    "strided": Case(dtype="bf16", batch=3, height=57, width=55, in_channels=24, out_channels=40, strides=(2, 2)),
+    "grouped": Case(dtype="f16", batch=2, height=33, width=35, in_channels=48, out_channels=96, groups=4),
+    "depthwise": Case(batch=2, height=57, width=59, in_channels=96, out_channels=96, groups=96, activation="relu6"),
+    "channels_first": Case(data_format="NCHW", batch=2, height=23, width=25, in_channels=20, out_channels=80,
+                           dilations=(2, 2), activation="elu"),
+    "float64": Case(dtype="f64", batch=2, height=31, width=29, in_channels=33, out_channels=65, padding="VALID"),
+}  # fmt: skip
+# Inputs or outputs of more than 8 MiB, in rows of whole cache lines: these, their gradients and z are written past the
+# caches where they begin at a cache line.
+STREAMED = {
+    "direct": Case(batch=2, height=59, width=61, kernel=(1, 1), in_channels=16, out_channels=304, residual=True,
+                   activation="relu"),
+    "direct_inputs": Case(batch=2, height=59, width=61, kernel=(1, 1), in_channels=304, out_channels=16),
+    "winograd": Case(batch=2, height=180, width=183, in_channels=5, out_channels=32, algorithm="winograd2"),
+    "winograd_inputs": Case(batch=2, height=180, width=183, in_channels=32, out_channels=5, algorithm="winograd2"),
+    "float64": Case(dtype="f64", height=59, width=61, kernel=(1, 1), in_channels=8, out_channels=304),
+}  # fmt: skip
+
 FACTORS: dict[str, Sequence[Any]] = {
     "target": tuple(itertools.product(DTYPES, LAYOUTS, ISAS)),
     "channels": CHANNELS,

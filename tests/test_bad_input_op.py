@@ -53,6 +53,7 @@ SHAPES = [
     ("training", {"training": tf.constant([True, False])}, ["scalar", "[2]"]),
     ("save", {"save": "recompute"}, ["conv", "recompute"]),
     ("algorithm", {"algorithm": "winograd4"}, ["direct", "winograd4"]),
+    ("algorithm", {"algorithm": "winograd2"}, ["3x3", "groups", "winograd2"]),
     ("padding", {"padding": [(2**57, 0), (0, 0)]}, ["padding"]),
     ("dilations", {"dilations": 2**62}, ["dilations"]),
     ("output", {"padding": [(BIG, 0), (BIG, 0)]}, ["at most 2^"]),
@@ -186,6 +187,13 @@ def test_attributes_of_a_graph_from_elsewhere(name, attributes):
 
     with pytest.raises(tf.errors.InvalidArgumentError, match=name):
         _load.ops().fused_conv_bn(**GOOD, residual=[], training=True, **{**ATTRIBUTES, **attributes})
+
+
+def test_a_graph_with_two_residuals():
+    from fusedconvbn import _load
+
+    with pytest.raises(tf.errors.InvalidArgumentError, match=r"num_residual must be 0 or 1.*2"):
+        _load.ops().fused_conv_bn(**GOOD, residual=[RESIDUAL, RESIDUAL], training=True, **ATTRIBUTES)
 
 
 def gradient_arguments(**changes):

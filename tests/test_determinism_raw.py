@@ -4,7 +4,7 @@ from dataclasses import replace
 
 import numpy as np
 import pytest
-from cases import Arrays, Case, raw_cases
+from cases import Arrays, Case, raw_cases, winograd_cases
 from raw_problem import Problem
 
 LARGE = Case(
@@ -17,6 +17,8 @@ CASES = [
     replace(LARGE, training=False, dtype="bf16", kernel=(1, 1)),
     replace(LARGE, dtype="f64", padding="VALID", dilations=(2, 1)),
     replace(LARGE, dtype="f16", kernel=(7, 7), in_channels=3, strides=(2, 2)),
+    replace(LARGE, in_channels=33, out_channels=70, algorithm="winograd2"),
+    replace(LARGE, batch=1, data_format="NCHW", out_channels=130, dtype="bf16", algorithm="winograd2"),
 ]
 
 
@@ -45,7 +47,7 @@ def test_repetition(case):
         assert bits(problem.run_backward(threads=2)) == backward
 
 
-@pytest.mark.parametrize("case", [c for c in raw_cases() if c.isa == "avx512"][::40], ids=str)
+@pytest.mark.parametrize("case", [c for c in raw_cases() + winograd_cases() if c.isa == "avx512"][::40], ids=str)
 def test_threads_on_covering_cases(case, available_isas):
     if case.isa not in available_isas:
         pytest.skip(f"this machine has no {case.isa}")

@@ -3,7 +3,9 @@
 import keras
 import numpy as np
 import pytest
-from layer_peers import INPUTS, assert_close, assert_weights_close, gradients, make_peers, train
+from layer_peers import INPUTS, assert_close, assert_weights_close, gradients, make_peers, train, values
+
+from fusedconvbn import FusedConvBN
 
 NCHW = (INPUTS[0], INPUTS[3], INPUTS[1], INPUTS[2])
 CONFIGURATIONS = {
@@ -16,6 +18,7 @@ CONFIGURATIONS = {
     "pointwise": {"kernel_size": 1, "filters": 10},
     "groups": {"groups": 3, "filters": 9},
     "depthwise": {"groups": 6, "filters": 12, "padding": "same"},
+    "winograd": {"filters": 40, "shape": (3, 13, 12, 32), "padding": "same", "activation": "relu"},
     "channels_first": {"data_format": "channels_first", "shape": NCHW, "padding": "same"},
     "bias": {"use_bias": True},
     "no_center": {"center": False},
@@ -84,12 +87,33 @@ def test_fused_activations_are_part_of_the_op(name):
     assert fused_activation(activation, "float32") == ((fused[name], None) if name in fused else (None, activation))
 
 
+def test_initializers_reach_their_variables():
+    names = ("kernel", "bias", "gamma", "beta", "moving_mean", "moving_variance")
+    initializers = {f"{name}_initializer": keras.initializers.Constant(1.0 + i) for i, name in enumerate(names)}
+    layer = FusedConvBN(4, 3, use_bias=True, **initializers)
+    layer.build((None, 5, 5, 2))
+    assert {name: set(value.ravel()) for name, value in values(layer).items()} == {
+        name: {1.0 + i} for i, name in enumerate(names)
+    }
+
+
+def test_activity_regularizer_sees_the_output():
+    penalty = keras.regularizers.L1L2(0.1, 0.2)
+    layer = FusedConvBN(4, 3, activation="relu", activity_regularizer=penalty)
+    after = keras.layers.Activation("linear", activity_regularizer=penalty)
+    after(layer(np.random.default_rng(0).normal(size=INPUTS).astype("float32"), training=True))
+    assert float(layer.losses[0]) > 0
+    assert_close(layer.losses, after.losses, 1e-6)
+
+
 def optimizers():
     return {"sgd": keras.optimizers.SGD(0.1, momentum=0.9), "adam": keras.optimizers.Adam(0.01)}
 
 
 @pytest.mark.parametrize("optimizer", ["sgd", "adam"])
-@pytest.mark.parametrize("name", ["plain", "groups", "no_center", "residual", "regularizers", "constraints"])
+@pytest.mark.parametrize(
+    "name", ["plain", "groups", "winograd", "no_center", "residual", "regularizers", "constraints"]
+)
 def test_ten_optimizer_steps(name, optimizer):
     peers = make_peers(**CONFIGURATIONS[name])
     ours = train(peers.fused, peers.images, peers.cotangent, optimizers()[optimizer], 10)

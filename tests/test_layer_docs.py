@@ -25,6 +25,16 @@ def example(name: str) -> str:
 
 
 @pytest.mark.slow
+def test_demo_agrees_with_keras_and_writes_a_plot(tmp_path):
+    """It checks itself: losses, accuracies, what is reloaded and what is served."""
+    script = "import sys; sys.path.append(sys.argv[1]); import demo; print('exit code', demo.main())"
+    printed = run_python(script, ROOT / "examples", folder=tmp_path)
+    assert printed.endswith("exit code 0"), printed
+    assert printed.count("  ok  ") == 5
+    assert (tmp_path / "artifacts" / "demo.png").read_bytes().startswith(b"\x89PNG")
+
+
+@pytest.mark.slow
 def test_quantization_aware_training_regains_accuracy():
     exact, rounded, retrained = map(float, re.findall(r"0\.\d{3}", example("quantization_aware")))
     assert exact > 0.9

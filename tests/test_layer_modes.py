@@ -172,6 +172,24 @@ def test_half_precision_policy(policy, training):
         assert np.abs(ours - truth).max() <= allowed, name
 
 
+@pytest.mark.parametrize("policy", ["mixed_float16", "mixed_bfloat16", "float16", "bfloat16"])
+def test_fit_under_a_half_precision_policy(policy):
+    """As Keras's layers: the same losses but for the roundings of a few steps; mixed_float16 with its loss scaling."""
+    peers = make_peers(activation="relu", shape=(12, 9, 8, 6), dtype=policy)
+    target = peers.stock(peers.images, training=False).numpy().astype("float32") + 0.5
+    losses = []
+    for model in (peers.fused, peers.stock):
+        optimizer = keras.optimizers.SGD(0.05, momentum=0.5)
+        scaled = keras.optimizers.LossScaleOptimizer(optimizer) if policy == "mixed_float16" else optimizer
+        model.compile(scaled, "mse", jit_compile=False)
+        settings = {"batch_size": 4, "epochs": 5, "shuffle": False, "verbose": 0}
+        losses.append(model.fit(peers.images[0], target, **settings).history["loss"])
+    ours, theirs = losses
+    assert theirs[-1] < 0.9 * theirs[0]
+    np.testing.assert_allclose(ours, theirs, rtol=4 * SPACING[policy.removeprefix("mixed_")])
+    assert all(np.isfinite(weight.astype("float64")).all() for weight in peers.fused.get_weights())
+
+
 @pytest.mark.parametrize("training", [True, False], ids=["training", "inference"])
 def test_float64_policy(training):
     peers = make_peers(activation="silu", residual=True, use_bias=True, dtype="float64")

@@ -1,4 +1,6 @@
-"""The op, with its gradients, against the float64 oracle on every case of `cases.op_cases()`."""
+"""The op, with its gradients, against the float64 oracle on the cases of `op_cases()` and some of Winograd's."""
+
+from dataclasses import replace
 
 import cases
 import numpy as np
@@ -15,7 +17,10 @@ def test_there_are_enough_cases():
     assert len(cases.op_cases()) >= 200
 
 
-@pytest.mark.parametrize("case", cases.op_cases(), ids=str)
+WINOGRAD = [replace(case, isa=None) for case in cases.winograd_cases()[::7]]
+
+
+@pytest.mark.parametrize("case", cases.op_cases() + WINOGRAD, ids=str)
 def test_results_and_gradients(case):
     arrays = list(cases.arrays(case))
     expected = reference.forward(*arrays, **case.attributes)

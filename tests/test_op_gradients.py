@@ -23,6 +23,8 @@ DIFFERENTIABLE = [
 ] + [
     replace(SMALL, training=True, data_format="NCHW", dilations=(1, 2), strides=(2, 1), activation="silu"),
     replace(SMALL, training=False, data_format="NCHW", padding=((2, 0), (1, 3)), out_channels=8, groups=4),
+    replace(SMALL, training=True, kernel=(3, 3), algorithm="winograd2", residual=True, activation="gelu"),
+    replace(SMALL, training=False, kernel=(3, 3), algorithm="winograd2", data_format="NCHW", activation="elu"),
 ]
 
 

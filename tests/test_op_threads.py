@@ -22,6 +22,7 @@ MANY = [
     replace(LARGE, data_format="NCHW", in_channels=32, out_channels=32, groups=32, strides=(2, 2)),
     replace(LARGE, dtype="bf16", residual=True, kernel=(1, 1)),
     replace(LARGE, dtype="f64", in_channels=8, out_channels=12, groups=4),
+    replace(LARGE, in_channels=32, out_channels=72, activation="relu"),  # by Winograd's algorithm
 ]
 
 

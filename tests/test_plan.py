@@ -41,6 +41,35 @@ def test_stages():
     assert plan(direction="backward").kernels[0].startswith("forward_")  # z is not saved in inference
 
 
+PAYS = ((2, 14, 14, 32), (3, 3, 32, 40), {"padding": "SAME"})
+
+
+@pytest.mark.parametrize(
+    ("inputs", "filters", "attributes", "expected"),
+    [
+        (*PAYS, "winograd2"),
+        (*PAYS[:2], {"padding": "SAME", "algorithm": "winograd2"}, "winograd2"),
+        (*PAYS[:2], {"padding": "SAME", "algorithm": "direct"}, "direct"),
+        (*PAYS[:2], {"padding": "SAME", "dtype": "bfloat16"}, "winograd2"),
+        (*PAYS[:2], {"padding": "SAME", "strides": (1, 2)}, "direct"),
+        (*PAYS[:2], {"padding": "SAME", "dilations": 2}, "direct"),
+        ((2, 14, 14, 64), (3, 3, 32, 40), {"padding": "SAME"}, "direct"),  # two groups
+        ((2, 14, 14, 32), (3, 1, 32, 40), {"padding": "SAME"}, "direct"),
+        ((2, 14, 14, 32), (5, 5, 32, 40), {"padding": "SAME"}, "direct"),
+        ((2, 14, 14, 3), (3, 3, 3, 40), {"padding": "SAME"}, "direct"),  # too few channels for it to pay
+        ((2, 14, 14, 3), (3, 3, 3, 40), {"padding": "SAME", "algorithm": "winograd2"}, "winograd2"),
+        ((1, 7, 7, 64), (3, 3, 64, 64), {"padding": "SAME"}, "direct"),  # too few pixels
+    ],
+    ids=str,
+)
+@pytest.mark.parametrize("direction", ["forward", "backward"])
+def test_algorithm(inputs, filters, attributes, expected, direction):
+    kernels = raw.plan(inputs, filters, training=True, direction=direction, **attributes).kernels
+    algorithms = {name.split("_")[0]: name.split("_")[1] for name in kernels}
+    wanted = {"forward": expected} if direction == "forward" else {"dgrad": expected, "reduce": "direct"}
+    assert algorithms.items() >= wanted.items()
+
+
 def test_direction_is_checked():
     with pytest.raises(ValueError, match=r"`direction` must be 'forward' or 'backward'.*sideways"):
         plan(direction="sideways")

@@ -197,6 +197,55 @@ def test_empty_output(inputs_shape, training, kernel):
         assert not array.any()
 
 
+BIG = 2**40
+ONE = np.ones((1, 1, 1, 1), np.float32)
+
+
+@pytest.mark.parametrize("direction", ["forward", "backward"])
+@pytest.mark.parametrize(
+    ("size", "filters", "attributes", "expected"),
+    [
+        ((1, 1), ONE, {"padding": [(BIG, 0), (0, 0)], "strides": (BIG, 1)}, [1.0, 3.0]),  # a pad, then the pixel
+        ((2, 1), np.ones((2, 1, 1, 1)), {"padding": [(BIG, 0), (0, 0)], "dilations": (BIG, 1)}, [3.0, 3.0]),
+        ((3, 2), ONE, {"strides": BIG}, [3.0]),
+        ((2, 2), np.ones((3, 3, 1, 1)), {"strides": BIG, "padding": "SAME"}, [9.0]),
+        ((1, 1), np.ones((3, 3, 1, 1)), {"dilations": 2**22, "padding": "SAME"}, [3.0]),
+    ],
+    ids=["padding-strides", "padding-dilations", "strides", "strides-same", "dilations-same"],
+)
+def test_huge_steps(size, filters, attributes, expected, direction):
+    """They reach for pixels far away, and cost nothing."""
+    inputs, filters = np.full((1, *size, 1), 2, np.float32), np.float32(filters)
+    one, zero = np.ones(1, np.float32), np.zeros(1, np.float32)
+    arguments = (inputs, filters, one, one, zero, one)
+    output = raw.forward(*arguments, **attributes, epsilon=0.0).output
+    assert output.ravel().tolist() == expected
+    if direction == "backward":
+        gradient = raw.backward(np.ones_like(output), *arguments, **attributes, epsilon=0.0)
+        assert gradient.beta == len(expected)
+        assert 2 * gradient.inputs.sum() == sum(expected) - len(expected)
+        assert gradient.filters.sum() == gradient.inputs.sum() * 2
+
+
+@pytest.mark.parametrize(
+    ("inputs", "filters", "attributes"),
+    [
+        ((1, 2**23, 2**23, 1), (1, 1, 1, 1), {}),
+        ((1, 1, 1, 1), (1, 1, 1, 2**46), {}),
+        ((1, 1, 1, 1), (1, 1, 1, 1), {"padding": [(2**23, 0), (2**23, 0)]}),
+        ((1, 1, 1, 1), (3, 3, 1, 1), {"padding": [(2**46, 0), (1, 1)], "algorithm": "winograd2"}),
+    ],
+    ids=["inputs", "filters", "output", "winograd"],
+)
+def test_more_than_memory_holds(inputs, filters, attributes):
+    """More bytes than there are addresses: refused when arrays are made, before anything is computed."""
+    with pytest.raises(MemoryError, match=r"Unable to allocate .* shape"):
+        raw.forward(
+            np.broadcast_to(np.float32(1), inputs), np.broadcast_to(np.float32(1), filters),
+            *[np.broadcast_to(np.float32(1), filters[3])] * 4, **attributes,
+        )  # fmt: skip
+
+
 def test_isa_that_the_machine_lacks():
     missing = sorted({row.isa for row in raw.kernels() if not row.available})
     if not missing:

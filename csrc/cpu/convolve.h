@@ -1,12 +1,14 @@
 // The direct convolution: packed filters, a table of pointers for each block of positions, register tiles.
 //
-// One dense or depthwise convolution of any windows; forward and the gradient by the input are both made of it. What
+// One dense or depthwise convolution of any windows; forward and the gradient by the input are both made of it, or of
+// WinogradConvolution (winograd.h), which has the same interface. What
 // becomes of a tile while it is hot in L1 is the caller's TileEpilogue.
 #pragma once
 
 #include <algorithm>
 #include <cstdint>
 #include <functional>
+#include <vector>
 
 #include "arena.h"
 #include "image.h"
@@ -17,6 +19,7 @@ namespace fusedconvbn {
 // Positions of a block: 8 register tiles of AVX-512, 16 of the others. A tile of the block, 96 x 32 floats, is 12 KiB.
 // Also the unit of the batch statistics, so it never depends on the number of threads.
 constexpr int64_t kBlockRows = 96;
+constexpr int64_t kMaxTaskRows = 4096;  // of a task that stages its source: longer lines need no more of them
 
 // Where the filters of a tap, of a reduced and of a produced channel lie: strides in elements.
 struct FilterLayout {
@@ -36,8 +39,10 @@ struct Tile {
 
 template <class C>
 struct TileEpilogue {
-  std::function<void(const Tile<C>&)> emit;    // for each run of consecutive pixels
-  std::function<void(const Tile<C>&)> finish;  // may be empty; for the rows of all the block's runs at once
+  // For each run of consecutive pixels, at most kBlockRows.
+  std::function<void(const Tile<C>&)> emit;
+  // May be empty; for the rows of all the block's runs at once, up to twice as many.
+  std::function<void(const Tile<C>&)> finish;
 };
 
 // Channels of a convolution. A depthwise one multiplies element by element: one group, depth = cols = its channels.
@@ -59,7 +64,7 @@ class Convolution {
         groups_(channels.groups),
         depth_(channels.depth),
         cols_(channels.cols),
-        blocks_in_task_(ceil_div(4 * windows.width, kBlockRows)),
+        blocks_in_task_(ceil_div(std::min(4 * windows.width, kMaxTaskRows), kBlockRows)),
         reader_(source, groups_ * depth_, windows, groups_ == 1 && !depthwise_, kBlockRows,
                 blocks_in_task_ * kBlockRows) {
     if (!reader_.staged()) blocks_in_task_ = 1;

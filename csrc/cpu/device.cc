@@ -4,10 +4,6 @@
 
 #include "dispatch.h"
 
-#if defined(__x86_64__)
-#include <unistd.h>
-#endif
-
 namespace fusedconvbn {
 namespace {
 
@@ -23,29 +19,12 @@ Isa best_isa() {
   return Isa::kGeneric;
 }
 
-// sysconf returns 0 or -1 where the cache size is unknown.
-int64_t cache_bytes(int name, int64_t otherwise) {
-#if defined(__x86_64__) && defined(_SC_LEVEL1_DCACHE_SIZE)
-  const long bytes = sysconf(name);
-  return bytes > 0 ? bytes : otherwise;
-#else
-  (void)name;
-  return otherwise;
-#endif
-}
-
 }  // namespace
 
 Status detect_device(int threads, DeviceInfo* device) {
   static const Isa best = best_isa();
   device->isa = best;
   device->threads = threads;
-#if defined(__x86_64__) && defined(_SC_LEVEL1_DCACHE_SIZE)
-  static const int64_t l1 = cache_bytes(_SC_LEVEL1_DCACHE_SIZE, 32 << 10);
-  static const int64_t l2 = cache_bytes(_SC_LEVEL2_CACHE_SIZE, 1 << 20);
-  device->l1_bytes = l1;
-  device->l2_bytes = l2;
-#endif
   const char* limit = std::getenv("FUSEDCONVBN_ISA");
   if (limit == nullptr || *limit == 0) return Status{};
   for (Isa isa : {Isa::kGeneric, Isa::kAvx2, Isa::kAvx512}) {

@@ -4,6 +4,7 @@
 // one phase h mod stride read the same filter lines, at i = h / stride + (phase + pad - k dilation) / stride: so each
 // phase (in both dimensions) is a stride-1 convolution of conv_grad with the transposed filters of its taps.
 #include <algorithm>
+#include <vector>
 
 #include "compute_type.h"
 #include "convolve.h"

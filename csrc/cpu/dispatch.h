@@ -18,7 +18,7 @@ struct StageCall {
   const DeviceInfo& device;
   const ForwardBuffers* forward = nullptr;
   const BackwardBuffers* backward = nullptr;
-  const void* conv_out = nullptr;  // backward: z, data type, shape of output
+  const void* conv_out = nullptr;  // backward: z. Training: data type, shape of output; else as, and at, conv_grad
   void* conv_grad = nullptr;       // backward: gradient of z, compute type [N,OH,OW,K] whatever the data format
   char* scratch = nullptr;         // the stage's own workspace
   ParallelFor* parallel = nullptr;

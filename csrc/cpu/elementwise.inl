@@ -100,6 +100,8 @@ static void apply(const GradientBlock<C>& b) {
       const Vector<C> centered = read(b.z + r * b.ld_z + c) - read(b.mean + c);
       const Vector<C> du = gradient_of_u<C, A, P>(b, read, r, c, centered);
       if (b.d_residual) write(b.d_residual + r * b.ld_d_residual + c, du);
-      write(b.d_conv + r * b.ld_d_conv + c, read(b.slope + c) * du + read(b.curve + c) * centered + read(b.offset + c));
+      Vector<C> d_conv = read(b.slope + c) * du;
+      if (b.curve) d_conv += read(b.curve + c) * centered + read(b.offset + c);
+      write(b.d_conv + r * b.ld_d_conv + c, d_conv);
     });
 }

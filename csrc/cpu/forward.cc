@@ -1,6 +1,7 @@
 // The forward stage.
 #include <algorithm>
 #include <cstring>
+#include <vector>
 
 #include "compute_type.h"
 #include "convolve.h"
@@ -17,12 +18,12 @@ class Forward {
  public:
   // With empty buffers and a null scratch it only measures.
   Forward(const KernelSet& set, const ConvBnParams& p, const DeviceInfo& device, const ForwardBuffers& buffers,
-          char* scratch)
+          const Image<C>& conv_out, char* scratch)
       : p_(p),
         b_(buffers),
         k_(compute_kernels<C>(set)),
         storage_(storage_of<C>(set, p.dtype)),
-        conv_out_(buffers.conv_out, storage_, output_grid(p)),
+        conv_out_(conv_out),
         output_(buffers.output, storage_, output_grid(p)),
         residual_(buffers.residual, storage_, output_grid(p)),
         convolution_(k_, storage_, Image<C>(buffers.inputs, storage_, input_grid(p)), forward_windows(p), channels(p)) {
@@ -90,9 +91,9 @@ class Forward {
   }
 
   void set_scale(int64_t c, double variance) const {
-    const double inv_std = inverse_deviation(variance, p_.epsilon);
-    static_cast<C*>(b_.inv_std)[c] = static_cast<C>(inv_std);
-    scale_[c] = static_cast<C>(static_cast<const C*>(b_.gamma)[c] * inv_std);
+    const C inv_std = static_cast<C>(inverse_deviation(variance, p_.epsilon));  // as the gradient will read it
+    static_cast<C*>(b_.inv_std)[c] = inv_std;
+    scale_[c] = static_cast<const C*>(b_.gamma)[c] * inv_std;
   }
 
   // The statistics of one chunk of channels.
@@ -160,20 +161,28 @@ ForwardBuffers forward_buffers(const StageCall& call) {
   ForwardBuffers buffers;
   buffers.inputs = call.backward->inputs;
   buffers.filters = call.backward->filters;
-  buffers.conv_out = const_cast<void*>(call.conv_out);
   return buffers;
+}
+
+template <class C>
+Image<C> conv_out_image(const KernelSet& set, const StageCall& call) {
+  if (call.backward) return conv_grad_image<C>(set, call.params, call.conv_out);
+  return Image<C>(call.forward->conv_out, storage_of<C>(set, call.params.dtype), output_grid(call.params));
 }
 
 template <template <class> class Conv>
 size_t scratch_of(const KernelSet& set, const ConvBnParams& p, const DeviceInfo& device) {
-  return with_compute_type(
-      p.dtype, [&](auto c) { return Forward<decltype(c), Conv>(set, p, device, {}, nullptr).scratch_bytes(); });
+  return with_compute_type(p.dtype, [&](auto c) {
+    return Forward<decltype(c), Conv>(set, p, device, {}, conv_grad_image<decltype(c)>(set, p, nullptr), nullptr)
+        .scratch_bytes();
+  });
 }
 
 template <template <class> class Conv>
 Status run_with(const KernelSet& set, const StageCall& call) {
   with_compute_type(call.params.dtype, [&](auto c) {
-    const Forward<decltype(c), Conv> forward(set, call.params, call.device, forward_buffers(call), call.scratch);
+    const Forward<decltype(c), Conv> forward(set, call.params, call.device, forward_buffers(call),
+                                             conv_out_image<decltype(c)>(set, call), call.scratch);
     if (call.backward)
       forward.recompute(call.parallel);
     else if (call.params.training)

@@ -107,12 +107,7 @@ static void depthwise(const GatheredRows<C>& in, const C* filters, C* tile) {
 template <class C>
 static void outer(const C* a, const C* b, int64_t depth, C* tile) {
   constexpr int R = kTileRows;
-  Vector<C> acc[R][2];
-#pragma GCC unroll 16
-  for (int r = 0; r < R; ++r) {
-    acc[r][0] = load(tile + r * kPanel<C>);
-    acc[r][1] = load(tile + r * kPanel<C> + kLanes<C>);
-  }
+  Vector<C> acc[R][2] = {};  // of this block alone: adding it to the tile once errs less than adding each product
   for (int64_t k = 0; k < depth; ++k, a += R, b += kPanel<C>) {
     const Vector<C> b0 = load(b), b1 = load(b + kLanes<C>);
 #pragma GCC unroll 16
@@ -123,10 +118,11 @@ static void outer(const C* a, const C* b, int64_t depth, C* tile) {
     }
   }
 #pragma GCC unroll 16
-  for (int r = 0; r < R; ++r) {
-    store(tile + r * kPanel<C>, acc[r][0]);
-    store(tile + r * kPanel<C> + kLanes<C>, acc[r][1]);
-  }
+  for (int r = 0; r < R; ++r)
+    for (int v = 0; v < 2; ++v) {
+      C* to = tile + r * kPanel<C> + v * kLanes<C>;
+      store(to, load(to) + acc[r][v]);
+    }
 }
 
 template <class C>

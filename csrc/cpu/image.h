@@ -124,4 +124,11 @@ class Image {
   bool direct_;
 };
 
+// z or its gradient as one backward stage hands it to the next: compute type, NHWC whatever the data format.
+template <class C>
+Image<C> conv_grad_image(const KernelSet& set, const ConvBnParams& p, const void* data) {
+  return Image<C>(data, storage_of<C>(set, sizeof(C) == 8 ? DType::kFloat64 : DType::kFloat32),
+                  image_grid(DataFormat::kNHWC, p.batch, p.out_height, p.out_width, p.out_channels));
+}
+
 }  // namespace fusedconvbn

@@ -49,7 +49,8 @@ struct GradientBlock {
   const C *mean, *scale, *beta;  // [cols]
   // reduce: sum_du += sum of du, sum_du_z += sum of du * (z - mean), sum_z += sum of z - mean, over the rows
   C *sum_du, *sum_du_z, *sum_z;  // [cols]
-  // apply: d_conv = slope * du + curve * (z - mean) + offset; d_residual = du
+  // apply: d_conv = slope * du + curve * (z - mean) + offset; d_residual = du. With frozen statistics curve is null and
+  // slope * du is all: 0 * z would be NaN where z is infinite.
   const C *slope, *curve, *offset;  // [cols]
   C* d_conv;
   int64_t ld_d_conv;

@@ -9,6 +9,7 @@
 // The saved mean is rounded: sum (z - mean) is not quite 0, sum dz would not be either, and under a large mean of the
 // inputs that is an error of d_filters, many times larger. So that sum is taken too, and the mean corrected by it.
 #include <algorithm>
+#include <vector>
 
 #include "compute_type.h"
 #include "image.h"
@@ -36,13 +37,12 @@ class Reduce {
         b_(buffers),
         k_(compute_kernels<C>(set)),
         dy_(image(set, buffers.output_gradient)),
-        z_(image(set, conv_out)),
+        z_(p.training ? image(set, conv_out) : conv_grad_image<C>(set, p, conv_out)),
         extra_(image(set, needs_output(p)     ? buffers.output
                           : needs_residual(p) ? buffers.residual
                                               : nullptr)),
         d_residual_(image(set, buffers.d_residual)),
-        d_conv_(conv_grad, {{}, sizeof(C), true},
-                image_grid(DataFormat::kNHWC, p.batch, p.out_height, p.out_width, p.out_channels)) {
+        d_conv_(conv_grad_image<C>(set, p, conv_grad)) {
     Arena arena(scratch);
     for (C** array : {&inv_std_, &scale_, &slope_, &curve_, &offset_}) *array = arena.take<C>(p.out_channels);
     for (C** sums : {&sum_du_, &sum_du_z_, &sum_z_}) *sums = arena.take<C>(blocks() * p.out_channels);
@@ -85,14 +85,14 @@ class Reduce {
       const double inv_std = p_.training ? static_cast<double>(values(b_.inv_std)[c])
                                          : inverse_deviation(values(b_.moving_variance)[c], p_.epsilon);
       inv_std_[c] = static_cast<C>(inv_std);
-      scale_[c] = static_cast<C>(values(b_.gamma)[c] * inv_std);
+      scale_[c] = values(b_.gamma)[c] * inv_std_[c];
     }
   }
 
   // Calls f for each block of pixels and chunk of channels, with everything read that u and du need.
   template <class F>
   void for_blocks(ParallelFor* parallel, F f) const {
-    const int64_t width = z_.direct() ? p_.out_channels : kColumns, chunks = ceil_div(p_.out_channels, width);
+    const int64_t width = dy_.direct() ? p_.out_channels : kColumns, chunks = ceil_div(p_.out_channels, width);
     parallel->run(blocks() * chunks, [&](int64_t task, int worker) {
       const int64_t first = task / chunks * kSumRows, channel = task % chunks * width;
       const int64_t rows = std::min(kSumRows, p_.pixels() - first), cols = std::min(width, p_.out_channels - channel);
@@ -156,7 +156,8 @@ class Reduce {
     for_blocks(parallel, [this](GradientBlock<C> g, int64_t first, int64_t channel, int worker) {
       const Block<C> d_conv = d_conv_.target(first, channel, {});
       const Block<C> d_residual = d_residual_.target(first, channel, {buffer(worker, 3), g.cols});
-      g.slope = slope_ + channel, g.curve = curve_ + channel, g.offset = offset_ + channel;
+      g.slope = slope_ + channel;
+      if (learns()) g.curve = curve_ + channel, g.offset = offset_ + channel;
       g.d_conv = d_conv.data, g.ld_d_conv = d_conv.ld;
       if (d_residual_.present()) g.d_residual = d_residual.data, g.ld_d_residual = d_residual.ld;
       kernel(k_.apply)(g);

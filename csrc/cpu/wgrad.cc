@@ -5,6 +5,7 @@
 // are split among tasks; where there are few, the positions are too, each range of them with sums of its own, added in
 // their order at the end. Both splits follow from the problem alone, so the bits do not depend on the threads.
 #include <algorithm>
+#include <vector>
 
 #include "compute_type.h"
 #include "convolve.h"
@@ -25,8 +26,7 @@ class FilterGradient {
       : p_(p),
         k_(compute_kernels<C>(set)),
         storage_(storage_of<C>(set, p.dtype)),
-        dz_(conv_grad, storage_of<C>(set, compute_dtype()),
-            image_grid(DataFormat::kNHWC, p.batch, p.out_height, p.out_width, p.out_channels)),
+        dz_(conv_grad_image<C>(set, p, conv_grad)),
         d_filters_(static_cast<char*>(buffers.d_filters)),
         reader_(Image<C>(buffers.inputs, storage_, input_grid(p)), p.in_channels, forward_windows(p), p.groups == 1,
                 kDepth, kDepth) {
@@ -54,8 +54,6 @@ class FilterGradient {
     C* inputs;  // [kDepth][outer_rows]
     C* dz;      // [column panels][kDepth][panel]
   };
-
-  static constexpr DType compute_dtype() { return sizeof(C) == 8 ? DType::kFloat64 : DType::kFloat32; }
 
   // A unit is a group's and tap's `outer_rows` rows (input channels) of the gradient, in all column panels.
   int64_t tap_rows() const { return reader_.depth() * p_.group_in(); }

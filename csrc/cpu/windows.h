@@ -110,7 +110,13 @@ class WindowReader {
       const int64_t from = std::max<int64_t>(0, i0 * windows_.step_height + low_);
       const int64_t to = std::min(source_.grid().height, i1 * windows_.step_height + high_ + 1);
       s.image_base[b - begin.image] = (slot - from) * line_elements();
-      for (int64_t h = from; h < to; ++h, ++slot) stage_line(b, h, s.lines + slot * line_elements());
+      // Within one line of positions only the columns that they read: lines may be very long.
+      const bool one_line = begin.image == end.image && begin.line == end.line;
+      const int64_t width = source_.grid().width;
+      const int64_t left = one_line ? std::clamp<int64_t>(begin.column * windows_.step_width + left_, 0, width) : 0;
+      const int64_t right =
+          one_line ? std::clamp<int64_t>(end.column * windows_.step_width + right_ + 1, left, width) : width;
+      for (int64_t h = from; h < to; ++h, ++slot) stage_line(b, h, left, right, s.lines + slot * line_elements());
     }
   }
 
@@ -129,6 +135,8 @@ class WindowReader {
     const auto& taps = windows_.taps;
     const int64_t line = right_ - left_ + 1;
     if (line < 2 || static_cast<int64_t>(taps.size()) % line != 0) return false;
+    if (-left_ > kMaxMargin || (windows_.width - 1) * windows_.step_width + right_ >= source_.grid().width + kMaxMargin)
+      return false;
     for (size_t t = 0; t < taps.size(); ++t)
       if (taps[t].width != left_ + static_cast<int64_t>(t) % line || taps[t].height != taps[t - t % line].height)
         return false;
@@ -161,22 +169,26 @@ class WindowReader {
     return std::min(positions * windows_.step_height + images * span, images * source_.grid().height);
   }
 
-  void stage_line(int64_t image, int64_t h, C* line) const {
+  // Columns [left, right) of source line h, and all of its padding.
+  void stage_line(int64_t image, int64_t h, int64_t left, int64_t right, C* line) const {
     const Grid& grid = source_.grid();
     const int64_t before = margin() * channels_, pixels = grid.width * channels_;
     std::fill(line, line + before, C(0));
     std::fill(line + before + pixels, line + line_elements(), C(0));
-    const int64_t first = (image * grid.height + h) * grid.width;
-    C* to = line + before;
-    const Block<C> block = source_.read(first, grid.width, 0, channels_, to);
-    if (block.data != to) std::copy(block.data, block.data + pixels, to);
+    const int64_t first = (image * grid.height + h) * grid.width + left;
+    C* to = line + before + left * channels_;
+    const Block<C> block = source_.read(first, right - left, 0, channels_, to);
+    if (block.data != to) std::copy(block.data, block.data + (right - left) * channels_, to);
   }
+
+  static constexpr int64_t kFar = int64_t{1} << 60;
+  static constexpr int64_t kMaxMargin = 256;  // pixels: more zero padding is not worth staging
 
   Image<C> source_;
   int64_t channels_;
   Windows windows_;
   int64_t table_rows_, stage_rows_;
-  int64_t low_ = 1 << 30, high_ = -(1 << 30), left_ = 1 << 30, right_ = -(1 << 30);
+  int64_t low_ = kFar, high_ = -kFar, left_ = kFar, right_ = -kFar;  // of the taps
   int64_t depth_ = 1;
   bool merged_ = false, staged_ = false;
 };

@@ -7,6 +7,7 @@
 
 #include <algorithm>
 #include <cstdint>
+#include <vector>
 
 #include "arena.h"
 #include "convolve.h"
@@ -75,7 +76,7 @@ class WinogradConvolution {
 
  private:
   static constexpr int64_t kPlanes = 16;
-  // Windows of a block: 4 register tiles of AVX-512. 256 channels of 16 planes are 0.8 MiB, within L2.
+  // Windows of a block: 4 register tiles of AVX-512. 256 channels of 16 planes are 0.8 MiB, within an L2 of 2 MiB.
   static constexpr int64_t kWindows = 48;
   static constexpr int64_t kDepth = 64;  // channels of filters transformed at once: 9 x 64 x 32 floats are 72 KiB
 

@@ -2,7 +2,6 @@
 #pragma once
 
 #include <charconv>
-#include <cstdlib>
 #include <string>
 #include <vector>
 
@@ -58,8 +57,8 @@ absl::Status read_number(Context* context, const char* name, double* result) {
   float value;
   TF_RETURN_IF_ERROR(context->GetAttr(name, &value));
   char digits[32];
-  *std::to_chars(digits, digits + sizeof(digits) - 1, value).ptr = '\0';
-  *result = std::strtod(digits, nullptr);
+  const char* end = std::to_chars(digits, digits + sizeof(digits), value).ptr;
+  std::from_chars(digits, end, *result);
   return absl::OkStatus();
 }
 

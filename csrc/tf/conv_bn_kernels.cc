@@ -129,9 +129,18 @@ absl::Status run(OpKernelContext* context, Planner planner, const ConvBnParams& 
   return to_absl(run_cpu(plan, buffers, workspace.data(), &threads));
 }
 
+// There is one residual at the most, though a list input could hold more.
+absl::Status at_most_one(OpKernelConstruction* context, const char* name, int* count) {
+  TF_RETURN_IF_ERROR(context->GetAttr(name, count));
+  return *count <= 1 ? absl::OkStatus() : invalid(absl::StrCat(name, " must be 0 or 1. Received: ", *count));
+}
+
 class FusedConvBN : public ConvBnKernel {
  public:
-  using ConvBnKernel::ConvBnKernel;
+  explicit FusedConvBN(OpKernelConstruction* context) : ConvBnKernel(context) {
+    int residuals = 0;
+    OP_REQUIRES_OK(context, at_most_one(context, "num_residual", &residuals));
+  }
 
   void Compute(OpKernelContext* context) override {
     Tensors tensors(context);
@@ -168,7 +177,7 @@ class FusedConvBNGrad : public ConvBnKernel {
     OP_REQUIRES_OK(context, context->GetAttr("has_residual", &has_residual_));
     OP_REQUIRES_OK(context, context->GetAttr("needs_inputs", &needs_inputs_));
     OP_REQUIRES_OK(context, context->GetAttr("needs_filters", &needs_filters_));
-    OP_REQUIRES_OK(context, context->GetAttr("num_residual_gradient", &residual_gradients_));
+    OP_REQUIRES_OK(context, at_most_one(context, "num_residual_gradient", &residual_gradients_));
     ConvBnParams params = attributes().params;
     params.has_residual = has_residual_;
     OP_REQUIRES_OK(context, check_count(context, "num_residual", needs_residual(params)));
