@@ -3,6 +3,7 @@
 set(tensorflow_version None)
 file(GLOB tensorflow_sources CONFIGURE_DEPENDS csrc/tf/*.cc)
 if(FUSEDCONVBN_TF STREQUAL OFF OR NOT tensorflow_sources)
+  file(REMOVE "${FUSEDCONVBN_OUTPUT}/_ops.so")  # an earlier build's
   return()
 endif()
 
@@ -13,6 +14,7 @@ if(key STREQUAL "" AND FUSEDCONVBN_TF STREQUAL ON)
   message(FATAL_ERROR "FUSEDCONVBN_TF=ON, but TensorFlow is not installed for ${Python_EXECUTABLE}")
 elseif(key STREQUAL "")
   message(NOTICE "TensorFlow is not installed for ${Python_EXECUTABLE}: its ops are not built")
+  file(REMOVE "${FUSEDCONVBN_OUTPUT}/_ops.so")
   return()
 endif()
 if(NOT key STREQUAL "${FUSEDCONVBN_TF_KEY}")

@@ -29,7 +29,16 @@ def __getattr__(name: str) -> Any:
         return importlib.import_module("fusedconvbn.raw")
     if name not in _EXPORTS:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    value = getattr(importlib.import_module(f"{__name__}.{_EXPORTS[name]}"), name)
+    try:
+        value = getattr(importlib.import_module(f"{__name__}.{_EXPORTS[name]}"), name)
+    except ModuleNotFoundError as error:
+        if error.name not in ("keras", "tensorflow"):
+            raise
+        raise ImportError(
+            f"fusedconvbn.{name} needs TensorFlow 2.21, which is not installed: "
+            "`pip install tensorflow-cpu~=2.21.0` or `pip install 'tensorflow[and-cuda]~=2.21.0'`, then rebuild "
+            "fusedconvbn. fusedconvbn.raw works without."
+        ) from error
     globals()[name] = value
     return value
 

@@ -97,13 +97,17 @@ def data_format(value: Any) -> str:
 
 
 def algorithm(value: Any) -> str:
-    """One of `ALGORITHMS`; the core refuses those whose kernels are not there yet."""
-    return _one_of("algorithm", value, ALGORITHMS)
+    """One of `ALGORITHMS` whose kernels are there."""
+    if _one_of("algorithm", value, ALGORITHMS) == "winograd4":
+        refuse(ValueError, "algorithm", "'auto', 'direct' or 'winograd2': others have no kernels yet", value)
+    return value
 
 
 def save(value: Any) -> str:
-    """One of `SAVES`; the core refuses those whose kernels are not there yet."""
-    return _one_of("save", value, SAVES)
+    """One of `SAVES` whose kernels are there."""
+    if _one_of("save", value, SAVES) != "conv":
+        refuse(ValueError, "save", "'conv': others have no kernels yet", value)
+    return value
 
 
 def _number(name: str, value: Any, maximum: float, accepted: str) -> float:

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import contextlib
 import functools
 import importlib
 import importlib.abc
 import importlib.machinery
 import importlib.util
 import sys
+import warnings
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from types import ModuleType
@@ -16,7 +16,7 @@ from typing import Any
 
 LIBRARY = Path(__file__).with_name("_ops.so")
 
-_REBUILD = "`pip install --no-build-isolation --force-reinstall --no-deps fusedconvbn`"
+_REBUILD = "`pip install --no-build-isolation --force-reinstall --no-deps PATH`, PATH being a clone of fusedconvbn"
 
 
 @functools.cache
@@ -70,8 +70,10 @@ def register_with_frameworks() -> None:
 
 def _register_ops() -> None:
     """An op library that does not fit is an error for whoever calls an op, not for whoever imports TensorFlow."""
-    with contextlib.suppress(ImportError):
+    try:
         importlib.import_module("fusedconvbn.ops").register()
+    except ImportError as error:
+        warnings.warn(str(error), ImportWarning, stacklevel=2)
 
 
 def _register_layer() -> None:

@@ -261,7 +261,13 @@ class FusedConvBN(keras.layers.Layer):
         """The variable as the op sees it."""
         value = tf.convert_to_tensor(getattr(self, name).value)
         transform = self.variable_transforms.get(name)
-        return tf.cast(value if transform is None else transform(value), dtype)
+        if transform is None:
+            return tf.cast(value, dtype)
+        result = transform(value)
+        if result is None or not tf.convert_to_tensor(result).shape.is_compatible_with(value.shape):
+            accepted = f"functions that return a tensor of the variable's shape; that of {name!r} is {value.shape}"
+            refuse(ValueError, "variable_transforms", accepted, result)
+        return tf.cast(result, dtype)
 
     def _statistics_for_op(self, own: _Statistics, training: Any) -> _Statistics:
         """The moving statistics that the op gets, `own` being the variables' values.

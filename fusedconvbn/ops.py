@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
+import numpy as np
 import tensorflow as tf
 
 from fusedconvbn import _arguments, _gradients, _load, stock  # noqa: F401  (registers the gradients)
@@ -108,7 +110,8 @@ def fused_conv_bn(
     """
     attributes = _attributes(
         strides, dilations, padding, data_format, activation,
-        epsilon=_arguments.epsilon(epsilon), momentum=_arguments.momentum(momentum),
+        epsilon=_attribute("epsilon", _arguments.epsilon(epsilon)),
+        momentum=_attribute("momentum", _arguments.momentum(momentum)),
         unbiased_moving_variance=_arguments.flag("unbiased_moving_variance", unbiased_moving_variance),
         algorithm=_arguments.algorithm(algorithm), save=_arguments.save(save),
     )  # fmt: skip
@@ -154,6 +157,14 @@ def _attributes(
         "activation": _arguments.activation(activation) or "none",
         **others,
     }
+
+
+def _attribute(name: str, value: float) -> float:
+    """`value`, which the op keeps in float32, refused where that turns it into 0, 1 or infinity."""
+    rounded = float(np.float32(value)) if value <= float(np.finfo(np.float32).max) else math.inf
+    if rounded != value and rounded in (0.0, 1.0, math.inf):
+        _arguments.refuse(ValueError, name, f"a number that float32 tells from {rounded:g}", value)
+    return value
 
 
 def _tensor(name: str, value: Any, dtype: tf.DType | None = None) -> tf.Tensor:

@@ -69,7 +69,7 @@ def fused_conv_bn(
         inputs, filters, gamma, beta, moving_mean, moving_variance, residual: As there.
         strides, dilations, padding, data_format, epsilon, momentum, unbiased_moving_variance, activation: As there.
         training: As there.
-        algorithm, save: Accepted and without effect.
+        algorithm, save: Checked, and without effect.
         name: Of the scope that the ops are in.
         moments: Computes the statistics of training from `z`, `[N, OH, OW, K]`, float32 or float64; by default
             `batch_moments`. One that sums over replicas makes the batch norm synchronized.
@@ -84,18 +84,29 @@ def fused_conv_bn(
         inputs = tf.ensure_shape(inputs, [None] * 4)
         filters = tf.ensure_shape(tf.convert_to_tensor(filters, inputs.dtype), [None] * 4)
         stat = tf.float64 if inputs.dtype == tf.float64 else tf.float32
+        vectors = {"gamma": gamma, "beta": beta, "moving_mean": moving_mean, "moving_variance": moving_variance}
         gamma, beta, *moving = (
-            tf.convert_to_tensor(v, stat) for v in (gamma, beta, moving_mean, moving_variance)
-        )  # fmt: skip
+            _of_shape(name, tf.convert_to_tensor(v, stat), filters.shape[3:]) for name, v in vectors.items()
+        )
+        if tf.is_tensor(training):
+            training = _of_shape("training", training, [])
         z = tf.cast(convolve(_nhwc(inputs, nchw), filters), stat)
         statistics, updated = _statistics(
             z, moving, training, moments or batch_moments, _arguments.momentum(momentum), unbiased_moving_variance
         )
         u = _normalize(z, gamma, beta, statistics, _arguments.epsilon(epsilon))
         if residual is not None:
-            u += tf.cast(_nhwc(tf.convert_to_tensor(residual, inputs.dtype), nchw), stat)
+            residual = _nhwc(tf.convert_to_tensor(residual, inputs.dtype), nchw)
+            u += tf.cast(_of_shape("residual", residual, u.shape), stat)
         output = tf.cast(_ACTIVATIONS[_arguments.activation(activation)](u), inputs.dtype)
         return FusedConvBNOutput(tf.transpose(output, [0, 3, 1, 2]) if nchw else output, *updated)
+
+
+def _of_shape(name: str, tensor: tf.Tensor, shape: Any) -> tf.Tensor:
+    """`tensor`, which stock ops would else broadcast: an error where its shape is known to be another one."""
+    if not tensor.shape.is_compatible_with(shape):
+        _arguments.refuse(ValueError, name, f"of shape {tf.TensorShape(shape)}", tensor.shape)
+    return tensor if tensor.shape.is_fully_defined() else tf.ensure_shape(tensor, shape)
 
 
 def in_xla_context() -> bool:
@@ -175,6 +186,14 @@ def _at_least(minimum: int, value: Any) -> Any:
     return tf.maximum(value, minimum) if tf.is_tensor(value) else max(value, minimum)
 
 
+def _positions(size: Any, window: Any, stride: int) -> Any:
+    """Positions of a window in a padded line; an error where the core has one: it rounds towards 0."""
+    room = size - window + stride
+    if not tf.is_tensor(room) and room <= -stride:
+        _arguments.refuse(ValueError, "filters", f"no larger than the padded inputs, here {size} pixels", window)
+    return _at_least(0, room // stride)
+
+
 def _convolution(strides: Any, dilations: Any, padding: Any) -> Callable[[tf.Tensor, tf.Tensor], tf.Tensor]:
     """The convolution of `[N, H, W, C]` with `[kh, kw, C/groups, K]` that the arguments describe."""
     strides, dilations = _arguments.pair("strides", strides), _arguments.pair("dilations", dilations)
@@ -193,10 +212,7 @@ def _convolution(strides: Any, dilations: Any, padding: Any) -> Callable[[tf.Ten
         windows = [(taps - 1) * step + 1 for taps, step in zip(_sizes(filters)[:2], dilations)]
         inputs = tf.pad(inputs, [[0, 0], *pads(_sizes(inputs)[1:3], windows), [0, 0]])
         batch, height, width, _ = _sizes(inputs)
-        out = [
-            _at_least(0, (size - window + stride) // stride)
-            for size, stride, window in zip((height, width), strides, windows)
-        ]
+        out = [_positions(*sizes) for sizes in zip((height, width), windows, strides)]
         if not _native(inputs, filters, dilations):
             return _sum_of_taps(inputs, filters, strides, dilations, out)
         return _conv2d(inputs, filters, strides, dilations, [batch, *out, _sizes(filters)[3]])

@@ -125,3 +125,19 @@ def test_a_layer_as_transform_trains_with_the_layer():
     assert list(by_name) == ["kernel", "gamma", "beta", "factor"]
     d_gamma, d_factor = tape.gradient(loss, [by_name["gamma"].value, by_name["factor"].value])
     assert_close(d_factor, tf.reduce_sum(d_gamma) / 3.0, 1e-5)  # gamma is one, the factor 3
+
+
+@pytest.mark.parametrize(
+    ("name", "transform"),
+    [
+        ("kernel", lambda k: k[:1]),
+        ("kernel", lambda k: k[:, :, :2]),
+        ("bias", lambda b: 0.0),
+        ("gamma", lambda g: None),
+    ],
+    ids=["window", "depth", "scalar", "nothing"],
+)
+def test_a_transform_that_changes_the_shape(name, transform):
+    layer = FusedConvBN(6, 3, use_bias=True, variable_transforms={name: transform})
+    with pytest.raises(ValueError, match=f"`variable_transforms` must be .*{name}"):
+        layer(tf.ones([2, 8, 8, 4]))

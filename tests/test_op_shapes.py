@@ -74,3 +74,7 @@ def test_inferred_shape_is_that_of_the_result(case: Case):
     call = op_problems.function_of(fusedconvbn.fused_conv_bn, case)
     graph = tf.function(lambda: list(call(*tensors))).get_concrete_function()
     assert [r.shape for r in graph.outputs] == [r.shape for r in call(*tensors)]
+
+
+def test_winograd_with_filters_of_unknown_size():
+    assert infer([None] * 4, [None] * 4, algorithm="winograd2")[0] == [None] * 4

@@ -11,7 +11,7 @@ import tensorflow as tf
 from compare import assert_close
 from op_problems import arguments, function_of, results_and_gradients
 
-from fusedconvbn import stock
+from fusedconvbn import fused_conv_bn, stock
 
 FULL_PRECISION = [case for case in cases.op_cases() if case.dtype in ("f32", "f64")]
 
@@ -96,3 +96,32 @@ def test_moments_are_stable():
     moments, shifted = stock.batch_moments(z), stock.batch_moments(z + 1e4)
     np.testing.assert_allclose(shifted.variance, moments.variance, rtol=1e-3)
     assert float(moments.count) == 256
+
+
+GOOD = {
+    "inputs": [2, 6, 7, 4], "filters": [3, 3, 2, 6], "gamma": [6], "beta": [6], "moving_mean": [6],
+    "moving_variance": [6], "residual": [2, 4, 5, 6],
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("jit_compile", [False, True])
+@pytest.mark.parametrize(
+    ("name", "shape"),
+    [("gamma", [1]), ("beta", []), ("moving_mean", [1]), ("moving_variance", [2, 1, 1, 6]),
+     ("residual", [1, 4, 5, 6]), ("filters", [9, 3, 4, 6])],
+    ids=str,
+)  # fmt: skip
+def test_shapes_that_stock_ops_would_take(name, shape, jit_compile):
+    tensors = {key: tf.random.normal(size) for key, size in (GOOD | {name: shape}).items()}
+
+    @tf.function(jit_compile=jit_compile)
+    def run():
+        return fused_conv_bn(**tensors) if jit_compile else stock.fused_conv_bn(**tensors)
+
+    with pytest.raises(ValueError, match=f"`{name}` must be .*Received"):
+        run()
+
+
+def test_training_that_is_no_scalar():
+    with pytest.raises(ValueError, match="`training` must be of shape"):
+        stock.fused_conv_bn(**{k: tf.ones(v) for k, v in GOOD.items()}, training=tf.constant([True]))

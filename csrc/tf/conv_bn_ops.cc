@@ -84,8 +84,9 @@ int64_t window(int64_t taps, int64_t dilation) {  // unsigned: a product that ov
   return static_cast<int64_t>((static_cast<uint64_t>(taps) - 1) * static_cast<uint64_t>(dilation) + 1);
 }
 
-void assume_unknown(const Axes& axes, const ConvArguments& arguments, Sizes* inputs, Sizes* filters) {
-  for (int i : {0, 1}) filters->assume(i, 1);
+void assume_unknown(const Axes& axes, const Problem& problem, Sizes* inputs, Sizes* filters) {
+  const ConvArguments& arguments = problem.arguments;
+  for (int i : {0, 1}) filters->assume(i, problem.params.algorithm == Algorithm::kWinograd2 ? 3 : 1);
   inputs->assume(0, 1);
   inputs->assume(axes.height, window(filters->value[0], arguments.dilations[0]));
   inputs->assume(axes.width, window(filters->value[1], arguments.dilations[1]));
@@ -99,7 +100,7 @@ absl::Status infer_output(InferenceContext* c, ShapeHandle inputs, ShapeHandle f
                           Problem problem, ShapeHandle* output) {
   const Axes axes(problem.params.data_format);
   Sizes in(c, inputs), taps(c, filters);
-  assume_unknown(axes, problem.arguments, &in, &taps);
+  assume_unknown(axes, problem, &in, &taps);
   problem.arguments.inputs_shape = in.value;
   problem.arguments.filters_shape = taps.value;
   TF_RETURN_IF_ERROR(to_absl(resolve(problem.arguments, &problem.params)));
