@@ -10,6 +10,7 @@ Every function raises a `TypeError` or `ValueError` that names the argument, wha
 
 from __future__ import annotations
 
+import math
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -272,7 +273,11 @@ class _Data:
         return _array(name, value, self.dtype, shape=tuple(shape))
 
     def empty(self, shape: Any) -> np.ndarray:
-        return np.empty(shape, self.dtype)
+        """An array that begins at a cache line, as TensorFlow's do: large results can then be streamed to memory."""
+        line, size = 64, math.prod(shape) * self.dtype.itemsize
+        memory = np.empty(size + line, np.uint8)
+        start = -memory.ctypes.data % line
+        return memory[start : start + size].view(self.dtype).reshape(shape)
 
     def empty_vector(self) -> np.ndarray:
         return np.empty(self.channels, self.stat_dtype)
