@@ -124,6 +124,7 @@ struct Plan {
   DeviceInfo device;
   std::vector<const Kernel*> stages;  // in the order of execution
   size_t workspace_bytes = 0;         // 64-byte aligned
+  size_t conv_grad_bytes = 0;         // of them, at the start: the gradient of z, handed from stage to stage
   std::string describe() const;
 };
 

@@ -10,14 +10,15 @@ namespace fusedconvbn {
 namespace {
 
 constexpr size_t kAlignment = 64;
-constexpr char kForwardReference[] = "forward_reference", kBackwardReference[] = "backward_reference";
+constexpr char kForwardReference[] = "forward_reference";
 
 size_t align(size_t bytes) { return (bytes + kAlignment - 1) / kAlignment * kAlignment; }
 
 size_t compute_bytes(const ConvBnParams& p) { return p.dtype == DType::kFloat64 ? 8 : 4; }
 size_t output_elements(const ConvBnParams& p) { return static_cast<size_t>(p.pixels() * p.out_channels); }
 
-// Backward workspace: [conv_grad][scratch of the stage]. A recomputed z lies where its gradient will.
+// Workspace of a backward plan in stages: [conv_grad][scratch of the stage]. A recomputed z lies where its gradient
+// will.
 size_t conv_grad_bytes(const ConvBnParams& p) { return align(output_elements(p) * compute_bytes(p)); }
 
 Status forced_name(const std::string& argument, std::string* name) {
@@ -51,18 +52,25 @@ Status choose(Stage stage, const ConvBnParams& params, const DeviceInfo& device,
   return *chosen ? Status{} : Status::error(std::string("no kernel for stage ") + name_of(stage));
 }
 
-Status make_plan(const ConvBnParams& params, const DeviceInfo& device, const std::vector<Stage>& stages,
-                 const std::string& forced, size_t fixed_bytes, Plan* plan) {
-  *plan = Plan{params, device, {}, 0};
+Status add_stages(const std::vector<Stage>& stages, const std::string& forced, Plan* plan) {
   size_t scratch = 0;
   for (Stage stage : stages) {
     const Kernel* kernel = nullptr;
-    if (Status s = choose(stage, params, device, forced, &kernel); !s.ok()) return s;
+    if (Status s = choose(stage, plan->params, plan->device, forced, &kernel); !s.ok()) return s;
     plan->stages.push_back(kernel);
-    scratch = std::max(scratch, kernel->scratch_bytes(params, device));
+    scratch = std::max(scratch, kernel->scratch_bytes(plan->params, plan->device));
   }
-  plan->workspace_bytes = fixed_bytes + align(scratch);
+  plan->workspace_bytes = plan->conv_grad_bytes + align(scratch);
   return Status{};
+}
+
+// Whether one row is to do the whole of backward: it is forced, or suits the problem where nothing is.
+bool backward_in_one(const ConvBnParams& params, const DeviceInfo& device, const std::string& forced) {
+  const auto& rows = kernel_table();
+  return std::any_of(rows.begin(), rows.end(), [&](const Kernel& row) {
+    if (row.stage != Stage::kBackward) return false;
+    return forced.empty() ? usable(row, params, device) && row.suits(params) : forced == row.name;
+  });
 }
 
 }  // namespace
@@ -71,7 +79,8 @@ Status plan_forward(const ConvBnParams& params, const DeviceInfo& device, const 
   if (Status s = validate(params); !s.ok()) return s;
   std::string forced;
   if (Status s = forced_name(force_kernel, &forced); !s.ok()) return s;
-  return make_plan(params, device, {Stage::kForward}, forced, 0, plan);
+  *plan = Plan{params, device, {}, 0, 0};
+  return add_stages({Stage::kForward}, forced, plan);
 }
 
 Status plan_backward(const ConvBnParams& params, const DeviceInfo& device, const std::string& force_kernel,
@@ -79,11 +88,13 @@ Status plan_backward(const ConvBnParams& params, const DeviceInfo& device, const
   if (Status s = validate(params); !s.ok()) return s;
   std::string forced;
   if (Status s = forced_name(force_kernel, &forced); !s.ok()) return s;
-  if (forced == kBackwardReference) return make_plan(params, device, {Stage::kBackward}, forced, 0, plan);
+  *plan = Plan{params, device, {}, 0, 0};
+  if (backward_in_one(params, device, forced)) return add_stages({Stage::kBackward}, forced, plan);
   std::vector<Stage> stages = {Stage::kReduce, Stage::kDgrad, Stage::kWgrad};
   if (!params.training) stages.insert(stages.begin(), Stage::kForward);
   if (forced == kForwardReference) forced.clear();  // it computes no z alone
-  return make_plan(params, device, stages, forced, conv_grad_bytes(params), plan);
+  plan->conv_grad_bytes = conv_grad_bytes(params);
+  return add_stages(stages, forced, plan);
 }
 
 Status run_cpu(const Plan& plan, const ForwardBuffers& buffers, void* workspace, ParallelFor* parallel) {
@@ -101,7 +112,7 @@ Status run_cpu(const Plan& plan, const BackwardBuffers& buffers, void* workspace
   call.backward = &buffers;
   call.conv_grad = workspace;
   call.conv_out = plan.params.training ? buffers.conv_out : workspace;
-  call.scratch = static_cast<char*>(call.conv_grad) + conv_grad_bytes(plan.params);
+  call.scratch = static_cast<char*>(workspace) + plan.conv_grad_bytes;
   call.parallel = parallel;
   for (const Kernel* kernel : plan.stages)
     if (Status s = kernel->run(call); !s.ok()) return s;

@@ -9,6 +9,7 @@ namespace fusedconvbn {
 namespace {
 
 bool any_problem(const ConvBnParams&) { return true; }
+bool no_problem(const ConvBnParams&) { return false; }
 
 // Where the transforms cost less than the products they save: F(2x2) has 2.25 times fewer.
 bool suits_winograd(const ConvBnParams& p, int64_t height, int64_t width) {
@@ -65,7 +66,7 @@ const std::vector<Kernel>& kernel_table() {
       FCB_ROWS(generic, Generic),
       {"forward_reference", Stage::kForward, Isa::kGeneric, any_problem, any_problem, no_scratch,
        run_forward_reference},
-      {"backward_reference", Stage::kBackward, Isa::kGeneric, any_problem, any_problem, no_scratch,
+      {"backward_reference", Stage::kBackward, Isa::kGeneric, any_problem, no_problem, no_scratch,
        run_backward_reference},
   };
   return table;

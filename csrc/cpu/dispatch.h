@@ -9,7 +9,7 @@
 namespace fusedconvbn {
 
 // A plan is a list of stages. Forward has one; in the backward plan kForward recomputes z where it was not saved, and
-// kBackward stands for all the others together.
+// kBackward stands for all the others together, in a row that suits (or is forced).
 enum class Stage { kForward, kReduce, kDgrad, kWgrad, kBackward };
 
 // What a stage reads and writes. Exactly one of forward and backward is set.
