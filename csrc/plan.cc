@@ -73,14 +73,26 @@ bool backward_in_one(const ConvBnParams& params, const DeviceInfo& device, const
   });
 }
 
+Status run_forward(const Plan& plan, const ForwardBuffers& buffers, void* packed, void* workspace,
+                   ParallelFor* parallel) {
+  StageCall call{plan.params, plan.device};
+  call.forward = &buffers;
+  call.packed = packed;
+  call.scratch = static_cast<char*>(workspace);
+  call.parallel = parallel;
+  return plan.stages.at(0)->run(call);
+}
+
 }  // namespace
 
 Status plan_forward(const ConvBnParams& params, const DeviceInfo& device, const std::string& force_kernel, Plan* plan) {
   if (Status s = validate(params); !s.ok()) return s;
   std::string forced;
   if (Status s = forced_name(force_kernel, &forced); !s.ok()) return s;
-  *plan = Plan{params, device, {}, 0, 0};
-  return add_stages({Stage::kForward}, forced, plan);
+  *plan = Plan{params, device, {}, 0, 0, 0};
+  if (Status s = add_stages({Stage::kForward}, forced, plan); !s.ok()) return s;
+  if (const auto packed_bytes = plan->stages[0]->packed_bytes) plan->packed_bytes = align(packed_bytes(params, device));
+  return Status{};
 }
 
 Status plan_backward(const ConvBnParams& params, const DeviceInfo& device, const std::string& force_kernel,
@@ -88,7 +100,7 @@ Status plan_backward(const ConvBnParams& params, const DeviceInfo& device, const
   if (Status s = validate(params); !s.ok()) return s;
   std::string forced;
   if (Status s = forced_name(force_kernel, &forced); !s.ok()) return s;
-  *plan = Plan{params, device, {}, 0, 0};
+  *plan = Plan{params, device, {}, 0, 0, 0};
   if (backward_in_one(params, device, forced)) return add_stages({Stage::kBackward}, forced, plan);
   std::vector<Stage> stages = {Stage::kReduce, Stage::kDgrad, Stage::kWgrad};
   if (!params.training) stages.insert(stages.begin(), Stage::kForward);
@@ -97,12 +109,14 @@ Status plan_backward(const ConvBnParams& params, const DeviceInfo& device, const
   return add_stages(stages, forced, plan);
 }
 
+Status pack_filters(const Plan& plan, const void* filters, void* packed, void* workspace, ParallelFor* parallel) {
+  ForwardBuffers buffers;
+  buffers.filters = filters;
+  return run_forward(plan, buffers, packed, workspace, parallel);
+}
+
 Status run_cpu(const Plan& plan, const ForwardBuffers& buffers, void* workspace, ParallelFor* parallel) {
-  StageCall call{plan.params, plan.device};
-  call.forward = &buffers;
-  call.scratch = static_cast<char*>(workspace);
-  call.parallel = parallel;
-  return plan.stages.at(0)->run(call);
+  return run_forward(plan, buffers, nullptr, workspace, parallel);
 }
 
 Status run_cpu(const Plan& plan, const BackwardBuffers& buffers, void* workspace, ParallelFor* parallel) {

@@ -1,7 +1,6 @@
 """Threads and memory: the same bits whoever computes them, no hang, no leak."""
 
 import os
-import threading
 from dataclasses import replace
 
 import numpy as np
@@ -11,6 +10,7 @@ import tensorflow as tf
 from cases import Case
 from op_problems import arguments, assert_same_bits, function_of, results_and_gradients
 from processes import run_python
+from threads import in_threads
 
 import fusedconvbn
 
@@ -33,23 +33,6 @@ def concrete_function(case):
     spec = lambda t: tf.TensorSpec([None, None, None, t.shape[3]] if t.shape.rank == 4 else t.shape, t.dtype)  # noqa: E731
     function = tf.function(lambda t, c: results_and_gradients(call, t, c))
     return function.get_concrete_function([spec(t) for t in tensors], [spec(c) for c in cotangents])
-
-
-def in_threads(count, work):
-    """work(0), ..., work(count - 1), each in a thread of its own, begun together."""
-    results, barrier = [None] * count, threading.Barrier(count)
-
-    def run(index):
-        barrier.wait()
-        results[index] = work(index)
-
-    threads = [threading.Thread(target=run, args=(i,), daemon=True) for i in range(count)]
-    for thread in threads:
-        thread.start()
-    for thread in threads:
-        thread.join(timeout=60)
-    assert not any(thread.is_alive() for thread in threads)
-    return results
 
 
 def test_eight_threads_on_one_function():

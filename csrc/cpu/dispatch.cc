@@ -41,20 +41,21 @@ Status run_with(const StageCall& call) {
 }  // namespace
 
 // One row an algorithm of a stage and instruction set, in order of preference.
-#define FCB_ROW(name, stage, supports, suits, isa, Isa_) \
-  {#name "_" #isa,                                       \
-   Stage::stage,                                         \
-   Isa::k##Isa_,                                         \
-   supports,                                             \
-   suits,                                                \
-   scratch_with<&kKernels##Isa_, name##_scratch>,        \
-   run_with<&kKernels##Isa_, run_##name>}
-#define FCB_ROWS(isa, Isa_)                                                              \
-  FCB_ROW(forward_winograd2, kForward, winograd2_applies, forward_winograd2, isa, Isa_), \
-      FCB_ROW(forward_direct, kForward, any_problem, any_problem, isa, Isa_),            \
-      FCB_ROW(reduce_direct, kReduce, any_problem, any_problem, isa, Isa_),              \
-      FCB_ROW(dgrad_winograd2, kDgrad, winograd2_applies, dgrad_winograd2, isa, Isa_),   \
-      FCB_ROW(dgrad_direct, kDgrad, any_problem, any_problem, isa, Isa_),                \
+#define FCB_FIELDS(name, stage, supports, suits, isa, Isa_)                                                   \
+  #name "_" #isa, Stage::stage, Isa::k##Isa_, supports, suits, scratch_with<&kKernels##Isa_, name##_scratch>, \
+      run_with<&kKernels##Isa_, run_##name>
+#define FCB_ROW(name, stage, supports, suits, isa, Isa_) {FCB_FIELDS(name, stage, supports, suits, isa, Isa_)}
+#define FCB_PACKING_ROW(name, supports, suits, isa, Isa_)            \
+  {                                                                  \
+      FCB_FIELDS(name, kForward, supports, suits, isa, Isa_),        \
+      scratch_with<&kKernels##Isa_, name##_packed> /* may be kept */ \
+  }
+#define FCB_ROWS(isa, Isa_)                                                            \
+  FCB_PACKING_ROW(forward_winograd2, winograd2_applies, forward_winograd2, isa, Isa_), \
+      FCB_PACKING_ROW(forward_direct, any_problem, any_problem, isa, Isa_),            \
+      FCB_ROW(reduce_direct, kReduce, any_problem, any_problem, isa, Isa_),            \
+      FCB_ROW(dgrad_winograd2, kDgrad, winograd2_applies, dgrad_winograd2, isa, Isa_), \
+      FCB_ROW(dgrad_direct, kDgrad, any_problem, any_problem, isa, Isa_),              \
       FCB_ROW(wgrad_direct, kWgrad, any_problem, any_problem, isa, Isa_)
 
 const std::vector<Kernel>& kernel_table() {

@@ -20,6 +20,7 @@ struct StageCall {
   const BackwardBuffers* backward = nullptr;
   const void* conv_out = nullptr;  // backward: z. Training: data type, shape of output; else as, and at, conv_grad
   void* conv_grad = nullptr;       // backward: gradient of z, compute type [N,OH,OW,K] whatever the data format
+  void* packed = nullptr;          // forward: where to write the packed filters; the stage does nothing else then
   char* scratch = nullptr;         // the stage's own workspace
   ParallelFor* parallel = nullptr;
 };
@@ -32,6 +33,9 @@ struct Kernel {
   bool (*suits)(const ConvBnParams&);     // is to be chosen for it where nobody forces a row
   size_t (*scratch_bytes)(const ConvBnParams&, const DeviceInfo&);
   Status (*run)(const StageCall&);
+  // Forward: of the filters as run() packs them; null: it does not, or not to keep. They depend on the filters' shape,
+  // groups and dtype alone.
+  size_t (*packed_bytes)(const ConvBnParams&, const DeviceInfo&) = nullptr;
 };
 
 // Every kernel of the library; within a stage the preferred one first, the reference last.

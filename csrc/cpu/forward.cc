@@ -39,6 +39,11 @@ class Forward {
   }
 
   size_t scratch_bytes() const { return scratch_bytes_; }
+  size_t packed_bytes() const { return static_cast<size_t>(convolution_.packed_elements()) * sizeof(C); }
+
+  void pack(void* packed, ParallelFor* parallel) const {
+    convolution_.pack(filters(), convolution_scratch_, static_cast<C*>(packed), parallel);
+  }
 
   void infer(ParallelFor* parallel) const {
     keep_moving_statistics();
@@ -76,10 +81,14 @@ class Forward {
 
   int64_t columns() const { return std::max(kChannelChunk, k_.panel); }  // of a block in scratch
 
-  void convolve(ParallelFor* parallel, const TileEpilogue<C>& epilogue) const {
-    FilterLayout filters{b_.filters, {}, p_.group_out(), p_.out_channels, 1};
+  FilterLayout filters() const {
+    FilterLayout filters{b_.filters, {}, p_.group_out(), p_.out_channels, 1, b_.packed_filters};
     for (int64_t t = 0; t < p_.taps(); ++t) filters.tap_offset.push_back(t * p_.group_in() * p_.out_channels);
-    convolution_.run(filters, convolution_scratch_, parallel, epilogue);
+    return filters;
+  }
+
+  void convolve(ParallelFor* parallel, const TileEpilogue<C>& epilogue) const {
+    convolution_.run(filters(), convolution_scratch_, parallel, epilogue);
   }
 
   void keep_moving_statistics() const {
@@ -170,12 +179,23 @@ Image<C> conv_out_image(const KernelSet& set, const StageCall& call) {
   return Image<C>(call.forward->conv_out, storage_of<C>(set, call.params.dtype), output_grid(call.params));
 }
 
+// Passes a Forward that only measures to `measure`.
+template <template <class> class Conv, class Measure>
+size_t measure(const KernelSet& set, const ConvBnParams& p, const DeviceInfo& device, Measure measure) {
+  return with_compute_type(p.dtype, [&](auto c) {
+    using C = decltype(c);
+    return measure(Forward<C, Conv>(set, p, device, {}, conv_grad_image<C>(set, p, nullptr), nullptr));
+  });
+}
+
 template <template <class> class Conv>
 size_t scratch_of(const KernelSet& set, const ConvBnParams& p, const DeviceInfo& device) {
-  return with_compute_type(p.dtype, [&](auto c) {
-    return Forward<decltype(c), Conv>(set, p, device, {}, conv_grad_image<decltype(c)>(set, p, nullptr), nullptr)
-        .scratch_bytes();
-  });
+  return measure<Conv>(set, p, device, [](const auto& forward) { return forward.scratch_bytes(); });
+}
+
+template <template <class> class Conv>
+size_t packed_of(const KernelSet& set, const ConvBnParams& p, const DeviceInfo& device) {
+  return measure<Conv>(set, p, device, [](const auto& forward) { return forward.packed_bytes(); });
 }
 
 template <template <class> class Conv>
@@ -183,7 +203,9 @@ Status run_with(const KernelSet& set, const StageCall& call) {
   with_compute_type(call.params.dtype, [&](auto c) {
     const Forward<decltype(c), Conv> forward(set, call.params, call.device, forward_buffers(call),
                                              conv_out_image<decltype(c)>(set, call), call.scratch);
-    if (call.backward)
+    if (call.packed)
+      forward.pack(call.packed, call.parallel);
+    else if (call.backward)
       forward.recompute(call.parallel);
     else if (call.params.training)
       forward.train(call.parallel);
@@ -200,6 +222,12 @@ size_t forward_direct_scratch(const KernelSet& set, const ConvBnParams& p, const
 }
 size_t forward_winograd2_scratch(const KernelSet& set, const ConvBnParams& p, const DeviceInfo& device) {
   return scratch_of<WinogradConvolution>(set, p, device);
+}
+size_t forward_direct_packed(const KernelSet& set, const ConvBnParams& p, const DeviceInfo& device) {
+  return packed_of<Convolution>(set, p, device);
+}
+size_t forward_winograd2_packed(const KernelSet& set, const ConvBnParams& p, const DeviceInfo& device) {
+  return packed_of<WinogradConvolution>(set, p, device);
 }
 Status run_forward_direct(const KernelSet& set, const StageCall& call) { return run_with<Convolution>(set, call); }
 Status run_forward_winograd2(const KernelSet& set, const StageCall& call) {

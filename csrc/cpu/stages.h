@@ -13,11 +13,15 @@ inline bool is_depthwise(const ConvBnParams& p) { return p.group_in() == 1 && p.
 #define FCB_STAGE(name)                                                                         \
   size_t name##_scratch(const KernelSet& set, const ConvBnParams& p, const DeviceInfo& device); \
   Status run_##name(const KernelSet& set, const StageCall& call)
+// One whose packed filters may be kept.
+#define FCB_PACKING_STAGE(name) \
+  FCB_STAGE(name);              \
+  size_t name##_packed(const KernelSet& set, const ConvBnParams& p, const DeviceInfo& device)
 
 // Forward: convolution, and in the epilogue of each tile either the whole of batch norm, residual and activation
 // (inference) or the tile's moments (training; then merge, normalize). In a backward plan: z alone.
-FCB_STAGE(forward_direct);
-FCB_STAGE(forward_winograd2);
+FCB_PACKING_STAGE(forward_direct);
+FCB_PACKING_STAGE(forward_winograd2);
 
 // Gradients of gamma, beta, the moving statistics and the residual, and conv_grad for the next two stages.
 FCB_STAGE(reduce_direct);
@@ -29,6 +33,7 @@ FCB_STAGE(dgrad_winograd2);
 // The gradient by the filters: products of input and conv_grad panels, over fixed ranges of pixels.
 FCB_STAGE(wgrad_direct);
 
+#undef FCB_PACKING_STAGE
 #undef FCB_STAGE
 
 }  // namespace fusedconvbn

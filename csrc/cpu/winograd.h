@@ -45,7 +45,7 @@ class WinogradConvolution {
   };
 
   Scratch carve(Arena* arena, int workers) const {
-    Scratch s{arena->take<C>(panels() * panel_elements()), arena->take<C>(reader_.zero_elements()), {}};
+    Scratch s{arena->take<C>(packed_elements()), arena->take<C>(reader_.zero_elements()), {}};
     for (int w = 0; w < workers; ++w)
       s.workers.push_back({reader_.carve(arena, s.zeros), arena->take<const C*>(kWindows),
                            arena->take<C>(kPlanes * kWindows * ld()),
@@ -61,16 +61,25 @@ class WinogradConvolution {
     return pixels;
   }
 
+  int64_t packed_elements() const { return panels() * panel_elements(); }
+
+  void pack(const FilterLayout& filters, const Scratch& s, C* packed, ParallelFor* parallel) const {
+    parallel->run(panels(), [&](int64_t panel, int worker) {
+      pack(filters, panel, s.workers[worker].filters, packed + panel * panel_elements());
+    });
+  }
+
   void run(const FilterLayout& filters, const Scratch& s, ParallelFor* parallel,
            const TileEpilogue<C>& epilogue) const {
     if (windows_.positions() == 0) return;
     std::fill(s.zeros, s.zeros + reader_.zero_elements(), C(0));
-    parallel->run(panels(), [&](int64_t panel, int worker) { pack(filters, panel, s, s.workers[worker]); });
+    if (!filters.packed) pack(filters, s, s.filters, parallel);
+    const C* packed = filters.packed ? static_cast<const C*>(filters.packed) : s.filters;
     const int64_t panel_tasks = std::min(panels(), ceil_div(4 * parallel->threads(), blocks()));
     parallel->run(blocks() * panel_tasks, [&](int64_t task, int worker) {
       const int64_t share = task % panel_tasks;
-      run_block(task / panel_tasks, share * panels() / panel_tasks, (share + 1) * panels() / panel_tasks, s, worker,
-                epilogue);
+      run_block(task / panel_tasks, share * panels() / panel_tasks, (share + 1) * panels() / panel_tasks, packed, s,
+                worker, epilogue);
     });
   }
 
@@ -98,22 +107,22 @@ class WinogradConvolution {
   int64_t panels() const { return ceil_div(cols_, kernels_.panel); }
   int64_t panel_elements() const { return kPlanes * depth_ * kernels_.panel; }
 
-  void pack(const FilterLayout& f, int64_t panel, const Scratch& s, const Worker& w) const {
+  // loaded: a worker's filters.
+  void pack(const FilterLayout& f, int64_t panel, C* loaded, C* packed) const {
     const int64_t column = panel * kernels_.panel, cols = std::min(kernels_.panel, cols_ - column);
-    C* packed = s.filters + panel * panel_elements();
     for (int64_t begin = 0; begin < depth_; begin += kDepth) {
       const int64_t depth = std::min(kDepth, depth_ - begin);
-      if (cols < kernels_.panel) std::fill(w.filters, w.filters + 9 * depth * kernels_.panel, C(0));
+      if (cols < kernels_.panel) std::fill(loaded, loaded + 9 * depth * kernels_.panel, C(0));
       for (int64_t t = 0; t < 9; ++t) {
         const int64_t element = f.tap_offset[t] + begin * f.depth_stride + column * f.column_stride;
         storage_.kernels.load(static_cast<const char*>(f.data) + element * storage_.element_bytes, f.depth_stride,
-                              f.column_stride, depth, cols, w.filters + t * depth * kernels_.panel, kernels_.panel);
+                              f.column_stride, depth, cols, loaded + t * depth * kernels_.panel, kernels_.panel);
       }
-      kernels_.winograd_filter(w.filters, depth, packed + begin * kernels_.panel, depth_ * kernels_.panel);
+      kernels_.winograd_filter(loaded, depth, packed + begin * kernels_.panel, depth_ * kernels_.panel);
     }
   }
 
-  void run_block(int64_t block, int64_t panel_begin, int64_t panel_end, const Scratch& s, int worker,
+  void run_block(int64_t block, int64_t panel_begin, int64_t panel_end, const C* packed, const Scratch& s, int worker,
                  const TileEpilogue<C>& epilogue) const {
     const Worker& w = s.workers[worker];
     const int64_t first = block * kWindows, count = std::min(kWindows, windows_.positions() - first);
@@ -122,7 +131,7 @@ class WinogradConvolution {
     kernels_.winograd_window({w.reader.rows, kWindows, count, kPlanes, depth_, 0}, w.planes, ld(), plane());
     for (int64_t r = 0; r < count; ++r) w.rows[r] = w.planes + r * ld();
     for (int64_t panel = panel_begin; panel < panel_end; ++panel) {
-      const C* filters = s.filters + panel * panel_elements();
+      const C* filters = packed + panel * panel_elements();
       for (int64_t p = 0; p < kPlanes; ++p)
         kernels_.gemm({w.rows, kWindows, count, 1, depth_, p * plane()}, filters + p * depth_ * kernels_.panel,
                       w.products + p * kWindows * kernels_.panel);

@@ -2,7 +2,9 @@
 #include <initializer_list>
 #include <string>
 
+#include "absl/functional/function_ref.h"
 #include "attributes.h"
+#include "packed_filters.h"
 #include "tensorflow/core/framework/op_kernel.h"
 #include "thread_pool.h"
 #include "workspace_pool.h"
@@ -114,9 +116,9 @@ class ConvBnKernel : public OpKernel {
 };
 
 using Planner = Status (*)(const ConvBnParams&, const DeviceInfo&, const std::string&, Plan*);
+using Run = absl::FunctionRef<Status(const Plan&, void* workspace, ParallelFor*)>;
 
-template <class Buffers>
-absl::Status run(OpKernelContext* context, Planner planner, const ConvBnParams& params, const Buffers& buffers) {
+absl::Status run(OpKernelContext* context, Planner planner, const ConvBnParams& params, Run run_plan) {
   IntraOpThreads threads(context);
   DeviceInfo device;
   Plan plan;
@@ -126,7 +128,7 @@ absl::Status run(OpKernelContext* context, Planner planner, const ConvBnParams& 
   if (workspace.data() == nullptr)
     return absl::ResourceExhaustedError(
         absl::StrCat("out of memory: no ", plan.workspace_bytes, " bytes of workspace for ", plan.describe()));
-  return to_absl(run_cpu(plan, buffers, workspace.data(), &threads));
+  return to_absl(run_plan(plan, workspace.data(), &threads));
 }
 
 // There is one residual at the most, though a list input could hold more.
@@ -140,18 +142,35 @@ class FusedConvBN : public ConvBnKernel {
   explicit FusedConvBN(OpKernelConstruction* context) : ConvBnKernel(context) {
     int residuals = 0;
     OP_REQUIRES_OK(context, at_most_one(context, "num_residual", &residuals));
+    OP_REQUIRES_OK(context, context->GetAttr("keep_filters", &keep_filters_));
   }
 
   void Compute(OpKernelContext* context) override {
     Tensors tensors(context);
     const Problem problem = describe(&tensors, tensors.find("residual") != nullptr);
     OP_REQUIRES_OK(context, tensors.status());
-    const ForwardBuffers buffers = gather(&tensors, problem.params, Shapes(problem));
+    ForwardBuffers buffers = gather(&tensors, problem.params, Shapes(problem));
     OP_REQUIRES_OK(context, tensors.status());
-    OP_REQUIRES_OK(context, run(context, plan_forward, problem.params, buffers));
+    const auto run_plan = [&](const Plan& plan, void* workspace, ParallelFor* threads) {
+      const PackedFilters::Packed packed = packed_filters(*tensors.find("filters"), plan, workspace, threads);
+      buffers.packed_filters = packed.get();
+      return run_cpu(plan, buffers, workspace, threads);
+    };
+    OP_REQUIRES_OK(context, run(context, plan_forward, problem.params, run_plan));
   }
 
  private:
+  // Of earlier calls; null if there are none.
+  PackedFilters::Packed packed_filters(const Tensor& filters, const Plan& plan, void* workspace,
+                                       ParallelFor* threads) const {
+    if (!keep_filters_ || plan.packed_bytes == 0) return nullptr;
+    if (plan.params.training) return PackedFilters::global()->forget(filters), nullptr;
+    if (!PackedFilters::may_keep(filters)) return nullptr;
+    return PackedFilters::global()->get(filters, plan, [&](void* packed) {
+      return pack_filters(plan, filters.data(), packed, workspace, threads).ok();
+    });
+  }
+
   static ForwardBuffers gather(Tensors* t, const ConvBnParams& params, const Shapes& shapes) {
     ForwardBuffers b;
     b.inputs = t->input("inputs", shapes.inputs);
@@ -169,6 +188,8 @@ class FusedConvBN : public ConvBnKernel {
     b.conv_out = params.training ? t->output("conv_out", shapes.output) : t->empty_output("conv_out");
     return b;
   }
+
+  bool keep_filters_ = false;
 };
 
 class FusedConvBNGrad : public ConvBnKernel {
@@ -192,7 +213,10 @@ class FusedConvBNGrad : public ConvBnKernel {
     gather_inputs(&tensors, problem.params, Shapes(problem), &buffers);
     gather_outputs(&tensors, Shapes(problem), &buffers);
     OP_REQUIRES_OK(context, tensors.status());
-    OP_REQUIRES_OK(context, run(context, plan_backward, problem.params, buffers));
+    const auto run_plan = [&](const Plan& plan, void* workspace, ParallelFor* threads) {
+      return run_cpu(plan, buffers, workspace, threads);
+    };
+    OP_REQUIRES_OK(context, run(context, plan_backward, problem.params, run_plan));
   }
 
  private:

@@ -205,7 +205,8 @@ REGISTER_OP("FusedConvBN")
     .Output("batch_mean: U")
     .Output("inv_std: U")
     .Output("conv_out: T")
-    .FUSEDCONVBN_ATTRIBUTES.SetShapeFn(forward_shapes);
+    .FUSEDCONVBN_ATTRIBUTES.Attr("keep_filters: bool = false")
+    .SetShapeFn(forward_shapes);
 
 REGISTER_OP("FusedConvBNGrad")
     .Input("output_gradient: T")
