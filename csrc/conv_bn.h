@@ -116,6 +116,9 @@ struct DeviceInfo {
 // What this machine offers; the environment variable FUSEDCONVBN_ISA (generic, avx2, avx512) lowers it.
 Status detect_device(int threads, DeviceInfo* device);
 
+// How many of `threads` shorten a call: work for less than some microseconds is done before another thread has begun.
+int useful_threads(const ConvBnParams& params, int threads);
+
 struct Kernel;  // a row of the dispatch table (cpu/dispatch.h)
 
 // A kernel for each stage of the problem, and the memory that they need. The result of a pure function of the problem

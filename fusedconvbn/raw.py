@@ -92,7 +92,8 @@ def plan(
         dtype, strides, ... save: As in `forward`; `residual` says whether there is one.
 
     Returns:
-        An object with `kernels`, a list of names in the order of execution, `workspace_bytes` and `str()`.
+        An object with `kernels`, a list of names in the order of execution, `workspace_bytes`, `useful_threads`, how
+        many of `threads` the op would use (`forward` and `backward` use all), and `str()`.
     """
     if direction not in ("forward", "backward"):
         _arguments.refuse(ValueError, "direction", "'forward' or 'backward'", direction)

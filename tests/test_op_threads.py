@@ -10,6 +10,7 @@ import tensorflow as tf
 from cases import Case
 from op_problems import arguments, assert_same_bits, function_of, results_and_gradients
 from processes import run_python
+from raw_problem import planned
 from threads import in_threads
 
 import fusedconvbn
@@ -26,6 +27,14 @@ MANY = [
 ]
 
 
+EIGHT = [replace(LARGE, height=13, width=11, batch=batch) for batch in range(2, 10)]
+
+
+@pytest.mark.parametrize("case", [*MANY, *EIGHT], ids=str)
+def test_these_are_split_among_threads(case):
+    assert planned(case, "forward", threads=2).useful_threads == 2
+
+
 def concrete_function(case):
     """Results and gradients with unknown batch and spatial sizes."""
     call = function_of(fusedconvbn.fused_conv_bn, case)
@@ -36,10 +45,8 @@ def concrete_function(case):
 
 
 def test_eight_threads_on_one_function():
-    case = replace(LARGE, height=13, width=11)
-    batches = [replace(case, batch=batch) for batch in range(1, 9)]
-    function = concrete_function(case)
-    calls = [(arguments(b), op_problems.upstream(b)) for b in batches]
+    function = concrete_function(EIGHT[0])
+    calls = [(arguments(case), op_problems.upstream(case)) for case in EIGHT]
     expected = [function(*call) for call in calls]
     for i, results in enumerate(in_threads(8, lambda i: [function(*calls[i]) for _ in range(5)])):
         for result in results:

@@ -1,11 +1,16 @@
 // The CPU kernels of FusedConvBN and FusedConvBNGrad: they check shapes, allocate, and call the core.
-#include <initializer_list>
+#include <array>
+#include <cstdlib>
+#include <memory>
+#include <mutex>
 #include <string>
+#include <tuple>
 
 #include "absl/functional/function_ref.h"
 #include "attributes.h"
 #include "packed_filters.h"
 #include "tensorflow/core/framework/op_kernel.h"
+#include "tensors.h"
 #include "thread_pool.h"
 #include "workspace_pool.h"
 
@@ -18,70 +23,6 @@ using tensorflow::OpKernelContext;
 using tensorflow::Tensor;
 using tensorflow::TensorShape;
 
-// The op's tensors as the core's pointers, each checked by its name. The first error stays; after one, nothing that
-// was handed out may be used.
-class Tensors {
- public:
-  explicit Tensors(OpKernelContext* context) : context_(context) {}
-
-  const absl::Status& status() const { return status_; }
-  void check(const absl::Status& status) { status_.Update(status); }
-
-  // Null if the op has no such input.
-  const Tensor* find(const char* name) {
-    tensorflow::OpInputList list;
-    check(context_->input_list(name, &list));
-    return status_.ok() && list.size() > 0 ? &list[0] : nullptr;
-  }
-
-  const void* input(const char* name, const TensorShape& shape) {
-    const Tensor* tensor = find(name);
-    if (tensor == nullptr) return nullptr;
-    if (tensor->shape() != shape)
-      check(invalid(absl::StrCat(name, " must be of shape ", shape.DebugString(), ". Received: shape ",
-                                 tensor->shape().DebugString())));
-    return pointer(*tensor);
-  }
-
-  void* output(const char* name, const TensorShape& shape) {
-    Tensor* tensor = nullptr;
-    if (status_.ok()) check(context_->allocate_output(name, shape, &tensor));
-    return tensor ? pointer(*tensor) : nullptr;
-  }
-
-  // An output that is there for nobody.
-  void* empty_output(const char* name) { return output(name, TensorShape({0, 0, 0, 0})), nullptr; }
-
-  bool flag(const char* name) {
-    const Tensor* tensor = find(name);
-    if (tensor == nullptr) return false;
-    if (tensor->dims() == 0) return tensor->scalar<bool>()();
-    check(invalid(absl::StrCat(name, " must be a scalar. Received: shape ", tensor->shape().DebugString())));
-    return false;
-  }
-
-  std::array<int64_t, 4> sizes(const char* name) {
-    std::array<int64_t, 4> result{};
-    const Tensor* tensor = find(name);
-    if (tensor != nullptr && tensor->dims() == 4)
-      for (int i = 0; i < 4; ++i) result[i] = tensor->dim_size(i);
-    else if (tensor != nullptr)
-      check(
-          invalid(absl::StrCat(name, " must be a tensor of rank 4. Received: shape ", tensor->shape().DebugString())));
-    return result;
-  }
-
- private:
-  // A tensor without elements has no memory, but to the core null means "not there".
-  static void* pointer(const Tensor& tensor) {
-    alignas(64) static char nothing[64];
-    return tensor.NumElements() > 0 ? tensor.data() : nothing;
-  }
-
-  OpKernelContext* context_;
-  absl::Status status_;
-};
-
 struct Shapes {
   explicit Shapes(const Problem& problem)
       : inputs(problem.arguments.inputs_shape),
@@ -91,44 +32,77 @@ struct Shapes {
   TensorShape inputs, filters, output, channels;
 };
 
+using Planner = Status (*)(const ConvBnParams&, const DeviceInfo&, const std::string&, Plan*);
+
+// What is known of a call before it reads or writes any data.
+struct Prepared {
+  Shapes shapes;
+  Plan plan;
+};
+
 class ConvBnKernel : public OpKernel {
  public:
-  explicit ConvBnKernel(OpKernelConstruction* context) : OpKernel(context) {
+  ConvBnKernel(OpKernelConstruction* context, Planner planner) : OpKernel(context), planner_(planner) {
     OP_REQUIRES_OK(context, read_attributes(context, &problem_));
   }
 
  protected:
-  // The problem that this call's tensors make of the attributes.
-  Problem describe(Tensors* tensors, bool has_residual) const {
-    Problem problem = problem_;
-    problem.arguments.inputs_shape = tensors->sizes("inputs");
-    problem.arguments.filters_shape = tensors->sizes("filters");
-    problem.params.training = tensors->flag("training");
-    problem.params.has_residual = has_residual;
-    if (tensors->status().ok()) tensors->check(to_absl(resolve(problem.arguments, &problem.params)));
-    return problem;
+  // Null after an error. Calls with the same shapes share the result of the last one.
+  std::shared_ptr<const Prepared> prepare(OpKernelContext* context, bool has_residual, Tensors* tensors) {
+    DeviceInfo device;
+    tensors->check(to_absl(detect_device(IntraOpThreads::of(context), &device)));
+    const char* kernel = std::getenv("FUSEDCONVBN_KERNEL");
+    const Key key{
+        tensors->sizes("inputs"), tensors->sizes("filters"), tensors->flag("training"), has_residual, device.isa,
+        device.threads,           kernel ? kernel : ""};
+    if (!tensors->status().ok()) return nullptr;
+    {
+      std::lock_guard<std::mutex> lock(mutex_);
+      if (last_ && key == last_key_) return last_;
+    }
+    const auto prepared = prepare(key, tensors);
+    if (!prepared) return nullptr;
+    std::lock_guard<std::mutex> lock(mutex_);
+    last_key_ = key;
+    return last_ = prepared;
   }
 
   const Problem& attributes() const { return problem_; }
 
  private:
+  // inputs, filters, training, residual; instruction set, threads, forced kernel
+  using Key = std::tuple<std::array<int64_t, 4>, std::array<int64_t, 4>, bool, bool, Isa, int, std::string>;
+
+  std::shared_ptr<const Prepared> prepare(const Key& key, Tensors* tensors) const {
+    Problem problem = problem_;
+    DeviceInfo device;
+    std::string kernel;
+    std::tie(problem.arguments.inputs_shape, problem.arguments.filters_shape, problem.params.training,
+             problem.params.has_residual, device.isa, device.threads, kernel) = key;
+    tensors->check(to_absl(resolve(problem.arguments, &problem.params)));
+    if (!tensors->status().ok()) return nullptr;
+    device.threads = useful_threads(problem.params, device.threads);
+    Plan plan;
+    tensors->check(to_absl(planner_(problem.params, device, kernel, &plan)));
+    return tensors->status().ok() ? std::make_shared<Prepared>(Prepared{Shapes(problem), plan}) : nullptr;
+  }
+
+  const Planner planner_;
   Problem problem_;
+  std::mutex mutex_;
+  Key last_key_;
+  std::shared_ptr<const Prepared> last_;
 };
 
-using Planner = Status (*)(const ConvBnParams&, const DeviceInfo&, const std::string&, Plan*);
-using Run = absl::FunctionRef<Status(const Plan&, void* workspace, ParallelFor*)>;
+using Run = absl::FunctionRef<Status(void* workspace, ParallelFor*)>;
 
-absl::Status run(OpKernelContext* context, Planner planner, const ConvBnParams& params, Run run_plan) {
-  IntraOpThreads threads(context);
-  DeviceInfo device;
-  Plan plan;
-  TF_RETURN_IF_ERROR(to_absl(detect_device(threads.threads(), &device)));
-  TF_RETURN_IF_ERROR(to_absl(planner(params, device, "", &plan)));
+absl::Status run(OpKernelContext* context, const Plan& plan, Run run_plan) {
+  IntraOpThreads threads(context, plan.device.threads);
   WorkspacePool::Lease workspace(WorkspacePool::global(), plan.workspace_bytes);
   if (workspace.data() == nullptr)
     return absl::ResourceExhaustedError(
         absl::StrCat("out of memory: no ", plan.workspace_bytes, " bytes of workspace for ", plan.describe()));
-  return to_absl(run_plan(plan, workspace.data(), &threads));
+  return to_absl(run_plan(workspace.data(), &threads));
 }
 
 // There is one residual at the most, though a list input could hold more.
@@ -139,7 +113,7 @@ absl::Status at_most_one(OpKernelConstruction* context, const char* name, int* c
 
 class FusedConvBN : public ConvBnKernel {
  public:
-  explicit FusedConvBN(OpKernelConstruction* context) : ConvBnKernel(context) {
+  explicit FusedConvBN(OpKernelConstruction* context) : ConvBnKernel(context, plan_forward) {
     int residuals = 0;
     OP_REQUIRES_OK(context, at_most_one(context, "num_residual", &residuals));
     OP_REQUIRES_OK(context, context->GetAttr("keep_filters", &keep_filters_));
@@ -147,16 +121,17 @@ class FusedConvBN : public ConvBnKernel {
 
   void Compute(OpKernelContext* context) override {
     Tensors tensors(context);
-    const Problem problem = describe(&tensors, tensors.find("residual") != nullptr);
+    const auto prepared = prepare(context, tensors.find("residual") != nullptr, &tensors);
     OP_REQUIRES_OK(context, tensors.status());
-    ForwardBuffers buffers = gather(&tensors, problem.params, Shapes(problem));
+    const Plan& plan = prepared->plan;
+    ForwardBuffers buffers = gather(&tensors, plan.params, prepared->shapes);
     OP_REQUIRES_OK(context, tensors.status());
-    const auto run_plan = [&](const Plan& plan, void* workspace, ParallelFor* threads) {
+    const auto run_plan = [&](void* workspace, ParallelFor* threads) {
       const PackedFilters::Packed packed = packed_filters(*tensors.find("filters"), plan, workspace, threads);
       buffers.packed_filters = packed.get();
       return run_cpu(plan, buffers, workspace, threads);
     };
-    OP_REQUIRES_OK(context, run(context, plan_forward, problem.params, run_plan));
+    OP_REQUIRES_OK(context, run(context, plan, run_plan));
   }
 
  private:
@@ -194,7 +169,7 @@ class FusedConvBN : public ConvBnKernel {
 
 class FusedConvBNGrad : public ConvBnKernel {
  public:
-  explicit FusedConvBNGrad(OpKernelConstruction* context) : ConvBnKernel(context) {
+  explicit FusedConvBNGrad(OpKernelConstruction* context) : ConvBnKernel(context, plan_backward) {
     OP_REQUIRES_OK(context, context->GetAttr("has_residual", &has_residual_));
     OP_REQUIRES_OK(context, context->GetAttr("needs_inputs", &needs_inputs_));
     OP_REQUIRES_OK(context, context->GetAttr("needs_filters", &needs_filters_));
@@ -207,16 +182,17 @@ class FusedConvBNGrad : public ConvBnKernel {
 
   void Compute(OpKernelContext* context) override {
     Tensors tensors(context);
-    const Problem problem = describe(&tensors, has_residual_);
+    const auto prepared = prepare(context, has_residual_, &tensors);
     OP_REQUIRES_OK(context, tensors.status());
+    const Plan& plan = prepared->plan;
     BackwardBuffers buffers;
-    gather_inputs(&tensors, problem.params, Shapes(problem), &buffers);
-    gather_outputs(&tensors, Shapes(problem), &buffers);
+    gather_inputs(&tensors, plan.params, prepared->shapes, &buffers);
+    gather_outputs(&tensors, prepared->shapes, &buffers);
     OP_REQUIRES_OK(context, tensors.status());
-    const auto run_plan = [&](const Plan& plan, void* workspace, ParallelFor* threads) {
+    const auto run_plan = [&](void* workspace, ParallelFor* threads) {
       return run_cpu(plan, buffers, workspace, threads);
     };
-    OP_REQUIRES_OK(context, run(context, plan_backward, problem.params, run_plan));
+    OP_REQUIRES_OK(context, run(context, plan, run_plan));
   }
 
  private:
