@@ -96,6 +96,19 @@ py::list kernels() {
 const void* read(const Array& array) { return array ? array->data() : nullptr; }
 void* write(Array* array) { return *array ? (*array)->mutable_data() : nullptr; }
 
+// The op's own arguments, which forward and backward both read.
+template <class Buffers>
+void read_arguments(const Array& inputs, const Array& filters, const Array& gamma, const Array& beta,
+                    const Array& moving_mean, const Array& moving_variance, const Array& residual, Buffers* b) {
+  b->inputs = read(inputs);
+  b->filters = read(filters);
+  b->gamma = read(gamma);
+  b->beta = read(beta);
+  b->moving_mean = read(moving_mean);
+  b->moving_variance = read(moving_variance);
+  b->residual = read(residual);
+}
+
 struct FreeAligned {
   void operator()(char* memory) const { ::operator delete[](memory, std::align_val_t{64}); }
 };
@@ -119,13 +132,7 @@ void forward(const Plan& plan, const Array& inputs, const Array& filters, const 
              const Array& moving_mean, const Array& moving_variance, const Array& residual, Array output,
              Array new_moving_mean, Array new_moving_variance, Array batch_mean, Array inv_std, Array conv_out) {
   ForwardBuffers b;
-  b.inputs = read(inputs);
-  b.filters = read(filters);
-  b.gamma = read(gamma);
-  b.beta = read(beta);
-  b.moving_mean = read(moving_mean);
-  b.moving_variance = read(moving_variance);
-  b.residual = read(residual);
+  read_arguments(inputs, filters, gamma, beta, moving_mean, moving_variance, residual, &b);
   b.output = write(&output);
   b.new_moving_mean = write(&new_moving_mean);
   b.new_moving_variance = write(&new_moving_variance);
@@ -145,13 +152,7 @@ void backward(const Plan& plan, const Array& output_gradient, const Array& movin
   b.output_gradient = read(output_gradient);
   b.moving_mean_gradient = read(moving_mean_gradient);
   b.moving_variance_gradient = read(moving_variance_gradient);
-  b.inputs = read(inputs);
-  b.filters = read(filters);
-  b.gamma = read(gamma);
-  b.beta = read(beta);
-  b.moving_mean = read(moving_mean);
-  b.moving_variance = read(moving_variance);
-  b.residual = read(residual);
+  read_arguments(inputs, filters, gamma, beta, moving_mean, moving_variance, residual, &b);
   b.output = read(output);
   b.batch_mean = read(batch_mean);
   b.inv_std = read(inv_std);
