@@ -18,10 +18,9 @@ from rich.table import Table
 
 from benchmarks.cases import Case
 from benchmarks.draw import draw
-from benchmarks.kernel_calls import ENVIRONMENT
 from benchmarks.options import positive, positive_number
 from benchmarks.problem import DTYPES
-from benchmarks.process import Worker, WorkerError
+from benchmarks.process import SMALL_PAGES, Worker, WorkerError
 from benchmarks.stage_timer import Stage
 
 EXIT_OK, EXIT_MISSED = 0, 1
@@ -98,7 +97,7 @@ def _measure(options: argparse.Namespace, console: Console) -> list[Loss]:
     with tempfile.TemporaryDirectory() as folder:
         setup = (options.rounds, options.sample_ms / 1e3, options.exclude)
         log = pathlib.Path(folder) / "log"
-        worker = Worker("benchmarks.stage_timer:StageTimer", setup, log, _TIMEOUT, fresh=ENVIRONMENT)
+        worker = Worker("benchmarks.stage_timer:StageTimer", setup, log, _TIMEOUT, fresh=SMALL_PAGES)
         worker.wait()
         for case, batch in track(drawn, "layers", console=console, transient=True):
             found = [Loss(case, batch, stage) for stage in worker.call("measure", case, batch, options.dtype)]

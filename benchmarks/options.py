@@ -12,8 +12,19 @@ from typing import Any
 
 from benchmarks import machine
 from benchmarks.cases import Case, parse_shape, read_suite, suites
-from benchmarks.implementations import BASELINES, INFERENCE, MODES, OURS, Implementation, choose
-from benchmarks.problem import DTYPES, Problem, problems_of
+from benchmarks.implementations import (
+    BASELINES,
+    INFERENCE,
+    MODES,
+    OURS,
+    PEERS,
+    TRAIN_STEP,
+    Implementation,
+    choose,
+    choose_peers,
+)
+from benchmarks.networks import NETWORKS
+from benchmarks.problem import DTYPES, AnyProblem, NetworkProblem, problems_of
 from benchmarks.session import Settings
 from fusedconvbn._arguments import ALGORITHMS, SAVES
 
@@ -22,6 +33,7 @@ _FEWEST_ELEMENTS = 8  # a channel of a training batch: below, its gradients are 
 _DEFAULTS = {"rounds": 7, "sample_ms": 100.0}  # --help names them too
 _QUICK = {"rounds": 3, "sample_ms": 10.0}
 _GATE_ROUNDS = 15  # an interval of fewer says little
+_NETWORK_SIZE = {False: (224, 1.0), True: (64, 0.25)}  # pixels, and share of the channels, by --quick
 _PEAK_SIZE = {False: 2048, True: 512}  # by --quick
 
 
@@ -56,6 +68,7 @@ def _parser() -> argparse.ArgumentParser:
     )
     what = parser.add_mutually_exclusive_group(required=True)
     what.add_argument("--suite", choices=suites(), help="the layers of a network")
+    what.add_argument("--network", choices=sorted(NETWORKS), help="a whole network")
     what.add_argument(
         "--shape",
         action="append",
@@ -72,6 +85,13 @@ def _parser() -> argparse.ArgumentParser:
     )
     parser.add_argument(
         "--baseline", action="append", metavar="NAME", help=f"{names}; repeatable (default: those of the mode, no xla)"
+    )
+    parser.add_argument(
+        "--peer",
+        action="append",
+        default=[],
+        metavar="NAME",
+        help=f"{', '.join(peer.name for peer in PEERS)}; repeatable; without --baseline, the peers alone",
     )
     parser.add_argument("--algorithm", choices=ALGORITHMS, default="auto", help="of fusedconvbn")
     parser.add_argument("--save", choices=SAVES, default="conv", help="of fusedconvbn, for backward")
@@ -95,6 +115,9 @@ def _parser() -> argparse.ArgumentParser:
 
 
 def _cases(options: argparse.Namespace) -> list[Case]:
+    """The layers to measure; none where it is a whole network."""
+    if options.network:
+        return []
     cases = read_suite(options.suite) if options.suite else options.shape
     if options.quick:
         smallest = sorted(cases, key=lambda case: case.forward_flops(1))[:_QUICK_LAYERS]
@@ -111,8 +134,10 @@ def _check_options(parser: argparse.ArgumentParser, options: argparse.Namespace,
                 f"--batch x output height x width must be at least {_FEWEST_ELEMENTS} in training, or the statistics "
                 f"mean nothing. Received: {elements} for {case.spec()!r}"
             )
-    if options.fail_below is not None and options.baseline is None:
-        parser.error("--fail-below needs --baseline: whose speed is the measure")
+    if options.fail_below is not None and options.baseline is None and not options.peer:
+        parser.error("--fail-below needs --baseline or --peer: whose speed is the measure")
+    if options.network and options.mode not in (INFERENCE, TRAIN_STEP):
+        parser.error(f"--network is for --mode {INFERENCE} and {TRAIN_STEP}. Received: {options.mode}")
     for option, path in (("--json", options.json), ("--plot", options.plot)):
         if path is not None and not path.absolute().parent.is_dir():
             parser.error(f"{option}: its folder must exist. Received: {path}")
@@ -138,7 +163,7 @@ def described(options: argparse.Namespace, settings: Settings) -> dict[str, Any]
     """The options as the JSON file holds them."""
     names = ("mode", "batch", "dtype", "threads", "algorithm", "save", "quick", "fail_below")
     return {
-        "what": options.suite or "shapes",
+        "what": options.suite or options.network or "shapes",
         **{name: getattr(options, name) for name in names},
         "rounds": settings.rounds,
         "sample_ms": settings.sample_seconds * 1e3,
@@ -150,7 +175,7 @@ class Run:
     """What a command line asks for."""
 
     options: argparse.Namespace
-    problems: list[Problem]
+    problems: list[AnyProblem]
     implementations: list[Implementation]  # ours first
     settings: Settings
 
@@ -162,9 +187,16 @@ def parse(arguments: Sequence[str] | None) -> Run:
     cases = _cases(options)
     _check_options(parser, options, cases)
     try:
-        implementations = [OURS, *choose(options.mode, options.baseline)]
+        network = bool(options.network)
+        peers = choose_peers(options.mode, options.peer, network)
+        baselines = [] if peers and options.baseline is None else choose(options.mode, options.baseline, network)
     except ValueError as error:
         parser.error(str(error))
-    common = {name: getattr(options, name) for name in ("batch", "dtype", "algorithm", "save")}
-    problems = [problem for case in cases for problem in problems_of(case, options.mode, **common)]
-    return Run(options, problems, implementations, _settings(options))
+    return Run(options, _problems(options, cases), [OURS, *baselines, *peers], _settings(options))
+
+
+def _problems(options: argparse.Namespace, cases: Sequence[Case]) -> list[AnyProblem]:
+    common = {name: getattr(options, name) for name in ("mode", "batch", "dtype", "algorithm", "save")}
+    if options.network:
+        return [NetworkProblem(options.network, *_NETWORK_SIZE[options.quick], **common)]
+    return [problem for case in cases for problem in problems_of(case, **common)]

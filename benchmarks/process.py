@@ -20,10 +20,16 @@ from typing import Any
 
 _ENVIRONMENT = {"TF_CPP_MIN_LOG_LEVEL": "2", "KERAS_BACKEND": "tensorflow"}
 _PRELOAD = ["tensorflow"]
+SMALL_PAGES = {"NUMPY_MADVISE_HUGEPAGE": "0"}  # NumPy's large arrays have huge pages, TensorFlow's tensors have not
 _STDERR = 2  # the descriptor that TensorFlow's C++ logs to
 _NOISE = ("Graph execution error", "Detected at node", "File ", "[Op:", "[[{{node")  # around a TensorFlow error's text
 _ERROR_LENGTH = 500  # characters
 _LOG_TAIL = 2000  # characters of a dead process's log that an error shows
+
+
+def library_environment(threads: int) -> dict[str, str]:
+    """What a fresh process's libraries read: their number of threads, pages as TensorFlow's."""
+    return {**SMALL_PAGES, "OMP_NUM_THREADS": str(threads), "MKL_NUM_THREADS": str(threads)}
 
 
 class WorkerError(RuntimeError):

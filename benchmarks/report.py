@@ -49,8 +49,8 @@ def _layer(row: Row, peak: float) -> dict[str, Any]:
     return {
         "name": problem.name,
         "peak_gflops": row.peak_flops / 1e9,
-        "shape": problem.case.spec(),
-        "times": problem.case.times,
+        "shape": problem.spec,
+        "times": problem.times,
         "copies": problem.copies,
         "gflop": problem.flops / 1e9,
         "implementations": {name: _outcome(outcome, row, peak) for name, outcome in row.outcomes.items()},

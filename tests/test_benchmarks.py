@@ -231,7 +231,7 @@ def test_failure_in_a_round_drops_the_samples():
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        ([], "one of the arguments --suite --shape is required"),
+        ([], "one of the arguments --suite --network --shape is required"),
         (["--suite", "alexnet"], "invalid choice: 'alexnet'"),
         (["--suite", "vgg16", "--shape", SHAPE], "not allowed with"),
         (["--shape", "8x8x8"], "must begin with INPUT FILTER"),
@@ -241,7 +241,10 @@ def test_failure_in_a_round_drops_the_samples():
         (["--shape", SHAPE, "--threads", "two"], "argument --threads: must be a positive integer. Received: 'two'"),
         (["--shape", SHAPE, "--rounds", "-1"], "--rounds"),
         (["--shape", SHAPE, "--sample-ms", "0"], "must be a positive number. Received: '0'"),
-        (["--shape", SHAPE, "--baseline", "torch"], "must be of frozen, raw, keras, moments, xla, conv"),
+        (
+            ["--shape", SHAPE, "--baseline", "torch"],
+            "must be of frozen, folded, raw, keras, moments, xla, kernels, conv",
+        ),
         (["--shape", SHAPE, "--mode", "train-step", "--baseline", "frozen"], "for --mode train-step. Received"),
         (["--shape", "2x2x4 1x1x4", "--mode", "train-forward", "--batch", "1"], "must be at least 8 in training"),
         (["--shape", SHAPE, "--fail-below", "0.95"], "--fail-below needs --baseline"),
