@@ -139,7 +139,7 @@ def forward(
     chosen = _plan(params, False, isa, kernel, threads)
     output, conv_out = data.empty(image), data.empty(image) if training else None
     results = [data.empty_vector() for _ in range(4)]
-    _load.core().forward(chosen, data.inputs, data.filters, *statistics, residual, output, *results, conv_out)
+    _load.core().forward(chosen, data.inputs, data.filters, *statistics, residual, output, *results, conv_out, None)
     return ForwardResult(output, *results, conv_out)
 
 
@@ -187,7 +187,7 @@ def backward(
     )
     _load.core().backward(
         chosen, output_gradient, g_mean, g_variance, data.inputs, data.filters, *statistics, residual, output, *saved,
-        *results,
+        *results, None,
     )  # fmt: skip
     return results
 
