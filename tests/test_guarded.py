@@ -12,8 +12,8 @@ from fusedconvbn import raw
 
 
 def poke(array: np.ndarray, offset: int) -> None:
-    """Writes a zero `offset` bytes behind the beginning of the array."""
-    ctypes.memset(array.ctypes.data + offset, 0, 1)
+    """Writes a byte `offset` bytes behind the beginning of the array."""
+    ctypes.memset(array.ctypes.data + offset, 0x55, 1)
 
 
 class Core:
