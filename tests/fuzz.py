@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import math
 import random
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from dataclasses import dataclass, fields, replace
 from typing import Any, NamedTuple
 
@@ -147,6 +147,11 @@ class Run(NamedTuple):
     planned: tuple[str, ...]  # rows
 
     @property
+    def forced(self) -> dict[str, str | None]:
+        """As arguments of `raw.forward` or `raw.backward`."""
+        return {"kernel": self.kernel, "isa": self.isa, "algorithm": self.algorithm}
+
+    @property
     def transforms(self) -> str:
         """The algorithm by whose error the results are to be measured."""
         return max(map(algorithm_of, self.planned), default="direct")
@@ -161,10 +166,10 @@ def algorithm_of(row: str) -> str:
     return name if name.startswith("winograd") else "direct"
 
 
-def runs(case: Case, rows: Sequence[raw.KernelInfo]) -> Iterator[Run]:
+def runs(case: Case) -> Iterator[Run]:
     """Plans that force a row, of them all that hold one that none before did, and the plans that nobody forces."""
     seen: set[tuple[str, ...]] = set()
-    tried = [(row.name, row.isa, algorithm_of(row.name)) for row in rows if row.available]
+    tried = [(row.name, row.isa, algorithm_of(row.name)) for row in raw.kernels() if row.available]
     for direction in ("forward", "backward"):
         for kernel, isa, algorithm in [*tried, (None, None, "auto")]:
             run = Run(direction, kernel, isa, algorithm, _planned(case, direction, kernel, isa, algorithm))

@@ -1,13 +1,15 @@
 """Runs the kernels on guarded memory: whatever they read that nobody wrote is NaN, whatever they write astray shows.
 
 Each array of a call lies between bytes that are all ones, NaN in every type. Results and workspace are such bytes at
-first, so that a result that is not written, or made of scratch that is not, is NaN too.
+first, so that a result that is not written, or made of scratch that is not, is NaN too. Where AddressSanitizer runs, it
+reports whoever touches the bytes around.
 """
 
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterator
+import ctypes
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import numpy as np
@@ -17,6 +19,22 @@ from fusedconvbn import _load, raw
 RESULTS = {"forward": 6, "backward": 7}  # of the arrays of a call, the last ones before the workspace
 LINE = 64  # bytes: results begin there, unless they are to be off it
 GUARD = 4 * LINE
+
+
+class _Sanitizer:
+    """AddressSanitizer's own marks on memory; nothing, where the process runs without it."""
+
+    def __init__(self):
+        process = ctypes.CDLL(None)
+        self.forbid = getattr(process, "__asan_poison_memory_region", self._nothing)
+        self.allow = getattr(process, "__asan_unpoison_memory_region", self._nothing)
+
+    @staticmethod
+    def _nothing(address: ctypes.c_void_p, size: ctypes.c_size_t) -> None:
+        pass
+
+
+SANITIZER = _Sanitizer()
 
 
 class Guarded:
@@ -30,6 +48,12 @@ class Guarded:
         self.array = self._memory[start : start + array.nbytes].view(array.dtype).reshape(array.shape)
         if not is_result:
             self.array[...] = array
+
+    def mark(self, act: Callable[[ctypes.c_void_p, ctypes.c_size_t], None]) -> None:
+        """Forbids or allows access to what is around."""
+        for around in self._around:
+            memory = self._memory[around]
+            act(ctypes.c_void_p(memory.ctypes.data), ctypes.c_size_t(memory.nbytes))
 
     def check(self, what: str) -> None:
         for side, around in zip(("before", "behind"), self._around):
@@ -66,8 +90,14 @@ class GuardedCore:
             for position, array in enumerate(arrays)
         ]
         workspace = Guarded(np.empty(plan.workspace_bytes, np.uint8), 0, True)
-        call = getattr(self._core, direction)
-        call(plan, *(g and g.array for g in guarded), workspace.array)
+        everything = [*filter(None, guarded), workspace]
+        for memory in everything:
+            memory.mark(SANITIZER.forbid)
+        try:
+            getattr(self._core, direction)(plan, *(g and g.array for g in guarded), workspace.array)
+        finally:
+            for memory in everything:
+                memory.mark(SANITIZER.allow)
         for position, g in enumerate(guarded):
             if g is not None:
                 g.check(f"array {position} of {direction}")

@@ -84,21 +84,17 @@ def test_threads_on_drawn_problems(seed):
     """Every kernel that supports the problem."""
     case = draw(seed, WORK).case
     problem = by_own_forward(case)
-    for run in runs(case, raw.kernels()):
+    for run in runs(case):
         call = problem.run_forward if run.direction == "forward" else problem.run_backward
-        forced = {"kernel": run.kernel, "isa": run.isa, "algorithm": run.algorithm}
-        alone = bits(call(**forced))
+        alone = bits(call(**run.forced))
         for threads in (2, 3, 8):
-            assert bits(call(**forced, threads=threads)) == alone, f"{threads} threads: {run} on seed {seed}, {case}"
+            assert bits(call(**run.forced, threads=threads)) == alone, (
+                f"{threads} threads: {run} on seed {seed}, {case}"
+            )
 
 
 def test_every_kernel_is_met_by_drawn_problems():
-    met = {
-        name
-        for seed in LARGE_DRAWS[:FAST]
-        for run in runs(draw(seed, WORK).case, raw.kernels())
-        for name in run.planned
-    }
+    met = {name for seed in LARGE_DRAWS[:FAST] for run in runs(draw(seed, WORK).case) for name in run.planned}
     assert {row.name for row in raw.kernels() if row.available} <= met
 
 
