@@ -135,7 +135,7 @@ struct Plan {
   std::string describe() const;
 };
 
-// Empty where nothing is saved; else the output's shape or, for kMoments, [C + 1, C].
+// Empty where nothing is saved; else the output's shape or, for kMoments, [C + 2, C].
 std::vector<int64_t> conv_out_shape(const ConvBnParams& params, Saved saved);
 
 // force_kernel: the name of a row (raw.kernels() lists them), used for each stage that it serves; empty: the first row

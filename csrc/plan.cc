@@ -134,7 +134,7 @@ Status run_cpu(const Plan& plan, const BackwardBuffers& buffers, void* workspace
 
 std::vector<int64_t> conv_out_shape(const ConvBnParams& params, Saved saved) {
   if (saved == Saved::kNothing) return {};
-  if (saved == Saved::kMoments) return {params.in_channels + 1, params.in_channels};
+  if (saved == Saved::kMoments) return {params.in_channels + 2, params.in_channels};
   const auto shape = output_shape(params);
   return {shape.begin(), shape.end()};
 }

@@ -72,6 +72,7 @@ class Case:
     epsilon: float = 1e-3
     momentum: float = 0.9
     algorithm: str = "auto"
+    inputs_mean: float = 0.0
 
     def __str__(self) -> str:
         """The test id."""
@@ -82,6 +83,7 @@ class Case:
             f"d{_digits(self.dilations)}", padding, self.activation or "linear", "res" if self.residual else "nores",
             ("unbiased" if self.unbiased else "train") if self.training else "infer", self.isa,
             None if self.algorithm == "auto" else self.algorithm,
+            f"mean{self.inputs_mean:g}" if self.inputs_mean else None,
         ]  # fmt: skip
         return "-".join(part for part in parts if part)
 
@@ -173,12 +175,12 @@ class Arrays:
 
 
 def arrays(case: Case) -> Arrays:
-    """Random arguments of a case, the same at every call: z of mean near 0 and variance near 1, gamma of both signs."""
+    """Random arguments of a case, the same at every call: z of variance near 1, gamma of both signs."""
     rng = case.random()
     dtype, stat, channels = case.numpy_dtype, case.stat_dtype, case.out_channels
     fan_in = case.kernel[0] * case.kernel[1] * case.in_channels // case.groups
     return Arrays(
-        inputs=rng.standard_normal(case.inputs_shape).astype(dtype),
+        inputs=(rng.standard_normal(case.inputs_shape) + case.inputs_mean).astype(dtype),
         filters=(rng.standard_normal(case.filters_shape) / np.sqrt(fan_in)).astype(dtype),
         gamma=(rng.uniform(0.3, 2, channels) * rng.choice([-1, 1, 1], channels)).astype(stat),
         beta=rng.standard_normal(channels).astype(stat),
@@ -252,11 +254,11 @@ def _from_levels(levels: dict[str, Any]) -> Case:
         residual=levels["residual"], training=levels["mode"] != "inference", unbiased=levels["mode"] == "unbiased",
         algorithm=levels["algorithm"],
     )  # fmt: skip
-    height, width = (_input_size(case, axis, levels["output"][1 + axis], levels["remainder"]) for axis in (0, 1))
+    height, width = (input_size(case, axis, levels["output"][1 + axis], levels["remainder"]) for axis in (0, 1))
     return replace(case, height=height, width=width)
 
 
-def _input_size(case: Case, axis: int, output: int, remainder: int) -> int:
+def input_size(case: Case, axis: int, output: int, remainder: int) -> int:
     """The input size that gives `output` window positions, with `remainder` rows to spare where the stride allows."""
     span = (output - 1) * case.strides[axis] + min(remainder, case.strides[axis] - 1)
     if case.padding == "SAME":

@@ -204,7 +204,7 @@ class ForwardByMoments {
 
   void train(ParallelFor* parallel) const {
     if (p_.pixels() == 0) {
-      std::fill_n(saved_.data, (p_.in_channels + 1) * p_.in_channels, C(0));
+      std::fill_n(saved_.data, (p_.in_channels + 2) * p_.in_channels, C(0));
       return forward_.train(parallel);
     }
     moments_.run(moments_scratch_, parallel, saved_);
@@ -213,12 +213,14 @@ class ForwardByMoments {
     product_.run(saved_, product_scratch_, parallel,
                  [this](int64_t column, int64_t count, int64_t first, int64_t rows, const double* tile,
                         const double* filters, int) {
-                   for (int64_t r = 0; r < rows; ++r)
+                   for (int64_t r = 0; r < rows; ++r) {
+                     const double mean = static_cast<double>(saved_.mean()[first + r]) + saved_.mean_rest()[first + r];
                      for (int64_t k = 0; k < count; ++k) {
                        const double w = filters[(first + r) * product_.panel() + k];
-                       mean_[column + k] += saved_.mean()[first + r] * w;
+                       mean_[column + k] += mean * w;
                        squares_[column + k] += tile[r * product_.panel() + k] * w;
                      }
+                   }
                  });
     for (int64_t k = 0; k < p_.out_channels; ++k) squares_[k] = squares_[k] < 0 ? 0 : squares_[k];
     forward_.train_with(mean_, squares_, parallel);
