@@ -21,6 +21,7 @@ from compare import Expected
 from convolution import Convolution
 from uncertain import Real, bilinear
 
+TRANSFORMS = {"winograd2": 1.0, "winograd4": 10.0}  # error of a sum between transforms, in that of the sum itself
 BLOCK_ROWS = 96  # pixels that an implementation may add up one after the other in its computing type
 
 
@@ -95,7 +96,7 @@ def backward(
     convolution = problem.convolution
     taps = np.prod(convolution.filters_shape[:2])
     terms = taps * problem.group_out
-    d_inputs = bilinear(convolution.inputs_gradient, terms, dz, problem.filters, problem.by_transforms)
+    d_inputs = bilinear(convolution.inputs_gradient, terms, dz, problem.filters, problem.transforms)
     d_filters = bilinear(convolution.filters_gradient, problem.count, dz, problem.inputs)
     return Backward(
         problem.image(d_inputs), d_filters.expected(problem.dtype), problem.vector(d_gamma), problem.vector(d_beta),
@@ -119,7 +120,7 @@ class _Problem:
         self.epsilon, self.momentum = attributes["epsilon"], attributes["momentum"]
         self.unbiased, self.training = attributes["unbiased_moving_variance"], attributes["training"]
         self.activation = ACTIVATIONS[attributes["activation"]]
-        self.by_transforms = attributes.get("algorithm", "auto").startswith("winograd")
+        self.transforms = TRANSFORMS.get(attributes.get("algorithm"), 0.0)
         self.inputs, self.filters = self.exact_image(inputs), self.exact(filters)
         self.gamma, self.beta = self.exact(gamma), self.exact(beta)
         self.moving_mean, self.moving_variance = self.exact(moving_mean), self.exact(moving_variance)
@@ -146,11 +147,17 @@ class _Problem:
     def vector(self, vector: Real) -> Expected:
         return vector.expected(self.stat_dtype)
 
+    @property
+    def terms(self) -> int:
+        """Products that an element of z is the sum of."""
+        return int(np.prod(self.filters.value.shape[:3]))
+
+    def sums(self) -> Real:
+        return bilinear(self.convolution.forward, self.terms, self.inputs, self.filters, self.transforms)
+
     def conv_out(self) -> Real:
         """z as the output is made of it: stored in training, not in inference."""
-        terms = int(np.prod(self.filters.value.shape[:3]))
-        z = bilinear(self.convolution.forward, terms, self.inputs, self.filters, self.by_transforms)
-        return z.rounded(self.dtype) if self.training else z
+        return self.sums().rounded(self.dtype) if self.training else self.sums()
 
     def conv_out_again(self) -> Real:
         """z as backward sees it: in inference recomputed, and maybe stored in between."""
@@ -162,11 +169,17 @@ class _Problem:
         if self.uses_batch:
             z = self.conv_out()
             mean = z.sum() * (1 / self.count)
+            if (
+                self.transforms
+            ):  # rounds the filters once for all pixels: an error of each term that does not average out
+                mean = Real(mean.value, mean.error + self.sums().error.mean((0, 1, 2)) / np.sqrt(self.terms), self.eps)
             # A correct variance owes nothing to the mean's error. Equal terms round alike, and padding makes many: rows
-            # summed one by one err by up to rows * eps / 4.
+            # summed one by one err by up to rows * eps / 4. The mean of a block errs by eps * mean, and its distance
+            # from the mean of all, about std / sqrt(rows), by as much.
             centred = Real(z.value - mean.value, z.error, self.eps)
             variance = (centred * centred).sum() * (1 / self.count)
             rounding = min(self.count, BLOCK_ROWS) / 4 * self.eps * variance.value
+            rounding += 2 * self.eps * np.abs(mean.value) * np.sqrt(variance.value / self.count)
             variance = Real(variance.value, variance.error + rounding, self.eps)
         return _Statistics(mean, variance, self.inverse_root(variance))
 

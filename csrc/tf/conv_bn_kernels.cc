@@ -1,14 +1,12 @@
 // The CPU kernels of FusedConvBN and FusedConvBNGrad: they check shapes, allocate, and call the core.
-#include <array>
 #include <cstdlib>
 #include <memory>
-#include <mutex>
-#include <string>
-#include <tuple>
+#include <utility>
 
 #include "absl/functional/function_ref.h"
 #include "attributes.h"
 #include "packed_filters.h"
+#include "prepared.h"
 #include "tensorflow/core/framework/op_kernel.h"
 #include "tensors.h"
 #include "thread_pool.h"
@@ -23,75 +21,47 @@ using tensorflow::OpKernelContext;
 using tensorflow::Tensor;
 using tensorflow::TensorShape;
 
-struct Shapes {
-  explicit Shapes(const Problem& problem)
-      : inputs(problem.arguments.inputs_shape),
-        filters(problem.arguments.filters_shape),
-        output(output_shape(problem.params)),
-        channels({problem.params.out_channels}) {}
-  TensorShape inputs, filters, output, channels;
-};
+TensorShape saved_shape(const ConvBnParams& params, Saved saved) {
+  TensorShape shape;
+  for (int64_t size : conv_out_shape(params, saved)) shape.AddDim(size);
+  return shape;
+}
 
-using Planner = Status (*)(const ConvBnParams&, const DeviceInfo&, const std::string&, Plan*);
+// What forward put into this tensor: each kind has a rank of its own, or no elements.
+Saved saved_in(const Tensor& conv_out) {
+  if (conv_out.dims() == 2) return Saved::kMoments;
+  return conv_out.NumElements() == 0 ? Saved::kNothing : Saved::kConv;
+}
 
-// What is known of a call before it reads or writes any data.
-struct Prepared {
-  Shapes shapes;
-  Plan plan;
-};
-
+// The attributes, read once, and what every call begins with.
 class ConvBnKernel : public OpKernel {
  public:
-  ConvBnKernel(OpKernelConstruction* context, Planner planner) : OpKernel(context), planner_(planner) {
-    OP_REQUIRES_OK(context, read_attributes(context, &problem_));
+  ConvBnKernel(OpKernelConstruction* context, Planner planner) : OpKernel(context) {
+    Problem attributes;
+    OP_REQUIRES_OK(context, read_attributes(context, &attributes));
+    params_ = attributes.params;
+    preparation_ = std::make_unique<Preparation>(std::move(attributes), planner);
   }
 
  protected:
-  // Null after an error. Calls with the same shapes share the result of the last one.
-  std::shared_ptr<const Prepared> prepare(OpKernelContext* context, bool has_residual, Tensors* tensors) {
-    DeviceInfo device;
-    tensors->check(to_absl(detect_device(IntraOpThreads::of(context), &device)));
+  // Null after an error. `call`: what the tensors that both ops have do not tell.
+  std::shared_ptr<const Prepared> prepare(OpKernelContext* context, Call call, Tensors* tensors) {
     const char* kernel = std::getenv("FUSEDCONVBN_KERNEL");
-    const Key key{
-        tensors->sizes("inputs"), tensors->sizes("filters"), tensors->flag("training"), has_residual, device.isa,
-        device.threads,           kernel ? kernel : ""};
-    if (!tensors->status().ok()) return nullptr;
-    {
-      std::lock_guard<std::mutex> lock(mutex_);
-      if (last_ && key == last_key_) return last_;
-    }
-    const auto prepared = prepare(key, tensors);
-    if (!prepared) return nullptr;
-    std::lock_guard<std::mutex> lock(mutex_);
-    last_key_ = key;
-    return last_ = prepared;
+    if (kernel) call.kernel = kernel;
+    call.inputs_shape = tensors->sizes("inputs");
+    call.filters_shape = tensors->sizes("filters");
+    call.training = tensors->flag("training");
+    tensors->check(to_absl(detect_device(IntraOpThreads::of(context), &call.device)));
+    std::shared_ptr<const Prepared> prepared;
+    if (tensors->status().ok()) tensors->check(preparation_->get(call, &prepared));
+    return prepared;
   }
 
-  const Problem& attributes() const { return problem_; }
+  const ConvBnParams& params() const { return params_; }  // without sizes
 
  private:
-  // inputs, filters, training, residual; instruction set, threads, forced kernel
-  using Key = std::tuple<std::array<int64_t, 4>, std::array<int64_t, 4>, bool, bool, Isa, int, std::string>;
-
-  std::shared_ptr<const Prepared> prepare(const Key& key, Tensors* tensors) const {
-    Problem problem = problem_;
-    DeviceInfo device;
-    std::string kernel;
-    std::tie(problem.arguments.inputs_shape, problem.arguments.filters_shape, problem.params.training,
-             problem.params.has_residual, device.isa, device.threads, kernel) = key;
-    tensors->check(to_absl(resolve(problem.arguments, &problem.params)));
-    if (!tensors->status().ok()) return nullptr;
-    device.threads = useful_threads(problem.params, device.threads);
-    Plan plan;
-    tensors->check(to_absl(planner_(problem.params, device, kernel, &plan)));
-    return tensors->status().ok() ? std::make_shared<Prepared>(Prepared{Shapes(problem), plan}) : nullptr;
-  }
-
-  const Planner planner_;
-  Problem problem_;
-  std::mutex mutex_;
-  Key last_key_;
-  std::shared_ptr<const Prepared> last_;
+  ConvBnParams params_;
+  std::unique_ptr<Preparation> preparation_;
 };
 
 using Run = absl::FunctionRef<Status(void* workspace, ParallelFor*)>;
@@ -121,10 +91,12 @@ class FusedConvBN : public ConvBnKernel {
 
   void Compute(OpKernelContext* context) override {
     Tensors tensors(context);
-    const auto prepared = prepare(context, tensors.find("residual") != nullptr, &tensors);
+    Call call;
+    call.has_residual = tensors.find("residual") != nullptr;
+    const auto prepared = prepare(context, call, &tensors);
     OP_REQUIRES_OK(context, tensors.status());
     const Plan& plan = prepared->plan;
-    ForwardBuffers buffers = gather(&tensors, plan.params, prepared->shapes);
+    ForwardBuffers buffers = gather(&tensors, plan, prepared->shapes);
     OP_REQUIRES_OK(context, tensors.status());
     const auto run_plan = [&](void* workspace, ParallelFor* threads) {
       const PackedFilters::Packed packed = packed_filters(*tensors.find("filters"), plan, workspace, threads);
@@ -138,15 +110,15 @@ class FusedConvBN : public ConvBnKernel {
   // Of earlier calls; null if there are none.
   PackedFilters::Packed packed_filters(const Tensor& filters, const Plan& plan, void* workspace,
                                        ParallelFor* threads) const {
-    if (!keep_filters_ || plan.packed_bytes == 0) return nullptr;
+    if (!keep_filters_ || !PackedFilters::may_keep(filters)) return nullptr;
     if (plan.params.training) return PackedFilters::global()->forget(filters), nullptr;
-    if (!PackedFilters::may_keep(filters)) return nullptr;
+    if (plan.packed_bytes == 0) return nullptr;
     return PackedFilters::global()->get(filters, plan, [&](void* packed) {
       return pack_filters(plan, filters.data(), packed, workspace, threads).ok();
     });
   }
 
-  static ForwardBuffers gather(Tensors* t, const ConvBnParams& params, const Shapes& shapes) {
+  static ForwardBuffers gather(Tensors* t, const Plan& plan, const Shapes& shapes) {
     ForwardBuffers b;
     b.inputs = t->input("inputs", shapes.inputs);
     b.filters = t->input("filters", shapes.filters);
@@ -160,7 +132,8 @@ class FusedConvBN : public ConvBnKernel {
     b.new_moving_variance = t->output("new_moving_variance", shapes.channels);
     b.batch_mean = t->output("batch_mean", shapes.channels);
     b.inv_std = t->output("inv_std", shapes.channels);
-    b.conv_out = params.training ? t->output("conv_out", shapes.output) : t->empty_output("conv_out");
+    b.conv_out = plan.saved == Saved::kNothing ? t->empty_output("conv_out")
+                                               : t->output("conv_out", saved_shape(plan.params, plan.saved));
     return b;
   }
 
@@ -174,15 +147,20 @@ class FusedConvBNGrad : public ConvBnKernel {
     OP_REQUIRES_OK(context, context->GetAttr("needs_inputs", &needs_inputs_));
     OP_REQUIRES_OK(context, context->GetAttr("needs_filters", &needs_filters_));
     OP_REQUIRES_OK(context, at_most_one(context, "num_residual_gradient", &residual_gradients_));
-    ConvBnParams params = attributes().params;
+    ConvBnParams params = this->params();
     params.has_residual = has_residual_;
-    OP_REQUIRES_OK(context, check_count(context, "num_residual", needs_residual(params)));
-    OP_REQUIRES_OK(context, check_count(context, "num_output", needs_output(params)));
+    OP_REQUIRES_OK(context, check_count(context, "num_residual", needs_residual(params), needs_residual(params)));
+    OP_REQUIRES_OK(context,
+                   check_count(context, "num_output", needs_output(params), derivative_from_output(params.activation)));
   }
 
   void Compute(OpKernelContext* context) override {
     Tensors tensors(context);
-    const auto prepared = prepare(context, has_residual_, &tensors);
+    Call call;
+    call.has_residual = has_residual_;
+    call.has_output = tensors.find("output") != nullptr;
+    if (const Tensor* conv_out = tensors.find("conv_out")) call.saved = saved_in(*conv_out);
+    const auto prepared = prepare(context, call, &tensors);
     OP_REQUIRES_OK(context, tensors.status());
     const Plan& plan = prepared->plan;
     BackwardBuffers buffers;
@@ -196,11 +174,12 @@ class FusedConvBNGrad : public ConvBnKernel {
   }
 
  private:
-  static absl::Status check_count(OpKernelConstruction* context, const char* name, bool needed) {
+  static absl::Status check_count(OpKernelConstruction* context, const char* name, bool needed, bool allowed) {
     int count = 0;
     TF_RETURN_IF_ERROR(context->GetAttr(name, &count));
-    if (count == (needed ? 1 : 0)) return absl::OkStatus();
-    return invalid(absl::StrCat(name, " must be ", needed ? 1 : 0, " for this activation. Received: ", count));
+    if (count >= (needed ? 1 : 0) && count <= (allowed ? 1 : 0)) return absl::OkStatus();
+    return invalid(absl::StrCat(name, " must be ", needed || !allowed ? absl::StrCat(needed ? 1 : 0) : "0 or 1",
+                                " for this activation. Received: ", count));
   }
 
   static void gather_inputs(Tensors* t, const ConvBnParams& params, const Shapes& shapes, BackwardBuffers* b) {
@@ -217,7 +196,8 @@ class FusedConvBNGrad : public ConvBnKernel {
     b->output = t->input("output", shapes.output);
     b->batch_mean = t->input("batch_mean", shapes.channels);
     b->inv_std = t->input("inv_std", shapes.channels);
-    if (params.training) b->conv_out = t->input("conv_out", shapes.output);
+    if (params.training && params.saved != Saved::kNothing)
+      b->conv_out = t->input("conv_out", saved_shape(params, params.saved));
   }
 
   void gather_outputs(Tensors* t, const Shapes& shapes, BackwardBuffers* b) const {
