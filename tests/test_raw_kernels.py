@@ -8,10 +8,17 @@ from raw_problem import Problem
 
 from fusedconvbn import raw
 
+
+def _cases_of(row):
+    """Problems that the row supports."""
+    return WINOGRAD_CASES if "winograd" in row else ONE_GROUP_CASES if "columns" in row else CASES
+
+
 KERNELS = raw.kernels()
 CASES = op_cases()[::17]
 WINOGRAD_CASES = [replace(case, isa=None) for case in winograd_cases()[::23]]
-RUNS = [(row, case) for row in KERNELS for case in (WINOGRAD_CASES if "winograd" in row.name else CASES)]
+ONE_GROUP_CASES = [case for case in op_cases() if case.groups == 1][::13]
+RUNS = [(row, case) for row in KERNELS for case in _cases_of(row.name)]
 
 
 def test_cases_hold_each_kind():

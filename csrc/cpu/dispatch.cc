@@ -20,6 +20,10 @@ bool suits_winograd(const ConvBnParams& p, int64_t height, int64_t width) {
 bool forward_winograd2(const ConvBnParams& p) { return suits_winograd(p, p.out_height, p.out_width); }
 bool dgrad_winograd2(const ConvBnParams& p) { return suits_winograd(p, p.in_height, p.in_width); }
 
+bool one_group(const ConvBnParams& p) { return p.groups == 1; }
+// Where the direct algorithm would fill at most half the columns of a panel.
+bool few_input_channels(const ConvBnParams& p) { return p.in_channels <= 16; }
+
 size_t no_scratch(const ConvBnParams&, const DeviceInfo&) { return 0; }
 
 Status run_forward_reference(const StageCall& call) { return reference_forward(call.params, *call.forward); }
@@ -54,6 +58,7 @@ Status run_with(const StageCall& call) {
       FCB_ROW(forward_direct, kForward, any_problem, any_problem, isa, Isa_),            \
       FCB_ROW(reduce_direct, kReduce, any_problem, any_problem, isa, Isa_),              \
       FCB_ROW(dgrad_winograd2, kDgrad, winograd2_applies, dgrad_winograd2, isa, Isa_),   \
+      FCB_ROW(dgrad_columns, kDgrad, one_group, few_input_channels, isa, Isa_),          \
       FCB_ROW(dgrad_direct, kDgrad, any_problem, any_problem, isa, Isa_),                \
       FCB_ROW(wgrad_direct, kWgrad, any_problem, any_problem, isa, Isa_)
 

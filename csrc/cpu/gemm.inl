@@ -166,6 +166,30 @@ static void pack(const C* const* rows, int64_t offset, int64_t count, int64_t va
 }
 
 template <class C>
+static void transpose(const C* from, int64_t ld, int64_t rows, int64_t depth, C* packed) {
+  constexpr int64_t L = kLanes<C>;
+  for (int64_t c = 0; c < kPanel<C>; c += L)
+    for (int64_t k = 0; k < depth; k += L) {
+      const int64_t count = rows - c < L ? rows - c : L, part = depth - k < L ? depth - k : L;
+      if (count == L && part == L)
+        transpose_square(from + c * ld + k, ld, packed + k * kPanel<C> + c, kPanel<C>);
+      else
+        for (int64_t i = 0; i < part; ++i)
+          for (int64_t r = 0; r < L; ++r)
+            packed[(k + i) * kPanel<C> + c + r] = r < count ? from[(c + r) * ld + k + i] : 0;
+    }
+}
+
+template <class C>
+static void add_rows(const C* tile, int64_t rows, int64_t cols, C* const* to, int64_t offset) {
+  for (int64_t r = 0; r < rows; ++r, tile += kPanel<C>) {
+    if (!to[r]) continue;
+    C* sums = to[r] + offset;
+    for_vectors<C>(cols, [&](auto read, auto write, int64_t c) { write(sums + c, read(sums + c) + read(tile + c)); });
+  }
+}
+
+template <class C>
 static void depthwise_outer(const GatheredRows<C>& in, const C* dz, int64_t ld_dz, int64_t cols, C* sums) {
   for (int64_t t = 0; t < in.taps; ++t, sums += cols) {
     const C* const* rows = in.rows + t * in.row_stride;

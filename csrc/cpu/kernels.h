@@ -89,6 +89,10 @@ struct ComputeKernels {
   // outer_rows or of `panel` elements: element c of row i at packed[c / width * panel + i * width + c % width].
   void (*pack_rows)(const C* const* rows, int64_t offset, int64_t count, int64_t valid, C* packed, int64_t panel);
   void (*pack_columns)(const C* const* rows, int64_t offset, int64_t count, int64_t valid, C* packed, int64_t panel);
+  // packed[depth][panel] = from[rows][depth]' and columns of zeros, rows <= panel.
+  void (*transpose)(const C* from, int64_t ld, int64_t rows, int64_t depth, C* packed);
+  // to[r][offset + c] += tile[r][c], c < cols, ld = panel; nothing where to[r] is null.
+  void (*add_rows)(const C* tile, int64_t rows, int64_t cols, C* const* to, int64_t offset);
   // sums[taps][cols] += sum over rows of rows[cols] * dz[count][cols], element by element.
   void (*depthwise_outer)(const GatheredRows<C>& rows, const C* dz, int64_t ld_dz, int64_t cols, C* sums);
 
