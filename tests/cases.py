@@ -202,6 +202,7 @@ LAYERS = {
     "channels_first": Case(data_format="NCHW", batch=2, height=23, width=25, in_channels=20, out_channels=80,
                            dilations=(2, 2), activation="elu"),
     "float64": Case(dtype="f64", batch=2, height=31, width=29, in_channels=33, out_channels=65, padding="VALID"),
+    "wide": Case(batch=2, height=21, width=25, kernel=(1, 1), in_channels=284, out_channels=525, activation="relu6"),
 }  # fmt: skip
 # Inputs or outputs of more than 8 MiB, in rows of whole cache lines: these, their gradients and z are written past the
 # caches where they begin at a cache line.

@@ -38,6 +38,9 @@ bool suits_moments(const ConvBnParams& p) {
   return p.algorithm == Algorithm::kAuto && p.pixels() * p.out_channels * 4 >= kMinBytes &&
          p.pixels() >= kMinPixelsPerChannel * p.in_channels;
 }
+bool one_group(const ConvBnParams& p) { return p.groups == 1; }
+// Where the direct algorithm would fill at most half the columns of a panel.
+bool few_input_channels(const ConvBnParams& p) { return p.in_channels <= 16; }
 
 size_t no_scratch(const ConvBnParams&, const DeviceInfo&) { return 0; }
 
@@ -57,29 +60,37 @@ Status run_with(const StageCall& call) {
   return Run(*Set, call);
 }
 
+Kernel packing(Kernel row, size_t (*packed_bytes)(const ConvBnParams&, const DeviceInfo&)) {
+  row.packed_bytes = packed_bytes;
+  return row;
+}
+
+Kernel saving_moments(Kernel row) {
+  row.saves = Saved::kMoments;
+  row.recomputes = false;
+  return row;
+}
+
 }  // namespace
 
 // One row an algorithm of a stage and instruction set, in order of preference.
-#define FCB_ROW(name, stage, supports, suits, isa, Isa_, ...) \
-  {#name "_" #isa,                                            \
-   Stage::stage,                                              \
-   Isa::k##Isa_,                                              \
-   supports,                                                  \
-   suits,                                                     \
-   scratch_with<&kKernels##Isa_, name##_scratch>,             \
-   run_with<&kKernels##Isa_, run_##name>,                     \
-   ##__VA_ARGS__}
-// Of forward, with filters that may be kept packed.
+#define FCB_ROW(name, stage, supports, suits, isa, Isa_)                                                        \
+  Kernel {                                                                                                      \
+    #name "_" #isa, Stage::stage, Isa::k##Isa_, supports, suits, scratch_with<&kKernels##Isa_, name##_scratch>, \
+        run_with<&kKernels##Isa_, run_##name>                                                                   \
+  }
+// Of forward, with packed filters that may be kept.
 #define FCB_PACKING_ROW(name, supports, suits, isa, Isa_) \
-  FCB_ROW(name, kForward, supports, suits, isa, Isa_, Saved::kConv, true, scratch_with<&kKernels##Isa_, name##_packed>)
-#define FCB_ROWS(isa, Isa_)                                                                                      \
-  FCB_ROW(forward_moments, kForward, forward_moments_applies, suits_moments, isa, Isa_, Saved::kMoments, false), \
-      FCB_ROW(backward_moments, kBackward, backward_moments_applies, any_problem, isa, Isa_),                    \
-      FCB_PACKING_ROW(forward_winograd2, winograd2_applies, forward_winograd2, isa, Isa_),                       \
-      FCB_PACKING_ROW(forward_direct, any_problem, any_problem, isa, Isa_),                                      \
-      FCB_ROW(reduce_direct, kReduce, any_problem, any_problem, isa, Isa_),                                      \
-      FCB_ROW(dgrad_winograd2, kDgrad, winograd2_applies, dgrad_winograd2, isa, Isa_),                           \
-      FCB_ROW(dgrad_direct, kDgrad, any_problem, any_problem, isa, Isa_),                                        \
+  packing(FCB_ROW(name, kForward, supports, suits, isa, Isa_), scratch_with<&kKernels##Isa_, name##_packed>)
+#define FCB_ROWS(isa, Isa_)                                                                              \
+  saving_moments(FCB_ROW(forward_moments, kForward, forward_moments_applies, suits_moments, isa, Isa_)), \
+      FCB_ROW(backward_moments, kBackward, backward_moments_applies, any_problem, isa, Isa_),            \
+      FCB_PACKING_ROW(forward_winograd2, winograd2_applies, forward_winograd2, isa, Isa_),               \
+      FCB_PACKING_ROW(forward_direct, any_problem, any_problem, isa, Isa_),                              \
+      FCB_ROW(reduce_direct, kReduce, any_problem, any_problem, isa, Isa_),                              \
+      FCB_ROW(dgrad_winograd2, kDgrad, winograd2_applies, dgrad_winograd2, isa, Isa_),                   \
+      FCB_ROW(dgrad_columns, kDgrad, one_group, few_input_channels, isa, Isa_),                          \
+      FCB_ROW(dgrad_direct, kDgrad, any_problem, any_problem, isa, Isa_),                                \
       FCB_ROW(wgrad_direct, kWgrad, any_problem, any_problem, isa, Isa_)
 
 const std::vector<Kernel>& kernel_table() {

@@ -19,9 +19,8 @@ namespace {
 
 namespace fusedconvbn {
 namespace {
-#include "gemm.inl"
-
 #include "elementwise.inl"
+#include "gemm.inl"
 #include "pointwise.inl"
 #include "storage.inl"
 #include "winograd.inl"
@@ -52,7 +51,10 @@ static constexpr ComputeKernels<C> compute_kernels() {
   k.gemm = gemm<C>;
   k.depthwise = depthwise<C>;
   k.outer = outer<C>;
-  k.pack_rows = pack_rows<C>;
+  k.pack_rows = pack<C, kTileRows>;
+  k.pack_columns = pack<C, static_cast<int>(kPanel<C>)>;
+  k.transpose = transpose<C>;
+  k.add_rows = add_rows<C>;
   k.depthwise_outer = depthwise_outer<C>;
   k.winograd_window = winograd_window<C>;
   k.winograd_filter = winograd_filter<C>;

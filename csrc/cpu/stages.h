@@ -33,6 +33,9 @@ FCB_STAGE(reduce_direct);
 FCB_STAGE(dgrad_direct);
 FCB_STAGE(dgrad_winograd2);
 
+// The same where the inputs have few channels: products that give all taps' shares, added up.
+FCB_STAGE(dgrad_columns);
+
 // The gradient by the filters: products of input and conv_grad panels, over fixed ranges of pixels.
 FCB_STAGE(wgrad_direct);
 
