@@ -191,6 +191,7 @@ void define_plan(py::module_* m) {
            py::arg("kernel"), py::arg("threads"))
       .def_property_readonly("kernels", &kernel_names, "Names of the kernels, in the order of execution.")
       .def_readonly("workspace_bytes", &Plan::workspace_bytes)
+      .def_readonly("packed_bytes", &Plan::packed_bytes)
       .def_property_readonly("useful_threads",
                              [](const Plan& plan) { return useful_threads(plan.params, plan.device.threads); })
       .def_property_readonly(
