@@ -50,6 +50,7 @@ struct ConvBnParams {
   double epsilon = 1e-3, momentum = 0.99;
   Algorithm algorithm = Algorithm::kAuto;
   Save save = Save::kConv;
+  bool strict = false;  // kAuto takes no algorithm that errs more than the direct one; plan_*() sets it
 
   int64_t pixels() const { return batch * out_height * out_width; }  // elements a channel
   int64_t group_in() const { return in_channels / groups; }
@@ -129,7 +130,8 @@ struct Plan {
 };
 
 // force_kernel: the name of a row (raw.kernels() lists them), used for each stage that it serves; empty: the first row
-// of each stage that supports the problem. The environment variable FUSEDCONVBN_KERNEL does the same.
+// of each stage that supports the problem. The environment variable FUSEDCONVBN_KERNEL does the same;
+// FUSEDCONVBN_STRICT=1 sets params.strict.
 Status plan_forward(const ConvBnParams& params, const DeviceInfo& device, const std::string& force_kernel, Plan* plan);
 Status plan_backward(const ConvBnParams& params, const DeviceInfo& device, const std::string& force_kernel, Plan* plan);
 

@@ -227,7 +227,8 @@ FACTORS: dict[str, Sequence[Any]] = {
 }
 WINOGRAD = {
     "channels": tuple(channels for channels in CHANNELS if channels[2] == 1),
-    "kernel": ((3, 3),), "strides": ((1, 1),), "dilations": ((1, 1),), "remainder": (0,), "algorithm": ("winograd2",),
+    "kernel": ((3, 3),), "strides": ((1, 1),), "dilations": ((1, 1),), "remainder": (0,),
+    "algorithm": ("winograd2", "winograd4"),
 }  # fmt: skip
 
 

@@ -6,7 +6,8 @@
 
 Every result is an `Expected`: a value and, per element, how far from it a correct implementation may lie that
 accumulates in float32 (float64 for float64 inputs) and rounds its results to their types. A sum of K products p_i may
-err by 4 sqrt(K) eps sqrt(sum p_i^2), the rest is propagation of errors (tests/uncertain.py).
+err by 4 sqrt(K) eps sqrt(sum p_i^2), by LOSS times that where transforms may be used, the rest is propagation of errors
+(tests/uncertain.py).
 """
 
 from __future__ import annotations
@@ -21,6 +22,7 @@ from compare import Expected
 from convolution import Convolution
 from uncertain import Real, bilinear
 
+LOSS = {"winograd2": 1, "winograd4": 3}  # of accuracy, by the transforms of an algorithm
 BLOCK_ROWS = 96  # pixels that an implementation may add up one after the other in its computing type
 
 
@@ -95,7 +97,7 @@ def backward(
     convolution = problem.convolution
     taps = np.prod(convolution.filters_shape[:2])
     terms = taps * problem.group_out
-    d_inputs = bilinear(convolution.inputs_gradient, terms, dz, problem.filters, problem.by_transforms)
+    d_inputs = bilinear(convolution.inputs_gradient, terms, dz, problem.filters, problem.by_transforms(dz, axis=3))
     d_filters = bilinear(convolution.filters_gradient, problem.count, dz, problem.inputs)
     return Backward(
         problem.image(d_inputs), d_filters.expected(problem.dtype), problem.vector(d_gamma), problem.vector(d_beta),
@@ -119,16 +121,32 @@ class _Problem:
         self.epsilon, self.momentum = attributes["epsilon"], attributes["momentum"]
         self.unbiased, self.training = attributes["unbiased_moving_variance"], attributes["training"]
         self.activation = ACTIVATIONS[attributes["activation"]]
-        self.by_transforms = attributes.get("algorithm", "auto").startswith("winograd")
         self.inputs, self.filters = self.exact_image(inputs), self.exact(filters)
         self.gamma, self.beta = self.exact(gamma), self.exact(beta)
         self.moving_mean, self.moving_variance = self.exact(moving_mean), self.exact(moving_variance)
         self.residual = None if residual is None else self.exact_image(residual)
         geometry = {name: attributes[name] for name in ("strides", "dilations", "padding")}
         self.convolution = Convolution(self.inputs.value.shape, self.filters.value.shape, **geometry)
+        self.loss = self.transforms_loss(attributes)
         self.count = int(np.prod(self.convolution.output_shape[:3]))
         self.group_out = self.filters.value.shape[3] // self.convolution.groups
         self.uses_batch = self.training and self.count > 0
+
+    def transforms_loss(self, attributes) -> float:
+        """Of `LOSS`, 0 where the algorithm has no transforms. "auto" may use the worst of them where they apply."""
+        convolution = self.convolution
+        apply = convolution.filters_shape[:2] == (3, 3) and convolution.groups == 1
+        apply = apply and all(tuple(attributes[name]) == (1, 1) for name in ("strides", "dilations"))
+        pay = apply and min(convolution.filters_shape[2:]) >= 32
+        algorithm = attributes.get("algorithm", "auto")
+        return max(LOSS.values()) if algorithm == "auto" and pay else LOSS.get(algorithm, 0)
+
+    def by_transforms(self, image: Real, axis: int) -> np.ndarray | None:
+        """For `bilinear` of an image and the filters, whose `axis` is summed: all taps count, also those in padding."""
+        if not self.loss or not image.value.size:
+            return None
+        squares = np.square(image.value).mean((0, 1, 2))
+        return self.loss**2 * np.tensordot(squares, np.square(self.filters.value).sum((0, 1)), (0, axis - 2))
 
     def exact(self, array) -> Real:
         return Real.exact(array, self.eps)
@@ -149,7 +167,8 @@ class _Problem:
     def conv_out(self) -> Real:
         """z as the output is made of it: stored in training, not in inference."""
         terms = int(np.prod(self.filters.value.shape[:3]))
-        z = bilinear(self.convolution.forward, terms, self.inputs, self.filters, self.by_transforms)
+        mixed = self.by_transforms(self.inputs, axis=2)
+        z = bilinear(self.convolution.forward, terms, self.inputs, self.filters, mixed)
         return z.rounded(self.dtype) if self.training else z
 
     def conv_out_again(self) -> Real:
@@ -167,6 +186,8 @@ class _Problem:
             centred = Real(z.value - mean.value, z.error, self.eps)
             variance = (centred * centred).sum() * (1 / self.count)
             rounding = min(self.count, BLOCK_ROWS) / 4 * self.eps * variance.value
+            if self.loss:  # transforms make different errors of equal pixels, and a variance of them
+                rounding = rounding + np.square(z.error / 4).mean((0, 1, 2))
             variance = Real(variance.value, variance.error + rounding, self.eps)
         return _Statistics(mean, variance, self.inverse_root(variance))
 

@@ -88,10 +88,13 @@ def summation_error(terms: float, squares: np.ndarray, squared_errors: np.ndarra
     return 4 * (eps * np.sqrt(terms * squares) + np.sqrt(squared_errors))
 
 
-def bilinear(operation: Callable[..., np.ndarray], terms: int, a: Real, b: Real, by_transforms: bool = False) -> Real:
+def bilinear(
+    operation: Callable[..., np.ndarray], terms: int, a: Real, b: Real, by_transforms: np.ndarray | None = None
+) -> Real:
     """operation(a, b), each element of which is a sum of at most `terms` products of an element of each.
 
-    Transforms mix the elements of a tile: each errs as the mean of its channel (last axis) does, if that is more.
+    `by_transforms`, if given, is a sum of squared products that no element errs less than: transforms mix the elements
+    of a tile.
     """
     squared_errors: np.ndarray | float = 0.0
     if a.error.any():
@@ -99,8 +102,8 @@ def bilinear(operation: Callable[..., np.ndarray], terms: int, a: Real, b: Real,
     if b.error.any():
         squared_errors = squared_errors + operation(a.value**2, b.error**2)
     squares = operation(a.value**2, b.value**2)
-    if by_transforms and squares.size:
-        squares = np.maximum(squares, squares.mean(tuple(range(squares.ndim - 1))))
+    if by_transforms is not None and squares.size:
+        squares = np.maximum(squares, by_transforms)
     error = summation_error(terms, squares, squared_errors, a.eps)
     return Real(operation(a.value, b.value), error, a.eps)
 

@@ -11,14 +11,22 @@ namespace {
 bool any_problem(const ConvBnParams&) { return true; }
 bool no_problem(const ConvBnParams&) { return false; }
 
-// Where the transforms cost less than the products they save: F(2x2) has 2.25 times fewer.
+// Where the transforms cost less than the products they save: F(2x2) has 2.25 times fewer, F(4x4) 4 times.
+template <int M>
 bool suits_winograd(const ConvBnParams& p, int64_t height, int64_t width) {
   constexpr int64_t kMinChannels = 32, kMinPixels = 192;
-  if (p.algorithm != Algorithm::kAuto) return p.algorithm == Algorithm::kWinograd2;
-  return p.in_channels >= kMinChannels && p.out_channels >= kMinChannels && p.batch * height * width >= kMinPixels;
+  if (p.algorithm != Algorithm::kAuto) return p.algorithm == (M == 2 ? Algorithm::kWinograd2 : Algorithm::kWinograd4);
+  return !(M == 4 && p.strict) && p.in_channels >= kMinChannels && p.out_channels >= kMinChannels &&
+         p.batch * height * width >= kMinPixels;
 }
-bool forward_winograd2(const ConvBnParams& p) { return suits_winograd(p, p.out_height, p.out_width); }
-bool dgrad_winograd2(const ConvBnParams& p) { return suits_winograd(p, p.in_height, p.in_width); }
+template <int M>
+bool forward_winograd(const ConvBnParams& p) {
+  return suits_winograd<M>(p, p.out_height, p.out_width);
+}
+template <int M>
+bool dgrad_winograd(const ConvBnParams& p) {
+  return suits_winograd<M>(p, p.in_height, p.in_width);
+}
 
 size_t no_scratch(const ConvBnParams&, const DeviceInfo&) { return 0; }
 
@@ -49,12 +57,14 @@ Status run_with(const StageCall& call) {
    suits,                                                \
    scratch_with<&kKernels##Isa_, name##_scratch>,        \
    run_with<&kKernels##Isa_, run_##name>}
-#define FCB_ROWS(isa, Isa_)                                                              \
-  FCB_ROW(forward_winograd2, kForward, winograd2_applies, forward_winograd2, isa, Isa_), \
-      FCB_ROW(forward_direct, kForward, any_problem, any_problem, isa, Isa_),            \
-      FCB_ROW(reduce_direct, kReduce, any_problem, any_problem, isa, Isa_),              \
-      FCB_ROW(dgrad_winograd2, kDgrad, winograd2_applies, dgrad_winograd2, isa, Isa_),   \
-      FCB_ROW(dgrad_direct, kDgrad, any_problem, any_problem, isa, Isa_),                \
+#define FCB_ROWS(isa, Isa_)                                                                   \
+  FCB_ROW(forward_winograd4, kForward, winograd_applies, forward_winograd<4>, isa, Isa_),     \
+      FCB_ROW(forward_winograd2, kForward, winograd_applies, forward_winograd<2>, isa, Isa_), \
+      FCB_ROW(forward_direct, kForward, any_problem, any_problem, isa, Isa_),                 \
+      FCB_ROW(reduce_direct, kReduce, any_problem, any_problem, isa, Isa_),                   \
+      FCB_ROW(dgrad_winograd4, kDgrad, winograd_applies, dgrad_winograd<4>, isa, Isa_),       \
+      FCB_ROW(dgrad_winograd2, kDgrad, winograd_applies, dgrad_winograd<2>, isa, Isa_),       \
+      FCB_ROW(dgrad_direct, kDgrad, any_problem, any_problem, isa, Isa_),                     \
       FCB_ROW(wgrad_direct, kWgrad, any_problem, any_problem, isa, Isa_)
 
 const std::vector<Kernel>& kernel_table() {

@@ -22,6 +22,7 @@ namespace {
 #include "gemm.inl"
 
 #include "elementwise.inl"
+#include "planes.inl"
 #include "storage.inl"
 #include "winograd.inl"
 
@@ -52,9 +53,9 @@ static constexpr ComputeKernels<C> compute_kernels() {
   k.outer = outer<C>;
   k.pack_rows = pack_rows<C>;
   k.depthwise_outer = depthwise_outer<C>;
-  k.winograd_window = winograd_window<C>;
-  k.winograd_filter = winograd_filter<C>;
-  k.winograd_output = winograd_output<C>;
+  k.multiply_planes = multiply_planes<C>;
+  k.winograd2 = {winograd_window<C, 2>, winograd_filter<C, 2>, winograd_output<C, 2>};
+  k.winograd4 = {winograd_window<C, 4>, winograd_filter<C, 4>, winograd_output<C, 4>};
   k.moments = moments<C>;
   fill_activation<0>(&k);
   return k;

@@ -18,6 +18,7 @@ inline bool is_depthwise(const ConvBnParams& p) { return p.group_in() == 1 && p.
 // (inference) or the tile's moments (training; then merge, normalize). In a backward plan: z alone.
 FCB_STAGE(forward_direct);
 FCB_STAGE(forward_winograd2);
+FCB_STAGE(forward_winograd4);
 
 // Gradients of gamma, beta, the moving statistics and the residual, and conv_grad for the next two stages.
 FCB_STAGE(reduce_direct);
@@ -25,6 +26,7 @@ FCB_STAGE(reduce_direct);
 // The gradient by the inputs: for each phase of the stride a convolution of conv_grad with the filters transposed.
 FCB_STAGE(dgrad_direct);
 FCB_STAGE(dgrad_winograd2);
+FCB_STAGE(dgrad_winograd4);
 
 // The gradient by the filters: products of input and conv_grad panels, over fixed ranges of pixels.
 FCB_STAGE(wgrad_direct);
