@@ -98,7 +98,8 @@ def backward(
     taps = np.prod(convolution.filters_shape[:2])
     terms = taps * problem.group_out
     d_inputs = bilinear(convolution.inputs_gradient, terms, dz, problem.filters, problem.by_transforms(dz, axis=3))
-    d_filters = bilinear(convolution.filters_gradient, problem.count, dz, problem.inputs)
+    mixed = problem.by_transforms_over_pixels(problem.inputs, dz)
+    d_filters = bilinear(convolution.filters_gradient, problem.count, dz, problem.inputs, mixed)
     return Backward(
         problem.image(d_inputs), d_filters.expected(problem.dtype), problem.vector(d_gamma), problem.vector(d_beta),
         problem.vector(d_mean), problem.vector(d_variance), None if residual is None else problem.image(du),
@@ -145,8 +146,15 @@ class _Problem:
         """For `bilinear` of an image and the filters, whose `axis` is summed: all taps count, also those in padding."""
         if not self.loss or not image.value.size:
             return None
-        squares = np.square(image.value).mean((0, 1, 2))
+        squares = (image.value**2 + image.error**2).mean((0, 1, 2))
         return self.loss**2 * np.tensordot(squares, np.square(self.filters.value).sum((0, 1)), (0, axis - 2))
+
+    def by_transforms_over_pixels(self, inputs: Real, dz: Real) -> np.ndarray | None:
+        """The same for `bilinear` of two images; the transforms of one tile mix as many elements as a filter has."""
+        if not self.loss or not self.count or not inputs.value.size:
+            return None
+        squares = [(image.value**2 + image.error**2).mean((0, 1, 2)) for image in (inputs, dz)]
+        return self.loss**2 * max(self.count, 9) * np.multiply.outer(*squares)
 
     def exact(self, array) -> Real:
         return Real.exact(array, self.eps)

@@ -65,6 +65,8 @@ Status run_with(const StageCall& call) {
       FCB_ROW(dgrad_winograd4, kDgrad, winograd_applies, dgrad_winograd<4>, isa, Isa_),       \
       FCB_ROW(dgrad_winograd2, kDgrad, winograd_applies, dgrad_winograd<2>, isa, Isa_),       \
       FCB_ROW(dgrad_direct, kDgrad, any_problem, any_problem, isa, Isa_),                     \
+      FCB_ROW(wgrad_winograd4, kWgrad, winograd_applies, forward_winograd<4>, isa, Isa_),     \
+      FCB_ROW(wgrad_winograd2, kWgrad, winograd_applies, forward_winograd<2>, isa, Isa_),     \
       FCB_ROW(wgrad_direct, kWgrad, any_problem, any_problem, isa, Isa_)
 
 const std::vector<Kernel>& kernel_table() {

@@ -43,6 +43,12 @@ static constexpr void fill_activation(ComputeKernels<C>* k) {
   }
 }
 
+template <class C, int M>
+static constexpr WinogradKernels<C> winograd_kernels() {
+  return {winograd_window<C, M>, winograd_gradient<C, M>, winograd_filter<C, M>, winograd_filter_gradient<C, M>,
+          winograd_output<C, M>};
+}
+
 template <class C>
 static constexpr ComputeKernels<C> compute_kernels() {
   ComputeKernels<C> k{};
@@ -54,8 +60,9 @@ static constexpr ComputeKernels<C> compute_kernels() {
   k.pack_rows = pack_rows<C>;
   k.depthwise_outer = depthwise_outer<C>;
   k.multiply_planes = multiply_planes<C>;
-  k.winograd2 = {winograd_window<C, 2>, winograd_filter<C, 2>, winograd_output<C, 2>};
-  k.winograd4 = {winograd_window<C, 4>, winograd_filter<C, 4>, winograd_output<C, 4>};
+  k.add_planes = add_planes<C>;
+  k.winograd2 = winograd_kernels<C, 2>();
+  k.winograd4 = winograd_kernels<C, 4>();
   k.moments = moments<C>;
   fill_activation<0>(&k);
   return k;

@@ -58,24 +58,25 @@ struct GradientBlock {
   int64_t ld_d_residual;
 };
 
-// products[plane][rows][panel] = a[plane][rows][depth] * b[plane][depth][panel]: distances of rows and planes in
-// elements.
+// Matrix products of many planes; c is [plane][rows][panel], the others as the kernel says. Distances in elements.
 template <class C>
-struct PlaneProducts {
+struct Planes {
   int64_t planes, rows, depth;
   const C* a;
   int64_t lda, plane_a;
   const C* b;
-  int64_t plane_b;
-  C* products;
-  int64_t plane_products;
+  int64_t ldb, plane_b;
+  C* c;
+  int64_t plane_c;
 };
 
 // The transforms of Winograd's F(MxM, 3x3), winograd.inl: (M+2)^2 planes of `plane` elements.
 template <class C>
 struct WinogradKernels {
   void (*window)(const GatheredRows<C>& rows, C* planes, int64_t ld, int64_t plane);
+  void (*gradient)(const GatheredRows<C>& rows, C* planes, int64_t ld, int64_t plane);
   void (*filter)(const C* filters, int64_t depth, C* planes, int64_t plane);
+  void (*filter_gradient)(const C* planes, int64_t plane, int64_t rows, C* filters);
   void (*output)(const C* planes, int64_t plane, int64_t count, int64_t pixels, int64_t lines, C* rows);
 };
 
@@ -95,7 +96,10 @@ struct ComputeKernels {
   // sums[taps][cols] += sum over rows of rows[cols] * dz[count][cols], element by element.
   void (*depthwise_outer)(const GatheredRows<C>& rows, const C* dz, int64_t ld_dz, int64_t cols, C* sums);
 
-  void (*multiply_planes)(const PlaneProducts<C>&);
+  // c = a[plane][rows][depth] * b[plane][depth][panel]; ldb is the panel.
+  void (*multiply_planes)(const Planes<C>&);
+  // c += a[plane][depth][rows]' * b[plane][depth][panel].
+  void (*add_planes)(const Planes<C>&);
   WinogradKernels<C> winograd2, winograd4;
 
   // Of each column: its mean, and the sum of squared deviations from it, in two passes over the block.

@@ -30,6 +30,8 @@ FCB_STAGE(dgrad_winograd4);
 
 // The gradient by the filters: products of input and conv_grad panels, over fixed ranges of pixels.
 FCB_STAGE(wgrad_direct);
+FCB_STAGE(wgrad_winograd2);
+FCB_STAGE(wgrad_winograd4);
 
 #undef FCB_STAGE
 

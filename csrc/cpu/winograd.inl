@@ -2,84 +2,92 @@
 // products in place of 9 M^2 (Winograd 1980; Lavin and Gray 2015). With window d, filter g and outputs y, all small
 // matrices, and * element by element,
 //   y = A'[(G g G') * (B' d B)]A.
-// WinogradLine<M> has the products of B', G and A' with a line; here are those with both sides of a matrix.
+// The gradient by the filter is the transpose of that: dg = G'[(B' d B) * (A dy A')]G, to be summed over windows before
+// the transform by G.
+// WinogradLine<M> has the products of B', G, A', A and G' with a line; here are those with both sides of a matrix.
 template <int M>
 struct WinogradLine;
 #include "winograd2.inl"
 #include "winograd4.inl"
 
-// planes[(M+2)^2][count][ld]: the transformed windows of in.taps = (M+2)^2 pixels each, channels in.offset .. +
-// in.depth.
-template <class C, int M>
-static void winograd_window(const GatheredRows<C>& in, C* planes, int64_t ld, int64_t plane) {
-  constexpr int W = M + 2;
-  for (int64_t r = 0; r < in.count; ++r)
-    for_vectors<C>(in.depth, [&](auto read, auto write, int64_t c) {
-      Vector<C> lines[W][W], from[W], to[W];
+// Transforms an In x In matrix of vectors into an Out x Out one: `line` does a column, then a row, of which only the
+// first `lines` are wanted. read(y, x) has and write(y, x, v) takes the elements.
+template <int In, int Out, class C, class Line, class Read, class Write>
+FCB_INLINE void transform_square(Line line, Read read, Write write, int64_t lines = Out) {
+  Vector<C> half[Out][In], from[In], to[Out];
 #pragma GCC unroll 6
-      for (int x = 0; x < W; ++x) {
+  for (int x = 0; x < In; ++x) {
 #pragma GCC unroll 6
-        for (int y = 0; y < W; ++y) from[y] = read(in.rows[(y * W + x) * in.row_stride + r] + in.offset + c);
-        WinogradLine<M>::window(from, to);
+    for (int y = 0; y < In; ++y) from[y] = read(y, x);
+    line(from, to);
 #pragma GCC unroll 6
-        for (int y = 0; y < W; ++y) lines[y][x] = to[y];
-      }
+    for (int y = 0; y < Out; ++y) half[y][x] = to[y];
+  }
 #pragma GCC unroll 6
-      for (int y = 0; y < W; ++y) {
-        WinogradLine<M>::window(lines[y], to);
+  for (int y = 0; y < Out; ++y) {
+    if (y >= lines) break;
+    line(half[y], to);
 #pragma GCC unroll 6
-        for (int x = 0; x < W; ++x) write(planes + (y * W + x) * plane + r * ld + c, to[x]);
-      }
-    });
-}
-
-// transformed[(M+2)^2][plane] of filters[9][depth][panel].
-template <class C, int M>
-static void winograd_filter(const C* filters, int64_t depth, C* transformed, int64_t plane) {
-  constexpr int W = M + 2;
-  const int64_t tap = depth * kPanel<C>;
-  for (int64_t i = 0; i < tap; i += kLanes<C>) {
-    Vector<C> lines[W][3], from[3], to[W];
-#pragma GCC unroll 3
-    for (int x = 0; x < 3; ++x) {
-#pragma GCC unroll 3
-      for (int y = 0; y < 3; ++y) from[y] = load(filters + (3 * y + x) * tap + i);
-      WinogradLine<M>::filter(from, to);
-#pragma GCC unroll 6
-      for (int y = 0; y < W; ++y) lines[y][x] = to[y];
-    }
-#pragma GCC unroll 6
-    for (int y = 0; y < W; ++y) {
-      WinogradLine<M>::filter(lines[y], to);
-#pragma GCC unroll 6
-      for (int x = 0; x < W; ++x) store(transformed + (y * W + x) * plane + i, to[x]);
-    }
+    for (int x = 0; x < Out; ++x) write(y, x, to[x]);
   }
 }
 
-// The M x M outputs of each of `count` adjacent windows from planes[(M+2)^2][count][panel]: `lines` lines, M or fewer,
-// of `pixels` rows each, M * count or up to M - 1 less.
+// planes[(M+2)^2][count][ld]: `line` of squares of In x In pixels, channels in.offset .. + in.depth.
+template <int In, int M, class C, class Line>
+FCB_INLINE void pixels_to_planes(const GatheredRows<C>& in, C* planes, int64_t ld, int64_t plane, Line line) {
+  for (int64_t r = 0; r < in.count; ++r)
+    for_vectors<C>(in.depth, [&](auto read, auto write, int64_t c) {
+      transform_square<In, M + 2, C>(
+          line, [&](int y, int x) { return read(in.rows[(y * In + x) * in.row_stride + r] + in.offset + c); },
+          [&](int y, int x, Vector<C> v) { write(planes + (y * (M + 2) + x) * plane + r * ld + c, v); });
+    });
+}
+
+// B' d B of in.taps = (M+2)^2 pixels.
+template <class C, int M>
+static void winograd_window(const GatheredRows<C>& in, C* planes, int64_t ld, int64_t plane) {
+  pixels_to_planes<M + 2, M>(in, planes, ld, plane,
+                             [](const auto& from, auto& to) { WinogradLine<M>::window(from, to); });
+}
+
+// A dy A' of in.taps = M^2 pixels.
+template <class C, int M>
+static void winograd_gradient(const GatheredRows<C>& in, C* planes, int64_t ld, int64_t plane) {
+  pixels_to_planes<M, M>(in, planes, ld, plane,
+                         [](const auto& from, auto& to) { WinogradLine<M>::gradient(from, to); });
+}
+
+// G g G' of filters[9][depth][panel].
+template <class C, int M>
+static void winograd_filter(const C* filters, int64_t depth, C* planes, int64_t plane) {
+  const int64_t tap = depth * kPanel<C>;
+  for (int64_t i = 0; i < tap; i += kLanes<C>)
+    transform_square<3, M + 2, C>([](const auto& from, auto& to) { WinogradLine<M>::filter(from, to); },
+                                  [&](int y, int x) { return load(filters + (3 * y + x) * tap + i); },
+                                  [&](int y, int x, Vector<C> v) { store(planes + (y * (M + 2) + x) * plane + i, v); });
+}
+
+// filters[9][rows][panel] = G' s G of planes[(M+2)^2][rows][panel].
+template <class C, int M>
+static void winograd_filter_gradient(const C* planes, int64_t plane, int64_t rows, C* filters) {
+  const int64_t tap = rows * kPanel<C>;
+  for (int64_t i = 0; i < tap; i += kLanes<C>)
+    transform_square<M + 2, 3, C>([](const auto& from, auto& to) { WinogradLine<M>::filter_gradient(from, to); },
+                                  [&](int y, int x) { return load(planes + (y * (M + 2) + x) * plane + i); },
+                                  [&](int y, int x, Vector<C> v) { store(filters + (3 * y + x) * tap + i, v); });
+}
+
+// A' m A of each of `count` adjacent windows of planes[(M+2)^2][count][panel]: `lines` lines, M or fewer, of `pixels`
+// rows each, M * count or up to M - 1 less.
 template <class C, int M>
 static void winograd_output(const C* planes, int64_t plane, int64_t count, int64_t pixels, int64_t lines, C* rows) {
-  constexpr int W = M + 2;
   for (int64_t r = 0; r < count; ++r)
-    for (int64_t c = 0; c < kPanel<C>; c += kLanes<C>) {
-      Vector<C> half[M][W], from[W], to[M];
-#pragma GCC unroll 6
-      for (int x = 0; x < W; ++x) {
-#pragma GCC unroll 6
-        for (int y = 0; y < W; ++y) from[y] = load(planes + (y * W + x) * plane + r * kPanel<C> + c);
-        WinogradLine<M>::output(from, to);
-#pragma GCC unroll 4
-        for (int y = 0; y < M; ++y) half[y][x] = to[y];
-      }
-#pragma GCC unroll 4
-      for (int y = 0; y < M; ++y) {
-        if (y >= lines) break;
-        WinogradLine<M>::output(half[y], to);
-#pragma GCC unroll 4
-        for (int x = 0; x < M; ++x)
-          if (M * r + x < pixels) store(rows + (y * pixels + M * r + x) * kPanel<C> + c, to[x]);
-      }
-    }
+    for (int64_t c = 0; c < kPanel<C>; c += kLanes<C>)
+      transform_square<M + 2, M, C>(
+          [](const auto& from, auto& to) { WinogradLine<M>::output(from, to); },
+          [&](int y, int x) { return load(planes + (y * (M + 2) + x) * plane + r * kPanel<C> + c); },
+          [&](int y, int x, Vector<C> v) {
+            if (M * r + x < pixels) store(rows + (y * pixels + M * r + x) * kPanel<C> + c, v);
+          },
+          lines);
 }

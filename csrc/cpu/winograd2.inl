@@ -30,4 +30,21 @@ struct WinogradLine<2> {
     y[0] = m[0] + m[1] + m[2];
     y[1] = m[1] - m[2] - m[3];
   }
+
+  template <class V>
+  FCB_INLINE void gradient(const V (&y)[2], V (&t)[4]) {  // A y
+    t[0] = y[0];
+    t[1] = y[0] + y[1];
+    t[2] = y[0] - y[1];
+    t[3] = -y[1];
+  }
+
+  template <class V>
+  FCB_INLINE void filter_gradient(const V (&s)[4], V (&g)[3]) {  // G' s
+    typedef decltype(s[0][0] + s[0][0]) S;
+    const V outer = (s[1] + s[2]) * S(0.5);
+    g[0] = s[0] + outer;
+    g[1] = (s[1] - s[2]) * S(0.5);
+    g[2] = outer + s[3];
+  }
 };

@@ -56,4 +56,27 @@ struct WinogradLine<4> {
     y[2] = even_a * S(kA2) + even_b * S(kB2);
     y[3] = m[5] + odd_a * S(kA2) + odd_b * S(kB2);
   }
+
+  template <class V>
+  FCB_INLINE void gradient(const V (&y)[4], V (&t)[6]) {  // A y
+    typedef decltype(y[0][0] + y[0][0]) S;
+    const V even_a = y[0] + y[2] * S(kA2), odd_a = (y[1] + y[3] * S(kA2)) * S(kA);
+    const V even_b = y[0] + y[2] * S(kB2), odd_b = (y[1] + y[3] * S(kB2)) * S(kB);
+    t[0] = y[0];
+    t[1] = even_a + odd_a;
+    t[2] = even_a - odd_a;
+    t[3] = even_b + odd_b;
+    t[4] = even_b - odd_b;
+    t[5] = y[3];
+  }
+
+  template <class V>
+  FCB_INLINE void filter_gradient(const V (&s)[6], V (&g)[3]) {  // G' s
+    typedef decltype(s[0][0] + s[0][0]) S;
+    const V even_a = (s[1] + s[2]) * S(1 / kNA), odd_a = (s[1] - s[2]) * S(kA / kNA);
+    const V even_b = (s[3] + s[4]) * S(1 / kNB), odd_b = (s[3] - s[4]) * S(kB / kNB);
+    g[0] = s[0] + even_a + even_b;
+    g[1] = odd_a + odd_b;
+    g[2] = even_a * S(kA2) + even_b * S(kB2) + s[5];
+  }
 };
