@@ -32,11 +32,21 @@ FCB_INLINE void transform_square(Line line, Read read, Write write, int64_t line
   }
 }
 
+// Asks for the pixels of a window that the one before it has not: its last M columns.
+template <int In, int M, class C>
+FCB_INLINE void fetch_window(const C* const* rows, int64_t row_stride, int64_t offset) {
+#pragma GCC unroll 6
+  for (int y = 0; y < In; ++y)
+#pragma GCC unroll 6
+    for (int x = In - M; x < In; ++x) __builtin_prefetch(rows[(y * In + x) * row_stride] + offset);
+}
+
 // planes[(M+2)^2][count][ld]: `line` of squares of In x In pixels, channels in.offset .. + in.depth.
 template <int In, int M, class C, class Line>
 FCB_INLINE void pixels_to_planes(const GatheredRows<C>& in, C* planes, int64_t ld, int64_t plane, Line line) {
   for (int64_t r = 0; r < in.count; ++r)
     for_vectors<C>(in.depth, [&](auto read, auto write, int64_t c) {
+      if (r + 1 < in.count) fetch_window<In, M>(in.rows + r + 1, in.row_stride, in.offset + c);
       transform_square<In, M + 2, C>(
           line, [&](int y, int x) { return read(in.rows[(y * In + x) * in.row_stride + r] + in.offset + c); },
           [&](int y, int x, Vector<C> v) { write(planes + (y * (M + 2) + x) * plane + r * ld + c, v); });
