@@ -231,7 +231,8 @@ FACTORS: dict[str, Sequence[Any]] = {
 }
 WINOGRAD = {
     "channels": tuple(channels for channels in CHANNELS if channels[2] == 1),
-    "kernel": ((3, 3),), "strides": ((1, 1),), "dilations": ((1, 1),), "remainder": (0,), "algorithm": ("winograd2",),
+    "kernel": ((3, 3),), "strides": ((1, 1),), "dilations": ((1, 1),), "remainder": (0,),
+    "algorithm": ("winograd2", "winograd4"),
 }  # fmt: skip
 
 # 1x1 filters with at least twice as many outputs as inputs: what the second moments of the inputs can serve.

@@ -13,7 +13,7 @@
 namespace fusedconvbn {
 namespace {
 
-// Conv: Convolution or WinogradConvolution.
+// Conv: Convolution Winograd2 or Winograd4.
 template <class C, template <class> class Conv>
 class Forward {
  public:
@@ -291,7 +291,10 @@ size_t forward_direct_scratch(const KernelSet& set, const ConvBnParams& p, const
   return scratch_of<Convolution>(set, p, device);
 }
 size_t forward_winograd2_scratch(const KernelSet& set, const ConvBnParams& p, const DeviceInfo& device) {
-  return scratch_of<WinogradConvolution>(set, p, device);
+  return scratch_of<Winograd2>(set, p, device);
+}
+size_t forward_winograd4_scratch(const KernelSet& set, const ConvBnParams& p, const DeviceInfo& device) {
+  return scratch_of<Winograd4>(set, p, device);
 }
 size_t forward_moments_scratch(const KernelSet& set, const ConvBnParams& p, const DeviceInfo& device) {
   return with_compute_type(
@@ -304,8 +307,7 @@ Status run_forward_moments(const KernelSet& set, const StageCall& call) {
   return Status{};
 }
 Status run_forward_direct(const KernelSet& set, const StageCall& call) { return run_with<Convolution>(set, call); }
-Status run_forward_winograd2(const KernelSet& set, const StageCall& call) {
-  return run_with<WinogradConvolution>(set, call);
-}
+Status run_forward_winograd2(const KernelSet& set, const StageCall& call) { return run_with<Winograd2>(set, call); }
+Status run_forward_winograd4(const KernelSet& set, const StageCall& call) { return run_with<Winograd4>(set, call); }
 
 }  // namespace fusedconvbn

@@ -88,6 +88,28 @@ struct MaskBlock {
   C* sum;  // may be null; [cols] += sum of du over the rows
 };
 
+// Matrix products of many planes; c is [plane][rows][panel], the others as the kernel says. Distances in elements.
+template <class C>
+struct Planes {
+  int64_t planes, rows, depth;
+  const C* a;
+  int64_t lda, plane_a;
+  const C* b;
+  int64_t ldb, plane_b;
+  C* c;
+  int64_t plane_c;
+};
+
+// The transforms of Winograd's F(MxM, 3x3), winograd.inl: (M+2)^2 planes of `plane` elements.
+template <class C>
+struct WinogradKernels {
+  void (*window)(const GatheredRows<C>& rows, C* planes, int64_t ld, int64_t plane);
+  void (*gradient)(const GatheredRows<C>& rows, C* planes, int64_t ld, int64_t plane);
+  void (*filter)(const C* filters, int64_t depth, C* planes, int64_t plane);
+  void (*filter_gradient)(const C* planes, int64_t plane, int64_t rows, C* filters);
+  void (*output)(const C* planes, int64_t plane, int64_t count, int64_t pixels, int64_t lines, C* rows);
+};
+
 template <class C>
 struct ComputeKernels {
   int64_t panel;       // columns of a packed filter panel and of a tile
@@ -111,10 +133,11 @@ struct ComputeKernels {
   // sums[taps][cols] += sum over rows of rows[cols] * dz[count][cols], element by element.
   void (*depthwise_outer)(const GatheredRows<C>& rows, const C* dz, int64_t ld_dz, int64_t cols, C* sums);
 
-  // The transforms of Winograd's F(2x2, 3x3), winograd.inl: 16 planes of `plane` elements.
-  void (*winograd_window)(const GatheredRows<C>& rows, C* planes, int64_t ld, int64_t plane);
-  void (*winograd_filter)(const C* filters, int64_t depth, C* planes, int64_t plane);
-  void (*winograd_output)(const C* planes, int64_t plane, int64_t count, int64_t pixels, C* upper, C* lower);
+  // c = a[plane][rows][depth] * b[plane][depth][panel]; ldb is the panel.
+  void (*multiply_planes)(const Planes<C>&);
+  // c += a[plane][depth][rows]' * b[plane][depth][panel].
+  void (*add_planes)(const Planes<C>&);
+  WinogradKernels<C> winograd2, winograd4;
 
   // Of each column: its mean, and the sum of squared deviations from it, in two passes over the block.
   void (*moments)(const C* block, int64_t ld, int64_t rows, int64_t cols, C* mean, C* squares);
