@@ -4,7 +4,7 @@ from dataclasses import replace
 
 import numpy as np
 import pytest
-from cases import Arrays, Case, raw_cases, winograd_cases
+from cases import Arrays, Case, depthwise_cases, raw_cases, winograd_cases
 from raw_problem import Problem
 
 LARGE = Case(
@@ -14,6 +14,8 @@ CASES = [
     LARGE,
     replace(LARGE, data_format="NCHW", strides=(2, 2), activation="relu"),
     replace(LARGE, groups=17, out_channels=34, residual=False),
+    replace(LARGE, batch=1, height=67, width=101, in_channels=40, groups=40),
+    replace(LARGE, batch=1, height=67, width=31, in_channels=40, groups=40, strides=(2, 2), training=False),
     replace(LARGE, training=False, dtype="bf16", kernel=(1, 1)),
     replace(LARGE, dtype="f64", padding="VALID", dilations=(2, 1)),
     replace(LARGE, dtype="f16", kernel=(7, 7), in_channels=3, strides=(2, 2)),
@@ -47,7 +49,10 @@ def test_repetition(case):
         assert bits(problem.run_backward(threads=2)) == backward
 
 
-@pytest.mark.parametrize("case", [c for c in raw_cases() + winograd_cases() if c.isa == "avx512"][::40], ids=str)
+COVERING = raw_cases() + winograd_cases() + depthwise_cases()
+
+
+@pytest.mark.parametrize("case", [case for case in COVERING if case.isa == "avx512"][::40], ids=str)
 def test_threads_on_covering_cases(case, available_isas):
     if case.isa not in available_isas:
         pytest.skip(f"this machine has no {case.isa}")

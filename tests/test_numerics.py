@@ -223,7 +223,8 @@ def test_rounding_to_half_precision_is_to_nearest_even(dtype, kernel):
         gamma = float32_samples(data)
         expected = (gamma + np.float32(0)).astype(data)
     zeros, ones = np.zeros_like(gamma), np.ones_like(gamma)
-    inputs, filters = np.ones((1, 1, 1, 1), data), np.zeros((3, 3, 1, len(gamma)), data)
+    channels = len(gamma) if "depthwise" in kernel.name else 1
+    inputs, filters = np.ones((1, 1, 1, channels), data), np.zeros((3, 3, 1, len(gamma)), data)
     filters[1, 1] = 1
     options = {"padding": "SAME", "epsilon": 0.0, "kernel": kernel.name}
     output = raw.forward(inputs, filters, gamma, zeros, zeros, ones, **options).output

@@ -3,7 +3,7 @@
 from dataclasses import replace
 
 import pytest
-from cases import op_cases, winograd_cases
+from cases import depthwise_cases, op_cases, winograd_cases
 from raw_problem import Problem
 
 from fusedconvbn import raw
@@ -11,7 +11,9 @@ from fusedconvbn import raw
 KERNELS = raw.kernels()
 CASES = op_cases()[::17]
 WINOGRAD_CASES = [replace(case, isa=None) for case in winograd_cases()[::23]]
-RUNS = [(row, case) for row in KERNELS for case in (WINOGRAD_CASES if "winograd" in row.name else CASES)]
+DEPTHWISE_CASES = [replace(case, isa=None) for case in depthwise_cases()[::5]]
+CASES_OF = {"winograd2": WINOGRAD_CASES, "depthwise": DEPTHWISE_CASES}  # of an algorithm; of the others CASES
+RUNS = [(row, case) for row in KERNELS for case in CASES_OF.get(row.name.split("_")[1], CASES)]
 
 
 def test_cases_hold_each_kind():

@@ -51,11 +51,13 @@ Status run_with(const StageCall& call) {
    run_with<&kKernels##Isa_, run_##name>}
 #define FCB_ROWS(isa, Isa_)                                                              \
   FCB_ROW(forward_winograd2, kForward, winograd2_applies, forward_winograd2, isa, Isa_), \
+      FCB_ROW(forward_depthwise, kForward, depthwise_applies, any_problem, isa, Isa_),   \
       FCB_ROW(forward_direct, kForward, any_problem, any_problem, isa, Isa_),            \
       FCB_ROW(reduce_direct, kReduce, any_problem, any_problem, isa, Isa_),              \
       FCB_ROW(dgrad_winograd2, kDgrad, winograd2_applies, dgrad_winograd2, isa, Isa_),   \
       FCB_ROW(dgrad_direct, kDgrad, any_problem, any_problem, isa, Isa_),                \
-      FCB_ROW(wgrad_direct, kWgrad, any_problem, any_problem, isa, Isa_)
+      FCB_ROW(wgrad_direct, kWgrad, any_problem, any_problem, isa, Isa_),                \
+      FCB_ROW(backward_depthwise, kBackward, depthwise_applies, any_problem, isa, Isa_)
 
 const std::vector<Kernel>& kernel_table() {
   static const std::vector<Kernel> table = {

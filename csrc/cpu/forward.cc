@@ -5,6 +5,7 @@
 
 #include "compute_type.h"
 #include "convolve.h"
+#include "depthwise.h"
 #include "stages.h"
 #include "statistics.h"
 #include "winograd.h"
@@ -12,7 +13,7 @@
 namespace fusedconvbn {
 namespace {
 
-// Conv: Convolution or WinogradConvolution.
+// Conv: Convolution, WinogradConvolution or DepthwiseConvolution.
 template <class C, template <class> class Conv>
 class Forward {
  public:
@@ -26,7 +27,8 @@ class Forward {
         conv_out_(conv_out),
         output_(buffers.output, storage_, output_grid(p)),
         residual_(buffers.residual, storage_, output_grid(p)),
-        convolution_(k_, storage_, Image<C>(buffers.inputs, storage_, input_grid(p)), forward_windows(p), channels(p)) {
+        convolution_(k_, storage_, Image<C>(buffers.inputs, storage_, input_grid(p)), forward_windows(p),
+                     {p.groups, p.group_in(), p.group_out()}) {
     Arena arena(scratch);
     scale_ = arena.take<C>(p.out_channels);
     if (p.training) moments_ = BlockMoments<C>::carve(&arena, convolution_.blocks(), p.out_channels);
@@ -69,11 +71,6 @@ class Forward {
   }
 
  private:
-  static Channels channels(const ConvBnParams& p) {
-    if (is_depthwise(p)) return {true, 1, p.groups, p.groups};
-    return {false, p.groups, p.group_in(), p.group_out()};
-  }
-
   int64_t columns() const { return std::max(kChannelChunk, k_.panel); }  // of a block in scratch
 
   void convolve(ParallelFor* parallel, const TileEpilogue<C>& epilogue) const {
@@ -201,9 +198,15 @@ size_t forward_direct_scratch(const KernelSet& set, const ConvBnParams& p, const
 size_t forward_winograd2_scratch(const KernelSet& set, const ConvBnParams& p, const DeviceInfo& device) {
   return scratch_of<WinogradConvolution>(set, p, device);
 }
+size_t forward_depthwise_scratch(const KernelSet& set, const ConvBnParams& p, const DeviceInfo& device) {
+  return scratch_of<DepthwiseConvolution>(set, p, device);
+}
 Status run_forward_direct(const KernelSet& set, const StageCall& call) { return run_with<Convolution>(set, call); }
 Status run_forward_winograd2(const KernelSet& set, const StageCall& call) {
   return run_with<WinogradConvolution>(set, call);
+}
+Status run_forward_depthwise(const KernelSet& set, const StageCall& call) {
+  return run_with<DepthwiseConvolution>(set, call);
 }
 
 }  // namespace fusedconvbn

@@ -21,6 +21,7 @@ namespace fusedconvbn {
 namespace {
 #include "gemm.inl"
 
+#include "depthwise.inl"
 #include "elementwise.inl"
 #include "storage.inl"
 #include "winograd.inl"
@@ -52,6 +53,9 @@ static constexpr ComputeKernels<C> compute_kernels() {
   k.outer = outer<C>;
   k.pack_rows = pack_rows<C>;
   k.depthwise_outer = depthwise_outer<C>;
+  k.depthwise_copy = depthwise_copy<C>;
+  k.depthwise_spread = depthwise_spread<C>;
+  k.depthwise_fold = depthwise_fold<C>;
   k.winograd_window = winograd_window<C>;
   k.winograd_filter = winograd_filter<C>;
   k.winograd_output = winograd_output<C>;

@@ -19,6 +19,16 @@ struct GatheredRows {
   int64_t row_stride, count, taps, depth, offset;
 };
 
+constexpr int64_t kDepthwisePanel = 32;  // channels of a row in depthwise kernels, whatever the vectors
+
+// Lines of a depthwise convolution. Tap t of column c of line l reads the row of kDepthwisePanel channels at
+// sources[l * taps + t] + offset + c * step.
+template <class C>
+struct PanelLines {
+  const C* const* sources;
+  int64_t lines, columns, taps, step, offset;
+};
+
 // y = activation((z - mean) * scale + beta + residual), for `cols` channels.
 template <class C>
 struct AffineBlock {
@@ -65,14 +75,22 @@ struct ComputeKernels {
 
   // tile[count][panel] = sum over taps and depth of rows * filters[taps][depth][panel].
   void (*gemm)(const GatheredRows<C>& rows, const C* filters, C* tile);
-  // tile[count][panel] = sum over taps of rows * filters[taps][panel], element by element; rows have depth <= panel.
-  void (*depthwise)(const GatheredRows<C>& rows, const C* filters, C* tile);
   // tile[outer_rows][panel] += sum over depth of a[depth][outer_rows]' * b[depth][panel].
   void (*outer)(const C* a, const C* b, int64_t depth, C* tile);
   // packed[count][outer_rows] = the outer_rows elements at rows[i] + offset; of the last ones only `valid` are read.
   void (*pack_rows)(const C* const* rows, int64_t offset, int64_t count, int64_t valid, C* packed);
-  // sums[taps][cols] += sum over rows of rows[cols] * dz[count][cols], element by element.
-  void (*depthwise_outer)(const GatheredRows<C>& rows, const C* dz, int64_t ld_dz, int64_t cols, C* sums);
+
+  // Depthwise, on rows of kDepthwisePanel channels, element by element. The row at out + l * ld_line + c * ld_column =
+  // sum over taps of rows * filters[taps].
+  void (*depthwise)(const PanelLines<C>& in, const C* filters, C* out, int64_t ld_line, int64_t ld_column);
+  // sums[taps] += sum over lines and columns of rows * the row at dz[l] + dz_offset + c * kDepthwisePanel.
+  void (*depthwise_outer)(const PanelLines<C>& in, const C* const* dz, int64_t dz_offset, C* sums);
+  // to[rows] = the `cols` channels at from + r * ld, then zeros; what lies `ahead` of them is fetched into L2.
+  void (*depthwise_copy)(const C* from, int64_t ld, int64_t rows, int64_t cols, int64_t ahead, C* to);
+  // to[rows] = each of the `cols` channels of from[rows] `multiplier` times, then zeros.
+  void (*depthwise_spread)(const C* from, int64_t rows, int64_t cols, int64_t multiplier, C* to);
+  // In place: channel c < cols of a row = the sum of its channels [c * multiplier, (c + 1) * multiplier).
+  void (*depthwise_fold)(C* block, int64_t rows, int64_t cols, int64_t multiplier);
 
   // The transforms of Winograd's F(2x2, 3x3), winograd.inl: 16 planes of `plane` elements.
   void (*winograd_window)(const GatheredRows<C>& rows, C* planes, int64_t ld, int64_t plane);
