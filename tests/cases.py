@@ -2,7 +2,8 @@
 
 `raw_cases()` covers every pair of levels of the factors below (and, as (dtype, layout, ISA) and (channels, groups) are
 factors of their own, many triples and quintuples); `op_cases()` does so without the ISA, `winograd_cases()` and
-`depthwise_cases()` for what those kernels can do. Sizes are those that break kernels: prime, one off a tile, smaller than any tile.
+`depthwise_cases()` for what those kernels can do. Sizes are those that break kernels: prime, one off a tile, smaller
+than any tile.
 """
 
 from __future__ import annotations

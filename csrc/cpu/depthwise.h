@@ -96,7 +96,7 @@ class DepthwiseConvolution {
   // Panels of a task.
   int64_t share() const {
     const int64_t bytes = (ring_lines() + 1) * source_columns() * kDepthwisePanel * static_cast<int64_t>(sizeof(C));
-    return std::clamp<int64_t>(kRingBytes / std::max<int64_t>(1, bytes), 1, panels_.count());
+    return panels_.share(kRingBytes / std::max<int64_t>(1, bytes));
   }
 
   void run_task(int64_t image, const Span& band, const Span& panels, const Scratch& s, int worker,
@@ -111,21 +111,22 @@ class DepthwiseConvolution {
       stage(image, {std::max(staged, needed.begin), std::min(needed.end, source_height_)}, panels, w);
       staged = std::max(staged, needed.end);
       point(outputs, w);
+      const int64_t pixel = (image / strips() * windows_.height + outputs.begin) * windows_.width + strip.begin;
+      const int64_t pixels = outputs.size() * strip.size(), step = windows_.step_width * kDepthwisePanel;
       for (int64_t panel = panels.begin; panel < panels.end; ++panel) {
-        const int64_t slot = panel - panels.begin;
-        kernels_.depthwise({w.sources, outputs.size(), strip.size(), taps(), windows_.step_width * kDepthwisePanel,
-                            slot * w.ring.panel_elements()},
-                           s.filters + panel * panel_elements(), w.tile, strip.size() * kDepthwisePanel,
-                           kDepthwisePanel);
-        const int64_t line = image / strips() * windows_.height + outputs.begin;
         const Tile<C> tile{w.tile,
                            kDepthwisePanel,
-                           line * windows_.width + strip.begin,
-                           outputs.size() * strip.size(),
+                           pixel,
+                           pixels,
                            panels_.channel(panel),
                            panels_.cols(panel),
                            image * groups() + group,
                            worker};
+        if (epilogue.prepare) epilogue.prepare(tile);
+        const int64_t offset = (panel - panels.begin) * w.ring.panel_elements();
+        kernels_.depthwise({w.sources, outputs.size(), strip.size(), taps(), step, offset},
+                           s.filters + panel * panel_elements(), w.tile, strip.size() * kDepthwisePanel,
+                           kDepthwisePanel);
         epilogue.emit(tile);
         if (epilogue.finish) epilogue.finish(tile);
       }

@@ -1,23 +1,26 @@
 // Depthwise convolutions on lines of panels: every row is kDepthwisePanel channels of a pixel, in scratch, whatever the
 // image's layout, type and number of channels; zeros stand for padding and for channels beyond the last.
 
-// Columns whose sums share a load of the filters: 8 x 2 vectors of 32 registers, 4 x 2 of 16.
-constexpr int kDepthwiseColumns = kTileRows * 2 / 3;
+// Columns whose sums share a load of the filters: 7 x 2 vectors of 32 registers, as images are often multiples of 7
+// wide; 4 x 2 of 16.
+constexpr int kDepthwiseColumns = kTileRows >= 12 ? 7 : 4;
 // Vectors of channels whose products with dz are summed at once, and taps: 9 x 2 sums of 32 registers, 9 of 16.
 constexpr int kDepthwiseVectors = kTileRows / 6;
 constexpr int kDepthwiseTaps = 9;
 
-template <class C, int R>
+// Step: the distance of the columns that neighbours read where it is known, else 0.
+template <class C, int R, int Step>
 FCB_INLINE void depthwise_columns(const PanelLines<C>& in, const C* const* sources, int64_t at, const C* filters,
                                   C* out, int64_t ld) {
+  const int64_t step = Step ? Step : in.step;
   Vector<C> acc[R][2] = {};
   for (int64_t t = 0; t < in.taps; ++t, filters += kDepthwisePanel) {
     const Vector<C> f0 = load(filters), f1 = load(filters + kLanes<C>);
     const C* a = sources[t] + at;
 #pragma GCC unroll 8
     for (int r = 0; r < R; ++r) {
-      acc[r][0] += load(a + r * in.step) * f0;
-      acc[r][1] += load(a + r * in.step + kLanes<C>) * f1;
+      acc[r][0] += load(a + r * step) * f0;
+      acc[r][1] += load(a + r * step + kLanes<C>) * f1;
     }
   }
 #pragma GCC unroll 8
@@ -28,17 +31,17 @@ FCB_INLINE void depthwise_columns(const PanelLines<C>& in, const C* const* sourc
 }
 
 // The last columns of a line: `left` of them, fewer than kDepthwiseColumns.
-template <class C, int R>
+template <class C, int R, int Step>
 FCB_INLINE void depthwise_last_columns(const PanelLines<C>& in, const C* const* sources, int64_t at, int64_t left,
                                        const C* filters, C* out, int64_t ld) {
   if constexpr (R > 0) {
-    if (left == R) return depthwise_columns<C, R>(in, sources, at, filters, out, ld);
-    depthwise_last_columns<C, R - 1>(in, sources, at, left, filters, out, ld);
+    if (left == R) return depthwise_columns<C, R, Step>(in, sources, at, filters, out, ld);
+    depthwise_last_columns<C, R - 1, Step>(in, sources, at, left, filters, out, ld);
   }
 }
 
-template <class C>
-static void depthwise(const PanelLines<C>& in, const C* filters, C* out, int64_t ld_line, int64_t ld_column) {
+template <class C, int Step>
+static void depthwise_lines(PanelLines<C> in, const C* filters, C* out, int64_t ld_line, int64_t ld_column) {
   constexpr int R = kDepthwiseColumns;
   for (int64_t l = 0; l < in.lines; ++l) {
     const C* const* sources = in.sources + l * in.taps;
@@ -46,10 +49,17 @@ static void depthwise(const PanelLines<C>& in, const C* filters, C* out, int64_t
       C* to = out + l * ld_line + v;
       int64_t at = in.offset + v, c = 0;
       for (; c + R <= in.columns; c += R, at += R * in.step)
-        depthwise_columns<C, R>(in, sources, at, filters + v, to + c * ld_column, ld_column);
-      depthwise_last_columns<C, R - 1>(in, sources, at, in.columns - c, filters + v, to + c * ld_column, ld_column);
+        depthwise_columns<C, R, Step>(in, sources, at, filters + v, to + c * ld_column, ld_column);
+      depthwise_last_columns<C, R - 1, Step>(in, sources, at, in.columns - c, filters + v, to + c * ld_column,
+                                             ld_column);
     }
   }
+}
+
+template <class C>
+static void depthwise(const PanelLines<C>& in, const C* filters, C* out, int64_t ld_line, int64_t ld_column) {
+  if (in.step == kDepthwisePanel) return depthwise_lines<C, kDepthwisePanel>(in, filters, out, ld_line, ld_column);
+  depthwise_lines<C, 0>(in, filters, out, ld_line, ld_column);
 }
 
 // sums[T][panel] += for taps [first, first + T) and a few vectors of channels.
@@ -102,17 +112,14 @@ static void depthwise_outer(const PanelLines<C>& in, const C* const* dz, int64_t
 }
 
 template <class C>
-static void depthwise_copy(const C* from, int64_t ld, int64_t rows, int64_t cols, int64_t ahead, C* to) {
-  constexpr int64_t kLine = 64 / sizeof(C);
-  for (int64_t r = 0; r < rows; ++r, from += ld, to += kDepthwisePanel) {
-    for (int64_t i = 0; i < cols; i += kLine) __builtin_prefetch(from + ahead + i, 0, 2);
+static void depthwise_copy(const C* from, int64_t ld, int64_t rows, int64_t cols, C* to) {
+  for (int64_t r = 0; r < rows; ++r, from += ld, to += kDepthwisePanel)
     if (cols == kDepthwisePanel) {
 #pragma GCC unroll 8
       for (int64_t v = 0; v < kDepthwisePanel; v += kLanes<C>) store(to + v, load(from + v));
     } else {
       for (int64_t i = 0; i < kDepthwisePanel; ++i) to[i] = i < cols ? from[i] : C(0);
     }
-  }
 }
 
 // Channels of the input beside channels of the output, `multiplier` of them each.

@@ -134,7 +134,7 @@ class DepthwiseBackward {
     const int64_t pixels =
         (input_ring_lines() + 1) * input_ring_pixels() + (gradient_ring_lines() + 1) * gradient_ring_pixels();
     const int64_t bytes = pixels * kDepthwisePanel * static_cast<int64_t>(sizeof(C));
-    return std::clamp<int64_t>(kRingBytes / std::max<int64_t>(1, bytes), 1, panels_.count());
+    return panels_.share(kRingBytes / std::max<int64_t>(1, bytes));
   }
 
   Worker carve(Arena* arena) const {
@@ -175,7 +175,7 @@ class DepthwiseBackward {
       g.z = t.data, g.ld_z = t.ld;
       blocks_.reduce_block(g, t.block, t.channel);
     };
-    convolution_.run(filters, convolution_scratch_, parallel, {reduce, nullptr});
+    convolution_.run(filters, convolution_scratch_, parallel, {reduce, nullptr, nullptr});
     blocks_.channels().finish(parallel);
   }
 
@@ -269,6 +269,8 @@ class DepthwiseBackward {
       if (span.size() == 0) continue;
       const int64_t pixel = (r.image * p_.out_height + i) * p_.out_width + span.begin;
       const int64_t at = (span.begin - inside.begin) * kDepthwisePanel;
+      if (i + group_lines() < r.lines.inside.end)
+        blocks_.fetch(pixel + group_lines() * p_.out_width, span.size(), panels_.channel(panel), panels_.cols(panel));
       GradientBlock<C> g = blocks_.read(pixel, span.size(), panels_.channel(panel), panels_.cols(panel), worker);
       if (!p_.training) g.z = w.z + at, g.ld_z = kDepthwisePanel;
       blocks_.apply(g, pixel, panels_.channel(panel), {first + at, kDepthwisePanel}, worker,
@@ -320,18 +322,21 @@ class DepthwiseBackward {
   // The lines of the gradient by the inputs that the step completes, for a panel.
   void write_inputs(const Region& r, const Step& step, int64_t panel, int64_t slot, const Worker& w) const {
     const Span& columns = r.columns.inputs;
-    const int64_t line = columns.size() * kDepthwisePanel, m = panels_.multiplier;
+    const int64_t line = columns.size() * kDepthwisePanel, m = panels_.multiplier, cols = panels_.cols(panel) / m;
+    const auto pixel = [&](int64_t h) { return (r.image * p_.in_height + h) * p_.in_width + columns.begin; };
+    if (!d_inputs_.streams(panels_.channel(panel), cols))
+      for (int64_t h = step.inputs.begin; h < step.inputs.end; ++h)
+        d_inputs_.fetch(pixel(h), columns.size(), panels_.channel(panel) / m, cols);
     for (size_t i = 0; i < phases_.size(); ++i) {
       PanelLines<C> in = w.phases[i].lines;
       in.offset = slot * w.gradients.panel_elements();
       k_.depthwise(in, transposed_ + panel * panel_elements() + w.phases[i].first_tap * kDepthwisePanel,
                    w.tile + w.phases[i].out, lines_.stride * line, columns_.stride * kDepthwisePanel);
     }
-    const int64_t cols = panels_.cols(panel) / m;
     if (m > 1) k_.depthwise_fold(w.tile, step.inputs.size() * columns.size(), cols, m);
     for (int64_t h = step.inputs.begin; h < step.inputs.end; ++h)
-      d_inputs_.write((r.image * p_.in_height + h) * p_.in_width + columns.begin, columns.size(),
-                      panels_.channel(panel) / m, cols, {w.tile + (h - step.inputs.begin) * line, kDepthwisePanel});
+      d_inputs_.write(pixel(h), columns.size(), panels_.channel(panel) / m, cols,
+                      {w.tile + (h - step.inputs.begin) * line, kDepthwisePanel});
   }
 
   // Adds the ranges' sums of a panel and stores them.

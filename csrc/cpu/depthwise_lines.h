@@ -33,6 +33,10 @@ struct DepthwisePanels {
   int64_t count() const { return ceil_div(channels, width()); }
   int64_t channel(int64_t panel) const { return panel * width(); }
   int64_t cols(int64_t panel) const { return std::min(width(), channels - channel(panel)); }
+  // Panels of a task: equal shares of which each has at most `most` panels.
+  int64_t share(int64_t most) const {
+    return ceil_div(count(), ceil_div(count(), std::clamp<int64_t>(most, 1, count())));
+  }
 };
 
 // Lines of panels of which the last `lines` are kept: line h of a panel lies where line h - lines lay. One more line
@@ -66,7 +70,7 @@ class PanelStager {
   // Staging a line fetches the one `lines_ahead` below it into L2.
   PanelStager(const ComputeKernels<C>& kernels, const Image<C>& source, const DepthwisePanels& panels,
               int64_t lines_ahead)
-      : kernels_(kernels), source_(source), panels_(panels), ahead_(lines_ahead * source.grid().line_stride) {}
+      : kernels_(kernels), source_(source), panels_(panels), lines_ahead_(lines_ahead) {}
 
   int64_t scratch_elements(int64_t pixels) const { return panels_.multiplier > 1 ? pixels * kDepthwisePanel : 0; }
 
@@ -85,11 +89,18 @@ class PanelStager {
     if (count == 0) return;
     const int64_t first = (image * grid.height + h) * grid.width + begin;
     C* to = ring.line(h, 0) + before * kDepthwisePanel;
-    for (int64_t panel = panels.begin; panel < panels.end; ++panel, to += ring.panel_elements())
+    for (int64_t panel = panels.begin; panel < panels.end; ++panel, to += ring.panel_elements()) {
+      if (h + lines_ahead_ < grid.height) fetch(first + lines_ahead_ * grid.width, count, panel);
       copy(first, count, panel, scratch, to);
+    }
   }
 
  private:
+  void fetch(int64_t first, int64_t count, int64_t panel) const {
+    const int64_t m = panels_.multiplier;
+    source_.fetch(first, count, panels_.channel(panel) / m, panels_.cols(panel) / m);
+  }
+
   void copy(int64_t first, int64_t count, int64_t panel, C* scratch, C* to) const {
     const int64_t m = panels_.multiplier, channel = panels_.channel(panel) / m, cols = panels_.cols(panel) / m;
     if (m > 1) {
@@ -97,7 +108,7 @@ class PanelStager {
       kernels_.depthwise_spread(scratch, count, cols, m, to);
     } else if (source_.direct()) {
       const Block<C> block = source_.read(first, count, channel, cols, nullptr);
-      kernels_.depthwise_copy(block.data, block.ld, count, cols, ahead_, to);
+      kernels_.depthwise_copy(block.data, block.ld, count, cols, to);
     } else {
       if (cols < kDepthwisePanel) std::fill(to, to + count * kDepthwisePanel, C(0));
       source_.copy(first, count, channel, cols, {to, kDepthwisePanel});
@@ -107,7 +118,7 @@ class PanelStager {
   const ComputeKernels<C>& kernels_;
   Image<C> source_;
   DepthwisePanels panels_;
-  int64_t ahead_;  // elements
+  int64_t lines_ahead_;
 };
 
 // The filters' elements of each tap as packed[panels][taps][kDepthwisePanel].

@@ -85,8 +85,8 @@ struct ComputeKernels {
   void (*depthwise)(const PanelLines<C>& in, const C* filters, C* out, int64_t ld_line, int64_t ld_column);
   // sums[taps] += sum over lines and columns of rows * the row at dz[l] + dz_offset + c * kDepthwisePanel.
   void (*depthwise_outer)(const PanelLines<C>& in, const C* const* dz, int64_t dz_offset, C* sums);
-  // to[rows] = the `cols` channels at from + r * ld, then zeros; what lies `ahead` of them is fetched into L2.
-  void (*depthwise_copy)(const C* from, int64_t ld, int64_t rows, int64_t cols, int64_t ahead, C* to);
+  // to[rows] = the `cols` channels at from + r * ld, then zeros.
+  void (*depthwise_copy)(const C* from, int64_t ld, int64_t rows, int64_t cols, C* to);
   // to[rows] = each of the `cols` channels of from[rows] `multiplier` times, then zeros.
   void (*depthwise_spread)(const C* from, int64_t rows, int64_t cols, int64_t multiplier, C* to);
   // In place: channel c < cols of a row = the sum of its channels [c * multiplier, (c + 1) * multiplier).
