@@ -76,6 +76,8 @@ def test_algorithm(inputs, filters, attributes, expected, direction):
 def test_few_input_channels(channels, expected):
     kernels = raw.plan((2, 14, 14, channels), (5, 5, channels, 40), direction="backward").kernels
     assert [name.split("_")[1] for name in kernels if name.startswith("dgrad")] == [expected]
+
+
 @pytest.mark.parametrize(("strict", "expected"), [("1", "winograd2"), ("0", "winograd4"), ("", "winograd4")])
 def test_strict_mode(strict, expected, monkeypatch):
     """It binds "auto" alone."""

@@ -50,6 +50,11 @@ bool one_group(const ConvBnParams& p) { return p.groups == 1; }
 // Where the direct algorithm would fill at most half the columns of a panel.
 bool few_input_channels(const ConvBnParams& p) { return p.in_channels <= 16; }
 
+// It reads z where there is one, and recomputes it with frozen statistics.
+bool backward_depthwise_applies(const ConvBnParams& p) {
+  return depthwise_applies(p) && (!p.training || has_conv_out(p));
+}
+
 size_t no_scratch(const ConvBnParams&, const DeviceInfo&) { return 0; }
 
 Status run_forward_reference(const StageCall& call) { return reference_forward(call.params, *call.forward); }
@@ -87,6 +92,7 @@ Kernel saving_moments(Kernel row) {
       FCB_ROW(backward_moments, kBackward, backward_moments_applies, any_problem, isa, Isa_),            \
       FCB_ROW(forward_winograd4, kForward, winograd_applies, forward_winograd<4>, isa, Isa_),            \
       FCB_ROW(forward_winograd2, kForward, winograd_applies, forward_winograd<2>, isa, Isa_),            \
+      FCB_ROW(forward_depthwise, kForward, depthwise_applies, any_problem, isa, Isa_),                   \
       FCB_ROW(forward_direct, kForward, any_problem, any_problem, isa, Isa_),                            \
       FCB_ROW(reduce_direct, kReduce, any_problem, any_problem, isa, Isa_),                              \
       FCB_ROW(dgrad_winograd4, kDgrad, winograd_applies, dgrad_winograd<4>, isa, Isa_),                  \
@@ -95,7 +101,8 @@ Kernel saving_moments(Kernel row) {
       FCB_ROW(dgrad_direct, kDgrad, any_problem, any_problem, isa, Isa_),                                \
       FCB_ROW(wgrad_winograd4, kWgrad, winograd_applies, forward_winograd<4>, isa, Isa_),                \
       FCB_ROW(wgrad_winograd2, kWgrad, winograd_applies, forward_winograd<2>, isa, Isa_),                \
-      FCB_ROW(wgrad_direct, kWgrad, any_problem, any_problem, isa, Isa_)
+      FCB_ROW(wgrad_direct, kWgrad, any_problem, any_problem, isa, Isa_),                                \
+      FCB_ROW(backward_depthwise, kBackward, backward_depthwise_applies, any_problem, isa, Isa_)
 
 const std::vector<Kernel>& kernel_table() {
   static const std::vector<Kernel> table = {
