@@ -23,7 +23,7 @@ from benchmarks.implementations import (
     choose,
     choose_peers,
 )
-from benchmarks.networks import NETWORKS
+from benchmarks.networks import NETWORKS, outline
 from benchmarks.problem import DTYPES, AnyProblem, NetworkProblem, problems_of
 from benchmarks.session import Settings
 from fusedconvbn._arguments import ALGORITHMS, SAVES
@@ -127,7 +127,7 @@ def _cases(options: argparse.Namespace) -> list[Case]:
 
 def _check_options(parser: argparse.ArgumentParser, options: argparse.Namespace, cases: Sequence[Case]) -> None:
     """What argparse cannot see; ends with exit code 2."""
-    for case in cases:
+    for case in cases or outline(options.network, *_NETWORK_SIZE[options.quick]).cases:
         elements = options.batch * case.out_height * case.out_width
         if options.mode != INFERENCE and elements < _FEWEST_ELEMENTS:
             parser.error(
