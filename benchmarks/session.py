@@ -33,6 +33,7 @@ class Settings:
     rounds: int
     sample_seconds: float  # a sample repeats its call until it takes about this long
     peak_size: int  # of the matrices whose product is the peak
+    clock: str  # of measured.CLOCKS
     timeout: float  # seconds that a worker may take for one answer
 
 
@@ -166,14 +167,14 @@ def _time(
     repeats = {}
     for name, worker in right.items():
         with _failure_in(outcomes[name]):
-            seconds = worker.call("sample", 1) * problem.copies
+            seconds = worker.call("sample", 1, settings.clock) * problem.copies
             repeats[name] = max(1, math.ceil(settings.sample_seconds / seconds))
     for round_number in range(settings.rounds):
         advance(f"{problem.name}: round {round_number + 1}")
         for name, count in repeats.items():
             if outcomes[name].status == OK:
                 with _failure_in(outcomes[name]):
-                    outcomes[name].samples.append(right[name].call("sample", count))
+                    outcomes[name].samples.append(right[name].call("sample", count, settings.clock))
 
 
 @contextlib.contextmanager

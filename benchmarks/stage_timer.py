@@ -132,7 +132,10 @@ class StageTimer:
                 runs[name] = _both(calls.forward(forward), calls.backward(backward, saved))
         forward = calls.plan("forward")
         backward = calls.plan("backward", saved=calls.saved_by(forward))
-        stage = self._stage(TRAIN_STEP, _name(forward, backward), runs)
+        chosen = _name(forward, backward)
+        if chosen not in runs:  # it is excluded
+            runs[chosen] = _both(calls.forward(forward), calls.backward(backward, calls.saved_by(forward)))
+        stage = self._stage(TRAIN_STEP, chosen, runs)
         lost_seconds = sum(lost.get(kernel, 0.0) for kernel in backward.kernels)
         least = min(stage.seconds[stage.best], stage.seconds[stage.chosen] - lost_seconds)
         loss = max(stage.loss, stage.seconds[stage.chosen] / least - 1 if lost_seconds else 0.0)
