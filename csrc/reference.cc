@@ -133,20 +133,19 @@ struct Moments {
   double mean = 0, variance = 0;
 };
 
-// Of channel k of z as stored.
+// Of channel k of z as stored. A running sum of equal signs errs by up to its length, too much for doubles in double.
 template <class T>
 Moments batch_moments(const Problem& problem, const void* z, int64_t k) {
   const ConvBnParams& p = problem.p;
   const double count = static_cast<double>(p.pixels());
-  Moments m;
-  for_each_pixel(p, [&](int64_t n, int64_t h, int64_t w) { m.mean += load<T>(z, problem.output(n, h, w, k)); });
-  m.mean /= count;
+  long double mean = 0, variance = 0;
+  for_each_pixel(p, [&](int64_t n, int64_t h, int64_t w) { mean += load<T>(z, problem.output(n, h, w, k)); });
+  mean /= count;
   for_each_pixel(p, [&](int64_t n, int64_t h, int64_t w) {
-    const double difference = load<T>(z, problem.output(n, h, w, k)) - m.mean;
-    m.variance += difference * difference;
+    const long double difference = load<T>(z, problem.output(n, h, w, k)) - mean;
+    variance += difference * difference;
   });
-  m.variance /= count;
-  return m;
+  return {static_cast<double>(mean), static_cast<double>(variance / count)};
 }
 
 template <class T, class Stat>

@@ -132,7 +132,7 @@ def forward(
         isa, kernel, threads: As in `plan`.
 
     In training `conv_out` is one of: the convolution, of the output's shape and dtype; the second moments of the
-    inputs, [C + 1, C] (scatter, and in the last row the mean), where backward needs no more than these; None.
+    inputs, [C + 2, C] (scatter, mean, what the mean lost in rounding), where backward needs no more than these; None.
 
     Results have the same bits whatever the number of threads.
     """
@@ -150,7 +150,7 @@ def forward(
     output = data.empty(image)
     conv_out = data.empty(chosen.conv_out_shape) if chosen.conv_out_shape else None
     results = [data.empty_vector() for _ in range(4)]
-    _load.core().forward(chosen, data.inputs, data.filters, *statistics, residual, output, *results, conv_out)
+    _load.core().forward(chosen, data.inputs, data.filters, *statistics, residual, output, *results, conv_out, None)
     return ForwardResult(output, *results, conv_out)
 
 
@@ -200,7 +200,7 @@ def backward(
     )
     _load.core().backward(
         chosen, output_gradient, g_mean, g_variance, data.inputs, data.filters, *statistics, residual, output, *saved,
-        *results,
+        *results, None,
     )  # fmt: skip
     return results
 

@@ -2,6 +2,7 @@
 
 from dataclasses import replace
 
+import ml_dtypes
 import numpy as np
 import pytest
 from cases import Case, expanding_cases, op_cases, output_size
@@ -33,12 +34,12 @@ def test_nothing_saved_changes_no_result(case):
     _, forward, backward = results(case, options, options)
     assert forward.conv_out is None
     _, saving, expected = results(case, {}, {})
-    for name, one, other in zip(
-        (*raw.ForwardResult._fields[:-1], *raw.BackwardResult._fields),
-        (*forward[:-1], *backward),
-        (*saving[:-1], *expected),
-    ):
+    for name, one, other in zip(raw.ForwardResult._fields[:-1], forward[:-1], saving[:-1]):
         np.testing.assert_array_equal(one, other, name)
+    for name, one, other in zip(raw.BackwardResult._fields, backward, expected):  # by other rows, where depthwise
+        eps = float(ml_dtypes.finfo(one.dtype).eps) if one is not None else 0
+        if eps and one.size:
+            np.testing.assert_allclose(one, other, atol=16 * eps * np.abs(other).max(), rtol=0, err_msg=name)
 
 
 @pytest.mark.parametrize("case", EXPANDING, ids=str)
@@ -47,7 +48,7 @@ def test_moments(case):
         pytest.skip(f"this machine has no {case.isa}")
     forward, backward = ({"kernel": f"{stage}_moments_{case.isa}"} for stage in ("forward", "backward"))
     problem, result, gradients = results(replace(case, isa=None), forward, backward)
-    assert result.conv_out.shape == (case.in_channels + 1, case.in_channels)
+    assert result.conv_out.shape == (case.in_channels + 2, case.in_channels)
     problem.check_backward(gradients)
 
 
@@ -64,7 +65,7 @@ def test_moments_without_the_output_recompute(case):
 def test_large_expanding_layers_save_moments():
     case = Case(batch=4, height=56, width=56, in_channels=64, out_channels=256, kernel=(1, 1), training=True)
     shapes = case.inputs_shape, case.filters_shape
-    assert raw.plan(*shapes, training=True, activation="relu").conv_out_shape == [65, 64]
+    assert raw.plan(*shapes, training=True, activation="relu").conv_out_shape == [66, 64]
     assert raw.plan(*shapes, training=True, activation="silu").conv_out_shape == [4, 56, 56, 256]
     assert raw.plan(*shapes, training=True, algorithm="direct").conv_out_shape == [4, 56, 56, 256]
     assert raw.plan(*shapes, training=True, activation="silu", save="recompute").conv_out_shape == []

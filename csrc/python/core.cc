@@ -102,24 +102,28 @@ struct FreeAligned {
   void operator()(char* memory) const { ::operator delete[](memory, std::align_val_t{64}); }
 };
 
-// Without the GIL: `buffers` point into arrays that the caller holds.
+// Without the GIL: `buffers` point into arrays that the caller holds. A workspace that is null is allocated here.
 template <class Buffers>
-void run(const Plan& plan, const Buffers& buffers) {
+void run(const Plan& plan, const Buffers& buffers, void* workspace) {
   Status status;
   {
     const py::gil_scoped_release release;
-    const size_t bytes = std::max<size_t>(plan.workspace_bytes, 1);
-    const std::unique_ptr<char[], FreeAligned> workspace(new (std::align_val_t{64}, std::nothrow) char[bytes]);
-    if (workspace == nullptr) throw std::bad_alloc();
+    std::unique_ptr<char[], FreeAligned> own;
+    if (workspace == nullptr) {
+      own.reset(new (std::align_val_t{64}, std::nothrow) char[std::max<size_t>(plan.workspace_bytes, 1)]);
+      if (own == nullptr) throw std::bad_alloc();
+      workspace = own.get();
+    }
     ThreadPool threads(plan.device.threads);
-    status = run_cpu(plan, buffers, workspace.get(), &threads);
+    status = run_cpu(plan, buffers, workspace, &threads);
   }
   raise_if(status);
 }
 
 void forward(const Plan& plan, const Array& inputs, const Array& filters, const Array& gamma, const Array& beta,
              const Array& moving_mean, const Array& moving_variance, const Array& residual, Array output,
-             Array new_moving_mean, Array new_moving_variance, Array batch_mean, Array inv_std, Array conv_out) {
+             Array new_moving_mean, Array new_moving_variance, Array batch_mean, Array inv_std, Array conv_out,
+             Array workspace) {
   ForwardBuffers b;
   b.inputs = read(inputs);
   b.filters = read(filters);
@@ -134,7 +138,7 @@ void forward(const Plan& plan, const Array& inputs, const Array& filters, const 
   b.batch_mean = write(&batch_mean);
   b.inv_std = write(&inv_std);
   b.conv_out = write(&conv_out);
-  run(plan, b);
+  run(plan, b, write(&workspace));
 }
 
 void backward(const Plan& plan, const Array& output_gradient, const Array& moving_mean_gradient,
@@ -142,7 +146,7 @@ void backward(const Plan& plan, const Array& output_gradient, const Array& movin
               const Array& beta, const Array& moving_mean, const Array& moving_variance, const Array& residual,
               const Array& output, const Array& batch_mean, const Array& inv_std, const Array& conv_out, Array d_inputs,
               Array d_filters, Array d_gamma, Array d_beta, Array d_moving_mean, Array d_moving_variance,
-              Array d_residual) {
+              Array d_residual, Array workspace) {
   BackwardBuffers b;
   b.output_gradient = read(output_gradient);
   b.moving_mean_gradient = read(moving_mean_gradient);
@@ -165,7 +169,7 @@ void backward(const Plan& plan, const Array& output_gradient, const Array& movin
   b.d_moving_mean = write(&d_moving_mean);
   b.d_moving_variance = write(&d_moving_variance);
   b.d_residual = write(&d_residual);
-  run(plan, b);
+  run(plan, b, write(&workspace));
 }
 
 void define_plan(py::module_* m) {
@@ -199,7 +203,8 @@ void define_plan(py::module_* m) {
 PYBIND11_MODULE(_core, m) {
   define_plan(&m);
   m.def("kernels", &kernels);
-  // All arguments are arrays or None, positional, in the order of ForwardBuffers and BackwardBuffers.
+  // All arguments are arrays or None, positional, in the order of ForwardBuffers and BackwardBuffers; last a workspace,
+  // aligned to 64 bytes, or None.
   m.def("forward", &forward);
   m.def("backward", &backward);
 }
