@@ -1,8 +1,9 @@
 """The one list of problems that every test of the op runs over.
 
 `raw_cases()` covers every pair of levels of the factors below (and, as (dtype, layout, ISA) and (channels, groups) are
-factors of their own, many triples and quintuples); `op_cases()` does so without the ISA, `winograd_cases()` for what
-Winograd's kernels can do. Sizes are those that break kernels: prime, one off a tile, smaller than any tile.
+factors of their own, many triples and quintuples); `op_cases()` does so without the ISA; `winograd_cases()` and
+`expanding_cases()` for what Winograd's kernels and those by moments can do. Sizes are those that break kernels: prime,
+one off a tile, smaller than any tile.
 """
 
 from __future__ import annotations
@@ -232,6 +233,16 @@ WINOGRAD = {
     "kernel": ((3, 3),), "strides": ((1, 1),), "dilations": ((1, 1),), "remainder": (0,), "algorithm": ("winograd2",),
 }  # fmt: skip
 
+# 1x1 filters with at least twice as many outputs as inputs: what the second moments of the inputs can serve.
+EXPANDING = {
+    "target": tuple(itertools.product(("f32", "f64"), ("NHWC",), ISAS)),
+    "channels": ((1, 2, 1), (1, 33, 1), (3, 8, 1), (3, 64, 1), (8, 16, 1), (12, 24, 1), (16, 70, 1), (31, 64, 1),
+                 (33, 96, 1), (48, 100, 1)),
+    "kernel": ((1, 1),), "padding": ("SAME", "VALID"), "activation": (None, "relu", "relu6", "leaky_relu", "elu"),
+    "mode": ("training", "unbiased"),
+    "output": (*OUTPUTS, (2, 25, 28)),
+}  # fmt: skip
+
 
 def _from_levels(levels: dict[str, Any]) -> Case:
     dtype, data_format, isa = levels["target"]
@@ -321,3 +332,9 @@ def op_cases() -> list[Case]:
 def winograd_cases() -> list[Case]:
     """Dense 3x3 convolutions of stride 1, by the algorithm that `algorithm` names, each for one ISA."""
     return covering({**FACTORS, **WINOGRAD}, limit=16_000_000)
+
+
+@functools.cache
+def expanding_cases() -> list[Case]:
+    """Training of 1x1 convolutions with few inputs and many outputs, each for one ISA."""
+    return covering({**FACTORS, **EXPANDING}, limit=16_000_000)

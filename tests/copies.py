@@ -51,17 +51,30 @@ def case_of(kind: str, shape: tuple[int, ...] = SHAPE, **changes: Any) -> Case:
     )  # fmt: skip
 
 
-def copying(case: Case, z: np.ndarray, algorithm: str = "auto") -> Problem:
+def copying(case: Case, z: np.ndarray, algorithm: str, recomputes: bool = False) -> Problem:
     """The problem of a case whose z is channels of the NHWC array `z`: by direct algorithms to the last bit."""
     border = case.kernel[0] // 2
     image = np.pad(z, [(0, 0), (border, border), (border, border), (0, 0)], mode="edge")
     image = image if case.data_format == "NHWC" else np.moveaxis(image, 3, 1)
     case = replace(case, algorithm=algorithm)
-    return Problem(case, replace(arrays(case), inputs=image.astype(case.numpy_dtype), filters=copy_filters(case)))
+    copied = replace(arrays(case), inputs=image.astype(case.numpy_dtype), filters=copy_filters(case))
+    return Problem(case, copied, recomputes)
 
 
 def nhwc(case: Case, image: np.ndarray) -> np.ndarray:
     return image if case.data_format == "NHWC" else np.moveaxis(image, 1, 3)
+
+
+def inner(case: Case, image: np.ndarray) -> np.ndarray:
+    """The pixels of the NHWC input that are copied."""
+    border = case.kernel[0] // 2
+    return image[:, border : image.shape[1] - border, border : image.shape[2] - border]
+
+
+def copied(problem: Problem) -> np.ndarray:
+    """z, NHWC, but for what transforms round."""
+    case = problem.case
+    return inner(case, nhwc(case, problem.arguments.inputs))[..., sources(case)]
 
 
 def copying_runs(direction: str, shape: tuple[int, ...] = SHAPE, **changes: Any) -> list[Any]:
@@ -73,7 +86,8 @@ def copying_runs(direction: str, shape: tuple[int, ...] = SHAPE, **changes: Any)
         pairs = [(kind, run) for kind, case in cases.items() for run in runs(case) if run.direction == direction]
         for kind, run in pairs:
             if not met.issuperset(run.planned):
-                name = f"{kind}-{dtype}-{cases[kind].data_format}-{run.kernel or 'auto'}"
-                parameters.append(pytest.param(cases[kind], run, id=name))
+                case = cases[kind]
+                name = f"{kind}-{dtype}-{case.data_format}-{case.activation}-{run.kernel}-{run.save}-{run.saved}"
+                parameters.append(pytest.param(case, run, id=name))
         met.update(name for _, run in pairs for name in run.planned)
     return parameters

@@ -3,6 +3,7 @@
 import itertools
 import math
 from dataclasses import replace
+from functools import partial
 
 import numpy as np
 import pytest
@@ -85,7 +86,7 @@ def test_threads_on_drawn_problems(seed):
     case = draw(seed, WORK).case
     problem = by_own_forward(case)
     for run in runs(case):
-        call = problem.run_forward if run.direction == "forward" else problem.run_backward
+        call = problem.run_forward if run.direction == "forward" else partial(problem.run_backward, run.saved)
         alone = bits(call(**run.forced))
         for threads in (2, 3, 8):
             assert bits(call(**run.forced, threads=threads)) == alone, (

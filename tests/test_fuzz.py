@@ -37,17 +37,17 @@ class Checker:
         self.drawn = drawn
         self.problem = cache(self._problem)
 
-    def _problem(self, algorithm: str) -> Problem:
-        return Problem(replace(self.drawn.case, algorithm=algorithm))
+    def _problem(self, algorithm: str, recomputes: bool) -> Problem:
+        return Problem(replace(self.drawn.case, algorithm=algorithm), recomputes=recomputes)
 
     def check(self, run: Run) -> None:
-        problem, drawn = self.problem(run.transforms), self.drawn
+        problem, drawn = self.problem(run.transforms, run.recomputes), self.drawn
         with guarded(drawn.offset):
             if run.direction == "forward":
                 result = problem.run_forward(**run.forced)
             else:
                 needs = {"needs_inputs": drawn.needs_inputs, "needs_filters": drawn.needs_filters}
-                result = problem.run_backward(**run.forced, **needs)
+                result = problem.run_backward(run.saved, **run.forced, **needs)
         if run.direction == "forward":
             problem.check_forward(result)
         else:

@@ -22,6 +22,7 @@ namespace {
 #include "gemm.inl"
 
 #include "elementwise.inl"
+#include "pointwise.inl"
 #include "storage.inl"
 #include "winograd.inl"
 
@@ -34,6 +35,7 @@ static constexpr void fill_activation(ComputeKernels<C>* k) {
     k->reduce[A][1] = reduce<C, a, Preactivation::kConvAndResidual>;
     k->apply[A][0] = apply<C, a, Preactivation::kConv>;
     k->apply[A][1] = apply<C, a, Preactivation::kConvAndResidual>;
+    if constexpr (a == Activation::kNone || derivative_from_output(a)) k->mask[A] = mask<C, a>;
     if constexpr (derivative_from_output(a)) {
       k->reduce[A][2] = reduce<C, a, Preactivation::kOutput>;
       k->apply[A][2] = apply<C, a, Preactivation::kOutput>;
@@ -56,6 +58,9 @@ static constexpr ComputeKernels<C> compute_kernels() {
   k.winograd_filter = winograd_filter<C>;
   k.winograd_output = winograd_output<C>;
   k.moments = moments<C>;
+  k.row_means = row_means<C>;
+  k.center_rows = center_rows<C>;
+  k.product = product<C>;
   fill_activation<0>(&k);
   return k;
 }

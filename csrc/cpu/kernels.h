@@ -58,6 +58,21 @@ struct GradientBlock {
   int64_t ld_d_residual;
 };
 
+// du = dy * activation'(u) where that follows from y.
+template <class C>
+struct MaskBlock {
+  const C* dy;
+  int64_t ld_dy;
+  const C* y;  // not read where there is no activation
+  int64_t ld_y;
+  int64_t rows, cols;
+  C* du;
+  int64_t ld_du;
+  C* d_residual;  // may be null; = du
+  int64_t ld_d_residual;
+  C* sum;  // may be null; [cols] += sum of du over the rows
+};
+
 template <class C>
 struct ComputeKernels {
   int64_t panel;       // columns of a packed filter panel and of a tile
@@ -81,6 +96,14 @@ struct ComputeKernels {
 
   // Of each column: its mean, and the sum of squared deviations from it, in two passes over the block.
   void (*moments)(const C* block, int64_t ld, int64_t rows, int64_t cols, C* mean, C* squares);
+
+  // pointwise.inl. mean[depth] of in.count rows; centered[count][ld] = rows - mean; sums[outer_rows][panel] += a' b, of
+  // a[depth][outer_rows] and b[depth][panel]; du, null for activations whose derivative does not follow from y.
+  void (*row_means)(const GatheredRows<C>& in, C* mean);
+  void (*center_rows)(const GatheredRows<C>& in, const C* mean, C* centered, int64_t ld);
+  void (*product)(const C* a, int64_t lda, const C* b, int64_t ldb, int64_t depth, C* sums, int64_t ld);
+  void (*mask[kActivationCount])(const MaskBlock<C>&);
+
   void (*affine[kActivationCount])(const AffineBlock<C>&);
   void (*reduce[kActivationCount][3])(const GradientBlock<C>&);  // [activation][Preactivation]
   void (*apply[kActivationCount][3])(const GradientBlock<C>&);

@@ -19,6 +19,9 @@ inline bool is_depthwise(const ConvBnParams& p) { return p.group_in() == 1 && p.
 FCB_STAGE(forward_direct);
 FCB_STAGE(forward_winograd2);
 
+// The same for 1x1 filters in training, with the statistics from the second moments of the inputs; saves those, no z.
+FCB_STAGE(forward_moments);
+
 // Gradients of gamma, beta, the moving statistics and the residual, and conv_grad for the next two stages.
 FCB_STAGE(reduce_direct);
 
@@ -28,6 +31,9 @@ FCB_STAGE(dgrad_winograd2);
 
 // The gradient by the filters: products of input and conv_grad panels, over fixed ranges of pixels.
 FCB_STAGE(wgrad_direct);
+
+// All of backward from these moments: two passes over (dy, y, inputs), neither z nor its gradient in memory.
+FCB_STAGE(backward_moments);
 
 #undef FCB_STAGE
 

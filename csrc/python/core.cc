@@ -32,7 +32,7 @@ ConvBnParams make_params(const std::array<int64_t, 4>& inputs_shape, const std::
                          const std::array<int64_t, 2>& strides, const std::array<int64_t, 2>& dilations, int padding,
                          const std::array<int64_t, 4>& explicit_padding, int dtype, int data_format, int activation,
                          bool residual, bool training, bool unbiased_moving_variance, double epsilon, double momentum,
-                         int algorithm, int save) {
+                         int algorithm, int save, int saved, bool has_output) {
   ConvBnParams p;
   p.dtype = static_cast<DType>(dtype);
   p.data_format = static_cast<DataFormat>(data_format);
@@ -44,6 +44,8 @@ ConvBnParams make_params(const std::array<int64_t, 4>& inputs_shape, const std::
   p.momentum = momentum;
   p.algorithm = static_cast<Algorithm>(algorithm);
   p.save = static_cast<Save>(save);
+  p.saved = static_cast<Saved>(saved);
+  p.has_output = has_output;
   raise_if(
       resolve({inputs_shape, filters_shape, strides, dilations, static_cast<Padding>(padding), explicit_padding}, &p));
   return p;
@@ -176,8 +178,11 @@ void define_plan(py::module_* m) {
            py::arg("dilations"), py::arg("padding"), py::arg("explicit_padding"), py::arg("dtype"),
            py::arg("data_format"), py::arg("activation"), py::arg("residual"), py::arg("training"),
            py::arg("unbiased_moving_variance"), py::arg("epsilon"), py::arg("momentum"), py::arg("algorithm"),
-           py::arg("save"))
+           py::arg("save"), py::arg("saved"), py::arg("has_output"))
       .def_property_readonly("output_shape", &output_shape)
+      .def_property_readonly(
+          "conv_out_shape", [](const ConvBnParams& p) { return conv_out_shape(p, p.saved); },
+          "Backward: the shape of what forward left.")
       .def_property_readonly("needs_output", &needs_output)
       .def_property_readonly("needs_residual", &needs_residual);
   py::class_<Plan>(*m, "Plan", "Which kernels run, in order, and the memory that they need beside their arguments.")
@@ -185,6 +190,12 @@ void define_plan(py::module_* m) {
            py::arg("kernel"), py::arg("threads"))
       .def_property_readonly("kernels", &kernel_names, "Names of the kernels, in the order of execution.")
       .def_readonly("workspace_bytes", &Plan::workspace_bytes)
+      .def_property_readonly(
+          "saved", [](const Plan& plan) { return static_cast<int>(plan.saved); },
+          "Forward: what it leaves for backward, as a number of the core's `enum class Saved`.")
+      .def_property_readonly(
+          "conv_out_shape", [](const Plan& plan) { return conv_out_shape(plan.params, plan.saved); },
+          "Forward: the shape of what it leaves; empty if that is nothing.")
       .def("__str__", &Plan::describe)
       .def("__repr__", [](const Plan& plan) { return "<Plan: " + plan.describe() + ">"; });
 }
