@@ -56,6 +56,7 @@ struct ConvBnParams {
   // Backward, in training: what forward's plan said that it saves, and whether y is at hand though not required.
   Saved saved = Saved::kConv;
   bool has_output = false;
+  bool strict = false;  // kAuto takes no algorithm that errs more than the direct one; plan_*() sets it
 
   int64_t pixels() const { return batch * out_height * out_width; }  // elements a channel
   int64_t group_in() const { return in_channels / groups; }
@@ -135,11 +136,12 @@ struct Plan {
   std::string describe() const;
 };
 
-// Empty where nothing is saved; else the output's shape or, for kMoments, [C + 1, C].
+// Empty where nothing is saved; else the output's shape or, for kMoments, [C + 2, C].
 std::vector<int64_t> conv_out_shape(const ConvBnParams& params, Saved saved);
 
 // force_kernel: the name of a row (raw.kernels() lists them), used for each stage that it serves; empty: the first row
-// of each stage that supports the problem. The environment variable FUSEDCONVBN_KERNEL does the same.
+// of each stage that supports the problem. The environment variable FUSEDCONVBN_KERNEL does the same;
+// FUSEDCONVBN_STRICT=1 sets params.strict.
 Status plan_forward(const ConvBnParams& params, const DeviceInfo& device, const std::string& force_kernel, Plan* plan);
 Status plan_backward(const ConvBnParams& params, const DeviceInfo& device, const std::string& force_kernel, Plan* plan);
 

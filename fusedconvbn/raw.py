@@ -132,7 +132,7 @@ def forward(
         isa, kernel, threads: As in `plan`.
 
     In training `conv_out` is one of: the convolution, of the output's shape and dtype; the second moments of the
-    inputs, [C + 1, C] (scatter, and in the last row the mean), where backward needs no more than these; None.
+    inputs, [C + 2, C] (scatter, mean, what the mean lost in rounding), where backward needs no more than these; None.
 
     Results have the same bits whatever the number of threads.
     """

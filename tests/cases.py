@@ -202,6 +202,7 @@ LAYERS = {
     "channels_first": Case(data_format="NCHW", batch=2, height=23, width=25, in_channels=20, out_channels=80,
                            dilations=(2, 2), activation="elu"),
     "float64": Case(dtype="f64", batch=2, height=31, width=29, in_channels=33, out_channels=65, padding="VALID"),
+    "wide": Case(batch=2, height=21, width=25, kernel=(1, 1), in_channels=284, out_channels=525, activation="relu6"),
 }  # fmt: skip
 # Inputs or outputs of more than 8 MiB, in rows of whole cache lines: these, their gradients and z are written past the
 # caches where they begin at a cache line.
@@ -230,7 +231,8 @@ FACTORS: dict[str, Sequence[Any]] = {
 }
 WINOGRAD = {
     "channels": tuple(channels for channels in CHANNELS if channels[2] == 1),
-    "kernel": ((3, 3),), "strides": ((1, 1),), "dilations": ((1, 1),), "remainder": (0,), "algorithm": ("winograd2",),
+    "kernel": ((3, 3),), "strides": ((1, 1),), "dilations": ((1, 1),), "remainder": (0,),
+    "algorithm": ("winograd2", "winograd4"),
 }  # fmt: skip
 
 # 1x1 filters with at least twice as many outputs as inputs: what the second moments of the inputs can serve.

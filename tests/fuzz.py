@@ -115,7 +115,7 @@ def _first_layer(rng: random.Random) -> Case:
     return Case(in_channels=rng.choice((1, 2, 3, 3, 3, 4)), out_channels=_size(rng, 97), kernel=kernel, strides=strides)
 
 
-KINDS = {_dense: 3, _pointwise: 4, _expanding: 4, _three_by_three: 5, _grouped: 2, _depthwise: 4, _first_layer: 2}
+KINDS = {_dense: 3, _pointwise: 3, _expanding: 5, _three_by_three: 5, _grouped: 2, _depthwise: 4, _first_layer: 2}
 
 
 def _padding(rng: random.Random, case: Case) -> Any:

@@ -12,6 +12,7 @@ KERNELS = raw.kernels()
 CASES = op_cases()[::17]
 SPECIAL_CASES = {  # by a word in the names of the rows that serve no others
     "winograd": [replace(case, isa=None) for case in winograd_cases()[::23]],
+    "columns": [case for case in op_cases() if case.groups == 1][::13],
     "moments": [replace(case, isa=None) for case in expanding_cases()[::7]],
 }
 

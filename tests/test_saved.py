@@ -47,7 +47,7 @@ def test_moments(case):
         pytest.skip(f"this machine has no {case.isa}")
     forward, backward = ({"kernel": f"{stage}_moments_{case.isa}"} for stage in ("forward", "backward"))
     problem, result, gradients = results(replace(case, isa=None), forward, backward)
-    assert result.conv_out.shape == (case.in_channels + 1, case.in_channels)
+    assert result.conv_out.shape == (case.in_channels + 2, case.in_channels)
     problem.check_backward(gradients)
 
 
@@ -64,7 +64,7 @@ def test_moments_without_the_output_recompute(case):
 def test_large_expanding_layers_save_moments():
     case = Case(batch=4, height=56, width=56, in_channels=64, out_channels=256, kernel=(1, 1), training=True)
     shapes = case.inputs_shape, case.filters_shape
-    assert raw.plan(*shapes, training=True, activation="relu").conv_out_shape == [65, 64]
+    assert raw.plan(*shapes, training=True, activation="relu").conv_out_shape == [66, 64]
     assert raw.plan(*shapes, training=True, activation="silu").conv_out_shape == [4, 56, 56, 256]
     assert raw.plan(*shapes, training=True, algorithm="direct").conv_out_shape == [4, 56, 56, 256]
     assert raw.plan(*shapes, training=True, activation="silu", save="recompute").conv_out_shape == []

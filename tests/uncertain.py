@@ -89,11 +89,13 @@ def summation_error(terms: float, squares: np.ndarray, squared_errors: np.ndarra
     return 4 * (eps * np.sqrt(terms * squares) + np.sqrt(squared_errors))
 
 
-def bilinear(operation: Callable[..., np.ndarray], terms: int, a: Real, b: Real, transforms: float = 0.0) -> Real:
+def bilinear(
+    operation: Callable[..., np.ndarray], terms: int, a: Real, b: Real, by_transforms: np.ndarray | None = None
+) -> Real:
     """operation(a, b), each element of which is a sum of at most `terms` products of an element of each.
 
-    `transforms`: how many times the error of the sums those sums have that are taken between transforms, if they are;
-    transforms mix the elements of a tile: each errs as the mean of its channel (last axis) does, if that is more.
+    `by_transforms`, if given, is a sum of squared products that no element errs less than: transforms mix the elements
+    of a tile.
     """
     a_error, a_square, b_error, b_square = (
         np.square(array.astype(np.float64)) for array in (a.error, a.value, b.error, b.value)
@@ -104,9 +106,9 @@ def bilinear(operation: Callable[..., np.ndarray], terms: int, a: Real, b: Real,
     if b_error.any():
         squared_errors = squared_errors + operation(a_square, b_error)
     squares = operation(a_square, b_square)
-    if transforms and squares.size:
-        squares = np.maximum(squares, squares.mean(tuple(range(squares.ndim - 1))))
-    error = summation_error(terms, max(1.0, transforms) ** 2 * squares, squared_errors, a.eps)
+    if by_transforms is not None and squares.size:
+        squares = np.maximum(squares, by_transforms)
+    error = summation_error(terms, squares, squared_errors, a.eps)
     return Real(operation(a.value, b.value), error, a.eps)
 
 

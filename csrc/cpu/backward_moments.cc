@@ -1,7 +1,7 @@
 // All of backward for a 1x1 convolution whose forward saved the second moments of its inputs (second_moments.h).
 //
 // With x the inputs less their mean m, S = sum x x', du = dy activation'(u) and G = sum x du', all sums over pixels:
-//   d_beta = sum du, d_gamma = inv diag(W' G), since z - mean(z) = W' x
+//   d_beta = sum du, d_gamma = inv diag(W' G), since z - mean(z) = W' x; x is less the rounded m, which G makes up for
 //   dz = slope du + curve W' x + offset  (the constants of reduce.cc)
 //   d_filters = G slope + S W curve + m (sum dz)', and sum dz is known without summing
 //   d_inputs = W dz = [du x 1] [W slope; W curve W'; W offset]'
@@ -142,19 +142,19 @@ class BackwardByMoments {
   // For a chunk of channels: G of all ranges, the gradients of the vectors, the constants of dz.
   void finish(int64_t begin) const {
     const int64_t end = std::min(begin + kChannelChunk, p_.out_channels);
-    double w_g[kChannelChunk] = {};
+    double w_g[kChannelChunk] = {}, d_beta[kChannelChunk] = {};
+    for (int64_t range = 0; range < ranges_; ++range)
+      for (int64_t k = begin; k < end; ++k) d_beta[k - begin] += sum_du_[range * p_.out_channels + k];
     for (int64_t c = 0; c < p_.in_channels; ++c) {
       C* g = sums_ + c * ld_du_;
       for (int64_t range = 1; range < ranges_; ++range)
         for (int64_t k = begin; k < end; ++k) g[k] += g[range * sum_elements() + k];
-      for (int64_t k = begin; k < end; ++k)
+      for (int64_t k = begin; k < end; ++k) {
+        g[k] = static_cast<C>(g[k] - saved_.mean_rest()[c] * d_beta[k - begin]);
         w_g[k - begin] += static_cast<double>(values(b_.filters)[c * p_.out_channels + k]) * g[k];
+      }
     }
-    for (int64_t k = begin; k < end; ++k) {
-      double d_beta = 0;
-      for (int64_t range = 0; range < ranges_; ++range) d_beta += sum_du_[range * p_.out_channels + k];
-      finish(k, d_beta, w_g[k - begin] * values(b_.inv_std)[k]);
-    }
+    for (int64_t k = begin; k < end; ++k) finish(k, d_beta[k - begin], w_g[k - begin] * values(b_.inv_std)[k]);
   }
 
   void finish(int64_t k, double d_beta, double d_gamma) const {

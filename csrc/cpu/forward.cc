@@ -13,7 +13,7 @@
 namespace fusedconvbn {
 namespace {
 
-// Conv: Convolution or WinogradConvolution.
+// Conv: Convolution Winograd2 or Winograd4.
 template <class C, template <class> class Conv>
 class Forward {
  public:
@@ -204,7 +204,7 @@ class ForwardByMoments {
 
   void train(ParallelFor* parallel) const {
     if (p_.pixels() == 0) {
-      std::fill_n(saved_.data, (p_.in_channels + 1) * p_.in_channels, C(0));
+      std::fill_n(saved_.data, (p_.in_channels + 2) * p_.in_channels, C(0));
       return forward_.train(parallel);
     }
     moments_.run(moments_scratch_, parallel, saved_);
@@ -213,12 +213,14 @@ class ForwardByMoments {
     product_.run(saved_, product_scratch_, parallel,
                  [this](int64_t column, int64_t count, int64_t first, int64_t rows, const double* tile,
                         const double* filters, int) {
-                   for (int64_t r = 0; r < rows; ++r)
+                   for (int64_t r = 0; r < rows; ++r) {
+                     const double mean = static_cast<double>(saved_.mean()[first + r]) + saved_.mean_rest()[first + r];
                      for (int64_t k = 0; k < count; ++k) {
                        const double w = filters[(first + r) * product_.panel() + k];
-                       mean_[column + k] += saved_.mean()[first + r] * w;
+                       mean_[column + k] += mean * w;
                        squares_[column + k] += tile[r * product_.panel() + k] * w;
                      }
+                   }
                  });
     for (int64_t k = 0; k < p_.out_channels; ++k) squares_[k] = squares_[k] < 0 ? 0 : squares_[k];
     forward_.train_with(mean_, squares_, parallel);
@@ -289,7 +291,10 @@ size_t forward_direct_scratch(const KernelSet& set, const ConvBnParams& p, const
   return scratch_of<Convolution>(set, p, device);
 }
 size_t forward_winograd2_scratch(const KernelSet& set, const ConvBnParams& p, const DeviceInfo& device) {
-  return scratch_of<WinogradConvolution>(set, p, device);
+  return scratch_of<Winograd2>(set, p, device);
+}
+size_t forward_winograd4_scratch(const KernelSet& set, const ConvBnParams& p, const DeviceInfo& device) {
+  return scratch_of<Winograd4>(set, p, device);
 }
 size_t forward_moments_scratch(const KernelSet& set, const ConvBnParams& p, const DeviceInfo& device) {
   return with_compute_type(
@@ -302,8 +307,7 @@ Status run_forward_moments(const KernelSet& set, const StageCall& call) {
   return Status{};
 }
 Status run_forward_direct(const KernelSet& set, const StageCall& call) { return run_with<Convolution>(set, call); }
-Status run_forward_winograd2(const KernelSet& set, const StageCall& call) {
-  return run_with<WinogradConvolution>(set, call);
-}
+Status run_forward_winograd2(const KernelSet& set, const StageCall& call) { return run_with<Winograd2>(set, call); }
+Status run_forward_winograd4(const KernelSet& set, const StageCall& call) { return run_with<Winograd4>(set, call); }
 
 }  // namespace fusedconvbn

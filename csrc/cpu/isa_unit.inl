@@ -19,9 +19,9 @@ namespace {
 
 namespace fusedconvbn {
 namespace {
-#include "gemm.inl"
-
 #include "elementwise.inl"
+#include "gemm.inl"
+#include "planes.inl"
 #include "pointwise.inl"
 #include "storage.inl"
 #include "winograd.inl"
@@ -44,6 +44,12 @@ static constexpr void fill_activation(ComputeKernels<C>* k) {
   }
 }
 
+template <class C, int M>
+static constexpr WinogradKernels<C> winograd_kernels() {
+  return {winograd_window<C, M>, winograd_gradient<C, M>, winograd_filter<C, M>, winograd_filter_gradient<C, M>,
+          winograd_output<C, M>};
+}
+
 template <class C>
 static constexpr ComputeKernels<C> compute_kernels() {
   ComputeKernels<C> k{};
@@ -52,11 +58,15 @@ static constexpr ComputeKernels<C> compute_kernels() {
   k.gemm = gemm<C>;
   k.depthwise = depthwise<C>;
   k.outer = outer<C>;
-  k.pack_rows = pack_rows<C>;
+  k.pack_rows = pack<C, kTileRows>;
+  k.pack_columns = pack<C, static_cast<int>(kPanel<C>)>;
+  k.transpose = transpose<C>;
+  k.add_rows = add_rows<C>;
   k.depthwise_outer = depthwise_outer<C>;
-  k.winograd_window = winograd_window<C>;
-  k.winograd_filter = winograd_filter<C>;
-  k.winograd_output = winograd_output<C>;
+  k.multiply_planes = multiply_planes<C>;
+  k.add_planes = add_planes<C>;
+  k.winograd2 = winograd_kernels<C, 2>();
+  k.winograd4 = winograd_kernels<C, 4>();
   k.moments = moments<C>;
   k.row_means = row_means<C>;
   k.center_rows = center_rows<C>;

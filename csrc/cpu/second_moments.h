@@ -22,7 +22,8 @@ inline bool is_pointwise(const ConvBnParams& p) {
   return p.taps() == 1 && p.groups == 1 && p.pad_top == 0 && p.pad_bottom == 0 && p.pad_left == 0 && p.pad_right == 0;
 }
 
-// What forward saves for backward: [C][C] scatter, then [C] mean.
+// What forward saves for backward: [C][C] scatter, then [C] mean and [C] what the mean lost in rounding, without which
+// the gradients would err under a large mean.
 template <class C>
 struct SavedMoments {
   C* data;
@@ -30,6 +31,7 @@ struct SavedMoments {
 
   C* scatter(int64_t row) const { return data + row * channels; }
   C* mean() const { return data + channels * channels; }
+  C* mean_rest() const { return mean() + channels; }
 };
 
 // The leading dimension of blocks that products read by rows and by columns: whole tiles and panels, and not a power of
@@ -73,7 +75,7 @@ class SecondMoments {
 
   void run(const Scratch& s, ParallelFor* parallel, const SavedMoments<C>& result) const {
     parallel->run(ranges_, [&](int64_t range, int worker) { accumulate(s, range, worker); });
-    merge_means(s, result.mean());
+    merge_means(s, result);
     parallel->run(ceil_div(channels_, k_.outer_rows),
                   [&](int64_t tile, int) { finish(s, tile * k_.outer_rows, result); });
   }
@@ -108,13 +110,14 @@ class SecondMoments {
   }
 
   // The mean, and in place of the blocks' means their deviations from it, times the root of their pixels.
-  void merge_means(const Scratch& s, C* mean) const {
+  void merge_means(const Scratch& s, const SavedMoments<C>& result) const {
     for (int64_t c = 0; c < channels_; ++c) {
       double sum = 0;
       for (int64_t block = 0; block < blocks_; ++block)
         sum += static_cast<double>(block_rows(block)) * s.means[block * ld_ + c];
       const double m = sum / static_cast<double>(pixels_);
-      mean[c] = static_cast<C>(m);
+      result.mean()[c] = static_cast<C>(m);
+      result.mean_rest()[c] = static_cast<C>(m - result.mean()[c]);
       for (int64_t block = 0; block < blocks_; ++block)
         s.means[block * ld_ + c] =
             static_cast<C>((s.means[block * ld_ + c] - m) * std::sqrt(static_cast<double>(block_rows(block))));
