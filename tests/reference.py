@@ -172,12 +172,18 @@ class _Problem:
     def vector(self, vector: Real) -> Expected:
         return vector.expected(self.stat_dtype)
 
+    @property
+    def terms(self) -> int:
+        """Products that an element of z is the sum of."""
+        return int(np.prod(self.filters.value.shape[:3]))
+
+    def sums(self) -> Real:
+        mixed = self.by_transforms(self.inputs, axis=2)
+        return bilinear(self.convolution.forward, self.terms, self.inputs, self.filters, mixed)
+
     def conv_out(self) -> Real:
         """z as the output is made of it: stored in training, not in inference."""
-        terms = int(np.prod(self.filters.value.shape[:3]))
-        mixed = self.by_transforms(self.inputs, axis=2)
-        z = bilinear(self.convolution.forward, terms, self.inputs, self.filters, mixed)
-        return z.rounded(self.dtype) if self.training else z
+        return self.sums().rounded(self.dtype) if self.training else self.sums()
 
     def conv_out_again(self) -> Real:
         """z as backward sees it: in inference recomputed, and maybe stored in between."""
@@ -189,11 +195,15 @@ class _Problem:
         if self.uses_batch:
             z = self.conv_out()
             mean = z.sum() * (1 / self.count)
+            if self.loss:  # transformed filters are rounded once for all pixels: an error that does not average out
+                mean = Real(mean.value, mean.error + self.sums().error.mean((0, 1, 2)) / np.sqrt(self.terms), self.eps)
             # A correct variance owes nothing to the mean's error. Equal terms round alike, and padding makes many: rows
-            # summed one by one err by up to rows * eps / 4.
+            # summed one by one err by up to rows * eps / 4. The mean of a block errs by eps * mean, and its distance
+            # from the mean of all, about std / sqrt(rows), by as much.
             centred = Real(z.value - mean.value, z.error, self.eps)
             variance = (centred * centred).sum() * (1 / self.count)
             rounding = min(self.count, BLOCK_ROWS) / 4 * self.eps * variance.value
+            rounding += 2 * self.eps * np.abs(mean.value) * np.sqrt(variance.value / self.count)
             if self.loss:  # transforms make different errors of equal pixels, and a variance of them
                 rounding = rounding + np.square(z.error / 4).mean((0, 1, 2))
             variance = Real(variance.value, variance.error + rounding, self.eps)

@@ -90,7 +90,7 @@ BAD = [
     ("algorithm", {"algorithm": "winograd4", "strides": 2}, ValueError, r"unless the filters are 3x3.*winograd4"),
     ("algorithm", {"algorithm": "winograd2", "strides": 2}, ValueError, r"unless the filters are 3x3.*winograd2"),
     ("save", {"save": "nothing"}, ValueError, r"`save` must be one of 'conv'.*'nothing'"),
-    ("save", {"save": "recompute"}, ValueError, r"`save` must be 'conv'.*recompute"),
+    ("save", {"save": "bfloat16"}, ValueError, r"`save` must be 'conv' or 'recompute'.*bfloat16"),
     ("isa", {"isa": "sse9"}, ValueError, r"`isa` must be None or one of 'generic'.*'sse9'"),
     ("kernel", {"kernel": "no_such"}, ValueError, r"kernel must be one of .*forward_direct_.*no_such"),
     ("kernel", {"kernel": 3}, TypeError, r"`kernel` must be None or a name.*kernel=3"),

@@ -19,10 +19,10 @@ namespace {
 
 namespace fusedconvbn {
 namespace {
-#include "gemm.inl"
-
 #include "elementwise.inl"
+#include "gemm.inl"
 #include "planes.inl"
+#include "pointwise.inl"
 #include "storage.inl"
 #include "winograd.inl"
 
@@ -35,6 +35,7 @@ static constexpr void fill_activation(ComputeKernels<C>* k) {
     k->reduce[A][1] = reduce<C, a, Preactivation::kConvAndResidual>;
     k->apply[A][0] = apply<C, a, Preactivation::kConv>;
     k->apply[A][1] = apply<C, a, Preactivation::kConvAndResidual>;
+    if constexpr (a == Activation::kNone || derivative_from_output(a)) k->mask[A] = mask<C, a>;
     if constexpr (derivative_from_output(a)) {
       k->reduce[A][2] = reduce<C, a, Preactivation::kOutput>;
       k->apply[A][2] = apply<C, a, Preactivation::kOutput>;
@@ -57,13 +58,19 @@ static constexpr ComputeKernels<C> compute_kernels() {
   k.gemm = gemm<C>;
   k.depthwise = depthwise<C>;
   k.outer = outer<C>;
-  k.pack_rows = pack_rows<C>;
+  k.pack_rows = pack<C, kTileRows>;
+  k.pack_columns = pack<C, static_cast<int>(kPanel<C>)>;
+  k.transpose = transpose<C>;
+  k.add_rows = add_rows<C>;
   k.depthwise_outer = depthwise_outer<C>;
   k.multiply_planes = multiply_planes<C>;
   k.multiply_transposed_planes = multiply_transposed_planes<C>;
   k.winograd2 = winograd_kernels<C, 2>();
   k.winograd4 = winograd_kernels<C, 4>();
   k.moments = moments<C>;
+  k.row_means = row_means<C>;
+  k.center_rows = center_rows<C>;
+  k.product = product<C>;
   fill_activation<0>(&k);
   return k;
 }

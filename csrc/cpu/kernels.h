@@ -19,6 +19,21 @@ struct GatheredRows {
   int64_t row_stride, count, taps, depth, offset;
 };
 
+// Memory that the next block will read. A kernel asks for a part of it every `steps` steps of its own, so that few
+// lines are in flight at once and the multiplications do not wait; it moves on `row` and `pair`. Lines come in pairs.
+template <class C>
+struct Ahead {
+  static constexpr int64_t kPair = 128 / sizeof(C);  // elements
+  const C* const* rows;                              // [count], each of `pairs` pairs of lines from `offset` on
+  int64_t offset, count, pairs, steps;
+  int64_t row, pair;
+};
+
+template <class C>
+static inline Ahead<C> ahead_of(const C* const* rows, int64_t offset, int64_t count, int64_t elements) {
+  return {rows, offset, count, (elements + Ahead<C>::kPair - 1) / Ahead<C>::kPair, 1, 0, 0};
+}
+
 // y = activation((z - mean) * scale + beta + residual), for `cols` channels.
 template <class C>
 struct AffineBlock {
@@ -58,6 +73,21 @@ struct GradientBlock {
   int64_t ld_d_residual;
 };
 
+// du = dy * activation'(u) where that follows from y.
+template <class C>
+struct MaskBlock {
+  const C* dy;
+  int64_t ld_dy;
+  const C* y;  // not read where there is no activation
+  int64_t ld_y;
+  int64_t rows, cols;
+  C* du;
+  int64_t ld_du;
+  C* d_residual;  // may be null; = du
+  int64_t ld_d_residual;
+  C* sum;  // may be null; [cols] += sum of du over the rows
+};
+
 // Matrix products of many planes; c is [plane][rows][panel], the others as the kernel says. Distances in elements.
 template <class C>
 struct Planes {
@@ -90,10 +120,17 @@ struct ComputeKernels {
   void (*gemm)(const GatheredRows<C>& rows, const C* filters, C* tile);
   // tile[count][panel] = sum over taps of rows * filters[taps][panel], element by element; rows have depth <= panel.
   void (*depthwise)(const GatheredRows<C>& rows, const C* filters, C* tile);
-  // tile[outer_rows][panel] += sum over depth of a[depth][outer_rows]' * b[depth][panel].
-  void (*outer)(const C* a, const C* b, int64_t depth, C* tile);
-  // packed[count][outer_rows] = the outer_rows elements at rows[i] + offset; of the last ones only `valid` are read.
-  void (*pack_rows)(const C* const* rows, int64_t offset, int64_t count, int64_t valid, C* packed);
+  // tile[rows][panel] += sum over depth of a[depth][outer_rows]' * b[depth][panel], rows <= outer_rows; the tile's
+  // other rows may change. `ahead` may be null.
+  void (*outer)(const C* a, const C* b, int64_t depth, int64_t rows, C* tile, Ahead<C>* ahead);
+  // Operands of outer: the `valid` elements at rows[i] + offset, i < count, and zeros up to a whole panel, in panels of
+  // outer_rows or of `panel` elements: element c of row i at packed[c / width * panel + i * width + c % width].
+  void (*pack_rows)(const C* const* rows, int64_t offset, int64_t count, int64_t valid, C* packed, int64_t panel);
+  void (*pack_columns)(const C* const* rows, int64_t offset, int64_t count, int64_t valid, C* packed, int64_t panel);
+  // packed[depth][panel] = from[rows][depth]' and columns of zeros, rows <= panel.
+  void (*transpose)(const C* from, int64_t ld, int64_t rows, int64_t depth, C* packed);
+  // to[r][offset + c] += tile[r][c], c < cols, ld = panel; nothing where to[r] is null.
+  void (*add_rows)(const C* tile, int64_t rows, int64_t cols, C* const* to, int64_t offset);
   // sums[taps][cols] += sum over rows of rows[cols] * dz[count][cols], element by element.
   void (*depthwise_outer)(const GatheredRows<C>& rows, const C* dz, int64_t ld_dz, int64_t cols, C* sums);
 
@@ -105,6 +142,14 @@ struct ComputeKernels {
 
   // Of each column: its mean, and the sum of squared deviations from it, in two passes over the block.
   void (*moments)(const C* block, int64_t ld, int64_t rows, int64_t cols, C* mean, C* squares);
+
+  // pointwise.inl. mean[depth] of in.count rows; centered[count][ld] = rows - mean; sums[outer_rows][panel] += a' b, of
+  // a[depth][outer_rows] and b[depth][panel]; du, null for activations whose derivative does not follow from y.
+  void (*row_means)(const GatheredRows<C>& in, C* mean);
+  void (*center_rows)(const GatheredRows<C>& in, const C* mean, C* centered, int64_t ld);
+  void (*product)(const C* a, int64_t lda, const C* b, int64_t ldb, int64_t depth, C* sums, int64_t ld);
+  void (*mask[kActivationCount])(const MaskBlock<C>&);
+
   void (*affine[kActivationCount])(const AffineBlock<C>&);
   void (*reduce[kActivationCount][3])(const GradientBlock<C>&);  // [activation][Preactivation]
   void (*apply[kActivationCount][3])(const GradientBlock<C>&);

@@ -37,7 +37,7 @@ class Reduce {
         b_(buffers),
         k_(compute_kernels<C>(set)),
         dy_(image(set, buffers.output_gradient)),
-        z_(p.training ? image(set, conv_out) : conv_grad_image<C>(set, p, conv_out)),
+        z_(p.training && p.saved == Saved::kConv ? image(set, conv_out) : conv_grad_image<C>(set, p, conv_out)),
         extra_(image(set, needs_output(p)     ? buffers.output
                           : needs_residual(p) ? buffers.residual
                                               : nullptr)),

@@ -20,6 +20,9 @@ FCB_STAGE(forward_direct);
 FCB_STAGE(forward_winograd2);
 FCB_STAGE(forward_winograd4);
 
+// The same for 1x1 filters in training, with the statistics from the second moments of the inputs; saves those, no z.
+FCB_STAGE(forward_moments);
+
 // Gradients of gamma, beta, the moving statistics and the residual, and conv_grad for the next two stages.
 FCB_STAGE(reduce_direct);
 
@@ -28,10 +31,16 @@ FCB_STAGE(dgrad_direct);
 FCB_STAGE(dgrad_winograd2);
 FCB_STAGE(dgrad_winograd4);
 
+// The same where the inputs have few channels: products that give all taps' shares, added up.
+FCB_STAGE(dgrad_columns);
+
 // The gradient by the filters: products of input and conv_grad panels, over fixed ranges of pixels.
 FCB_STAGE(wgrad_direct);
 FCB_STAGE(wgrad_winograd2);
 FCB_STAGE(wgrad_winograd4);
+
+// All of backward from these moments: two passes over (dy, y, inputs), neither z nor its gradient in memory.
+FCB_STAGE(backward_moments);
 
 #undef FCB_STAGE
 
