@@ -71,7 +71,7 @@ class DepthwiseConvolution {
   }
 
  private:
-  static constexpr int64_t kRingBytes = 128 << 10;  // in L2 beside what streams through it
+  static constexpr int64_t kRingBytes = 256 << 10;  // in L2 beside what streams through it
 
   int64_t taps() const { return static_cast<int64_t>(windows_.taps.size()); }
   int64_t panel_elements() const { return taps() * kDepthwisePanel; }

@@ -21,7 +21,7 @@ namespace {
 constexpr int64_t kRanges = 16;            // enough for as many threads
 constexpr int64_t kMinBandLines = 16;      // of a region that is not a whole image
 constexpr int64_t kStepPixels = 96;        // of a panel: 12 KiB each of dz, inputs and their gradient, in L1
-constexpr int64_t kRingBytes = 256 << 10;  // both rings of a task: in L2
+constexpr int64_t kRingBytes = 512 << 10;  // both rings of a task: in L2
 
 template <class C>
 class DepthwiseBackward {
