@@ -12,9 +12,10 @@ from rich.table import Table
 
 from benchmarks.implementations import OURS, Implementation
 from benchmarks.session import OK, WRONG, Outcome, Row
-from benchmarks.statistics import geometric_mean, median, round_ratios, spread
+from benchmarks.statistics import bootstrap_interval, geometric_mean, median, round_ratios, spread
 
 SCHEMA = 1  # of the JSON file
+INTERVAL = 0.9  # probability that a layer's ratio lies in its interval
 _MIB = 1 << 20
 
 
@@ -35,7 +36,11 @@ def _outcome(outcome: Outcome, row: Row, peak: float) -> dict[str, Any]:
     }
     if outcome is not ours and ours.status == OK:
         ratios = round_ratios(outcome.samples, ours.samples)
-        result |= {"ratio": median(ratios), "ratio_iqr": spread(ratios)}
+        result |= {
+            "ratio": median(ratios),
+            "ratio_iqr": spread(ratios),
+            "ratio_interval": bootstrap_interval(ratios, INTERVAL),
+        }
     return result
 
 
@@ -44,8 +49,8 @@ def _layer(row: Row, peak: float) -> dict[str, Any]:
     return {
         "name": problem.name,
         "peak_gflops": row.peak_flops / 1e9,
-        "shape": problem.case.spec(),
-        "times": problem.case.times,
+        "shape": problem.spec,
+        "times": problem.times,
         "copies": problem.copies,
         "gflop": problem.flops / 1e9,
         "implementations": {name: _outcome(outcome, row, peak) for name, outcome in row.outcomes.items()},
@@ -110,19 +115,35 @@ def succeeded(report: dict[str, Any]) -> bool:
     return all(result["status"] == OK or (result["status"] != WRONG and name != OURS.name) for name, result in outcomes)
 
 
-def _cell(result: dict[str, Any]) -> str:
+def too_slow(report: dict[str, Any], fail_below: float) -> list[str]:
+    """One line for each layer whose ratio to a baseline is below `fail_below`, the whole of its interval."""
+    return [
+        f"{layer['name']}: {result['ratio']:.3f}x as fast as {name}, {INTERVAL:.0%} interval "
+        f"{_interval(result)}, is below {fail_below:g}"
+        for layer in report["layers"]
+        for name, result in layer["implementations"].items()
+        if "ratio" in result and result["ratio_interval"][1] < fail_below
+    ]
+
+
+def _interval(result: dict[str, Any]) -> str:
+    return "-".join(f"{end:.3f}" for end in result["ratio_interval"])
+
+
+def _cell(result: dict[str, Any], gate: bool) -> str:
     if result["status"] != OK:
         return f"[bold red]{result['status'].upper()}[/]" if result["status"] == WRONG else "[dim]failed[/]"
     time = f"{result['median_ms']:.3f}"
     if "ratio" not in result:
         return time
     color = "green" if result["ratio"] >= 1 else "yellow"
-    return f"{time} [{color}]{result['ratio']:.2f}x[/]"
+    interval = f" [dim]{_interval(result)}[/]" if gate else ""
+    return f"{time} [{color}]{result['ratio']:.2f}x[/]{interval}"
 
 
 def _own_cells(result: dict[str, Any]) -> list[str]:
     if result["status"] != OK:
-        return [_cell(result), "", "", ""]
+        return [_cell(result, gate=False), "", "", ""]
     return [
         f"{result['median_ms']:.3f}",
         f"{result['iqr_ms']:.3f}",
@@ -133,6 +154,7 @@ def _own_cells(result: dict[str, Any]) -> list[str]:
 
 def _layer_table(report: dict[str, Any]) -> Table:
     baselines = [name for name in report["summary"] if name != OURS.name]
+    gate = report["settings"].get("fail_below") is not None
     table = Table(box=box.SIMPLE_HEAD, title="milliseconds a layer; 1.50x: fusedconvbn is 1.5 times as fast")
     table.add_column("layer", no_wrap=True)
     for heading in ("times", "GFLOP", OURS.name, "IQR", "GFLOP/s", "of peak", *baselines):
@@ -144,7 +166,7 @@ def _layer_table(report: dict[str, Any]) -> Table:
             str(layer["times"]),
             f"{layer['gflop']:.3f}",
             *_own_cells(results[OURS.name]),
-            *(_cell(results[name]) for name in baselines),
+            *(_cell(results[name], gate) for name in baselines),
         )
     return table
 

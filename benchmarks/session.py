@@ -15,8 +15,8 @@ import numpy as np
 
 from benchmarks.correctness import mismatch
 from benchmarks.implementations import Implementation
-from benchmarks.problem import Problem
-from benchmarks.process import Worker, WorkerError
+from benchmarks.problem import AnyProblem, NetworkProblem
+from benchmarks.process import Worker, WorkerError, library_environment
 
 OK, WRONG, FAILED = "ok", "wrong", "failed"
 
@@ -47,14 +47,14 @@ class Outcome:
 class Row:
     """One problem with the outcome of each implementation, by name."""
 
-    problem: Problem
+    problem: AnyProblem
     outcomes: dict[str, Outcome]
     device: dict[str, str]  # where TensorFlow ran
     peak_flops: float  # a second, measured just before
 
 
 def measure(
-    problems: Sequence[Problem],
+    problems: Sequence[AnyProblem],
     implementations: Sequence[Implementation],
     settings: Settings,
     advance: Callable[[str], None] = lambda doing: None,
@@ -67,24 +67,30 @@ def measure(
     return rows
 
 
-def steps(problems: Sequence[Problem], implementations: Sequence[Implementation], settings: Settings) -> int:
+def steps(problems: Sequence[AnyProblem], implementations: Sequence[Implementation], settings: Settings) -> int:
     """How often measure() calls advance()."""
     return len(problems) * (1 + len(implementations) + settings.rounds)
 
 
 def _measure_one(
-    problem: Problem,
+    problem: AnyProblem,
     implementations: Sequence[Implementation],
     settings: Settings,
     folder: pathlib.Path,
     advance: Callable[[str], None],
 ) -> Row:
-    def start(name: str, factory: str, *arguments: Any) -> Worker:
+    def start(name: str, factory: str, *arguments: Any, fresh: dict[str, str] | None = None) -> Worker:
         setup = (settings.threads, settings.device, *arguments)
-        return Worker(f"benchmarks.workload:{factory}", setup, folder / f"{name}.log", settings.timeout)
+        return Worker(factory, setup, folder / f"{name}.log", settings.timeout, fresh)
 
+    def start_measured(each: Implementation) -> Worker:
+        if each.worker:
+            return start(each.name, each.worker, each, fresh=library_environment(settings.threads))
+        return start(each.name, stock_factory, each)
+
+    reference_factory, stock_factory = _factories(problem)
     advance(f"{problem.name}: reference")
-    with contextlib.closing(start("reference", "Reference")) as reference:
+    with contextlib.closing(start("reference", reference_factory)) as reference:
         reference.wait()
         reference.call("expect", problem, folder / "expected")
         device = reference.call("describe")
@@ -93,13 +99,20 @@ def _measure_one(
         workers, outcomes = {}, {}
         for each in implementations:
             advance(f"{problem.name}: checking {each.name}")
-            worker = workers[each.name] = stack.enter_context(contextlib.closing(start(each.name, "Measured", each)))
+            worker = workers[each.name] = stack.enter_context(contextlib.closing(start_measured(each)))
             outcomes[each.name] = _check(problem, worker, folder / "expected", folder / each.name)
         _time(problem, workers, outcomes, settings, advance)
     return Row(problem, outcomes, device, peak)
 
 
-def _check(problem: Problem, worker: Worker, expected: pathlib.Path, results: pathlib.Path) -> Outcome:
+def _factories(problem: AnyProblem) -> tuple[str, str]:
+    """What says what is right, and what is measured."""
+    if isinstance(problem, NetworkProblem):
+        return "benchmarks.network_workload:NetworkReference", "benchmarks.network_workload:MeasuredNetwork"
+    return "benchmarks.workload:Reference", "benchmarks.workload:MeasuredLayer"
+
+
+def _check(problem: AnyProblem, worker: Worker, expected: pathlib.Path, results: pathlib.Path) -> Outcome:
     """Runs the implementation once and compares what it returns with the reference."""
     try:
         worker.wait()
@@ -117,7 +130,7 @@ def _check(problem: Problem, worker: Worker, expected: pathlib.Path, results: pa
 
 
 def _time(
-    problem: Problem,
+    problem: AnyProblem,
     workers: dict[str, Worker],
     outcomes: dict[str, Outcome],
     settings: Settings,

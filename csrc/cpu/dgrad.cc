@@ -41,7 +41,7 @@ Image<C> phase_image(const void* data, const Storage<C>& storage, const ConvBnPa
   return Image<C>(data ? static_cast<const char*>(data) + element * storage.element_bytes : nullptr, storage, grid);
 }
 
-// Conv: Convolution, or WinogradConvolution for the one phase of stride 1.
+// Conv: Convolution, or Winograd2 or Winograd4 for the one phase of stride 1.
 template <class C, template <class> class Conv>
 class Phase {
  public:
@@ -133,11 +133,13 @@ size_t dgrad_direct_scratch(const KernelSet& set, const ConvBnParams& p, const D
   return scratch_of<Convolution>(set, p, device);
 }
 size_t dgrad_winograd2_scratch(const KernelSet& set, const ConvBnParams& p, const DeviceInfo& device) {
-  return scratch_of<WinogradConvolution>(set, p, device);
+  return scratch_of<Winograd2>(set, p, device);
+}
+size_t dgrad_winograd4_scratch(const KernelSet& set, const ConvBnParams& p, const DeviceInfo& device) {
+  return scratch_of<Winograd4>(set, p, device);
 }
 Status run_dgrad_direct(const KernelSet& set, const StageCall& call) { return run_with<Convolution>(set, call); }
-Status run_dgrad_winograd2(const KernelSet& set, const StageCall& call) {
-  return run_with<WinogradConvolution>(set, call);
-}
+Status run_dgrad_winograd2(const KernelSet& set, const StageCall& call) { return run_with<Winograd2>(set, call); }
+Status run_dgrad_winograd4(const KernelSet& set, const StageCall& call) { return run_with<Winograd4>(set, call); }
 
 }  // namespace fusedconvbn

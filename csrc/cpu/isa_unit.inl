@@ -19,10 +19,13 @@ namespace {
 
 namespace fusedconvbn {
 namespace {
-#include "gemm.inl"
+#include "elementwise.inl"
+
+#include "gemm.inl"  // kTileRows and the panel of all that follows
 
 #include "depthwise.inl"
-#include "elementwise.inl"
+#include "planes.inl"
+#include "pointwise.inl"
 #include "storage.inl"
 #include "winograd.inl"
 
@@ -35,12 +38,19 @@ static constexpr void fill_activation(ComputeKernels<C>* k) {
     k->reduce[A][1] = reduce<C, a, Preactivation::kConvAndResidual>;
     k->apply[A][0] = apply<C, a, Preactivation::kConv>;
     k->apply[A][1] = apply<C, a, Preactivation::kConvAndResidual>;
+    if constexpr (a == Activation::kNone || derivative_from_output(a)) k->mask[A] = mask<C, a>;
     if constexpr (derivative_from_output(a)) {
       k->reduce[A][2] = reduce<C, a, Preactivation::kOutput>;
       k->apply[A][2] = apply<C, a, Preactivation::kOutput>;
     }
     fill_activation<A + 1>(k);
   }
+}
+
+template <class C, int M>
+static constexpr WinogradKernels<C> winograd_kernels() {
+  return {winograd_window<C, M>, winograd_gradient<C, M>, winograd_filter<C, M>, winograd_filter_gradient<C, M>,
+          winograd_output<C, M>};
 }
 
 template <class C>
@@ -51,15 +61,22 @@ static constexpr ComputeKernels<C> compute_kernels() {
   k.gemm = gemm<C>;
   k.depthwise = depthwise<C>;
   k.outer = outer<C>;
-  k.pack_rows = pack_rows<C>;
+  k.pack_rows = pack<C, kTileRows>;
+  k.pack_columns = pack<C, static_cast<int>(kPanel<C>)>;
+  k.transpose = transpose<C>;
+  k.add_rows = add_rows<C>;
   k.depthwise_outer = depthwise_outer<C>;
+  k.multiply_planes = multiply_planes<C>;
+  k.add_planes = add_planes<C>;
+  k.winograd2 = winograd_kernels<C, 2>();
+  k.winograd4 = winograd_kernels<C, 4>();
   k.depthwise_copy = depthwise_copy<C>;
   k.depthwise_spread = depthwise_spread<C>;
   k.depthwise_fold = depthwise_fold<C>;
-  k.winograd_window = winograd_window<C>;
-  k.winograd_filter = winograd_filter<C>;
-  k.winograd_output = winograd_output<C>;
   k.moments = moments<C>;
+  k.row_means = row_means<C>;
+  k.center_rows = center_rows<C>;
+  k.product = product<C>;
   fill_activation<0>(&k);
   return k;
 }

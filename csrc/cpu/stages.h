@@ -27,7 +27,11 @@ inline bool depthwise_applies(const ConvBnParams& p) {
 // (inference) or the tile's moments (training; then merge, normalize). In a backward plan: z alone.
 FCB_STAGE(forward_direct);
 FCB_STAGE(forward_winograd2);
+FCB_STAGE(forward_winograd4);
 FCB_STAGE(forward_depthwise);
+
+// The same for 1x1 filters in training, with the statistics from the second moments of the inputs; saves those, no z.
+FCB_STAGE(forward_moments);
 
 // Gradients of gamma, beta, the moving statistics and the residual, and conv_grad for the next two stages.
 FCB_STAGE(reduce_direct);
@@ -35,9 +39,18 @@ FCB_STAGE(reduce_direct);
 // The gradient by the inputs: for each phase of the stride a convolution of conv_grad with the filters transposed.
 FCB_STAGE(dgrad_direct);
 FCB_STAGE(dgrad_winograd2);
+FCB_STAGE(dgrad_winograd4);
+
+// The same where the inputs have few channels: products that give all taps' shares, added up.
+FCB_STAGE(dgrad_columns);
 
 // The gradient by the filters: products of input and conv_grad panels, over fixed ranges of pixels.
 FCB_STAGE(wgrad_direct);
+FCB_STAGE(wgrad_winograd2);
+FCB_STAGE(wgrad_winograd4);
+
+// All of backward from these moments: two passes over (dy, y, inputs), neither z nor its gradient in memory.
+FCB_STAGE(backward_moments);
 
 // The whole of backward, in two passes; the gradient of z never reaches memory.
 FCB_STAGE(backward_depthwise);
