@@ -54,13 +54,15 @@ class Phase {
         convolution_(k_, storage_, source(conv_grad), windows(height, width), channels(p)) {}
 
   size_t scratch_bytes(int workers) const {
-    Arena arena;
+    Arena arena, zeros;
     convolution_.carve(&arena, workers);
-    return arena.used();
+    zeros.take<C>(p_.in_channels);
+    return std::max(arena.used(), zeros.used());
   }
 
   void run(const void* filters, int workers, char* scratch, ParallelFor* parallel) const {
     Arena arena(scratch);
+    if (tap_offset_.empty()) return clear(arena.take<C>(p_.in_channels), parallel);
     const FilterLayout transposed{filters, tap_offset_, p_.group_out(), 1, p_.out_channels};
     const FilterLayout depthwise{filters, tap_offset_, 0, 0, 1};
     const auto emit = [this](const Tile<C>& t) { output_.write(t.first, t.rows, t.channel, t.cols, {t.data, t.ld}); };
@@ -69,6 +71,16 @@ class Phase {
   }
 
  private:
+  // No position reads these pixels.
+  void clear(C* zeros, ParallelFor* parallel) const {
+    std::fill(zeros, zeros + p_.in_channels, C(0));
+    const int64_t pixels = output_.grid().pixels();
+    parallel->run(ceil_div(pixels, kBlockRows), [&](int64_t block, int) {
+      const int64_t first = block * kBlockRows, rows = std::min(kBlockRows, pixels - first);
+      output_.write(first, rows, 0, p_.in_channels, {zeros, 0});
+    });
+  }
+
   static Channels channels(const ConvBnParams& p) {
     if (is_depthwise(p)) return {true, 1, p.groups, p.groups};
     return {false, p.groups, p.group_out(), p.group_in()};
