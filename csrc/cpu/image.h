@@ -69,11 +69,13 @@ class Image {
 
   // Whether blocks written in place should go past the caches: where the image will not stay in them anyway.
   bool streams(int64_t channel, int64_t cols) const {
-    constexpr int64_t kInCache = 8 << 20, kLine = 64;  // bytes
+    constexpr int64_t kInCache = 4 << 20, kLine = 64;  // bytes: an L2 of 2 MiB and some of L3
     const auto aligned = [](int64_t bytes) { return bytes % kLine == 0; };
-    return direct_ && grid_.pixels() * grid_.pixel_stride * storage_.element_bytes > kInCache &&
-           aligned(reinterpret_cast<intptr_t>(data_)) && aligned(grid_.pixel_stride * storage_.element_bytes) &&
-           aligned(channel * storage_.element_bytes) && aligned(cols * storage_.element_bytes);
+    const int64_t bytes = storage_.element_bytes;
+    return storage_.is_compute_type && grid_.channel_stride == 1 &&
+           grid_.pixels() * grid_.pixel_stride * bytes > kInCache && aligned(reinterpret_cast<intptr_t>(data_)) &&
+           aligned(grid_.pixel_stride * bytes) && aligned(grid_.line_stride * bytes) &&
+           aligned(grid_.image_stride * bytes) && aligned(channel * bytes) && aligned(cols * bytes);
   }
 
   // Where to compute a block: in its own memory if that can be, else in `scratch`; write() ends it.
