@@ -43,8 +43,6 @@ struct TileEpilogue {
   std::function<void(const Tile<C>&)> emit;
   // May be empty; for the rows of all the block's runs at once, up to twice as many.
   std::function<void(const Tile<C>&)> finish;
-  // May be empty; before a tile is computed, where that takes about as long as memory does.
-  std::function<void(const Tile<C>&)> prepare;
 };
 
 struct Channels {

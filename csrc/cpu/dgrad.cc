@@ -64,7 +64,7 @@ class Phase {
     Arena arena(scratch);
     const FilterLayout transposed{filters, tap_offset_, p_.group_out(), 1, p_.out_channels};
     const auto emit = [this](const Tile<C>& t) { output_.write(t.first, t.rows, t.channel, t.cols, {t.data, t.ld}); };
-    convolution_.run(transposed, convolution_.carve(&arena, workers), parallel, {emit, nullptr, nullptr});
+    convolution_.run(transposed, convolution_.carve(&arena, workers), parallel, {emit, nullptr});
   }
 
  private:
