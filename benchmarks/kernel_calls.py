@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import ctypes
 import functools
 import pathlib
 from collections.abc import Callable
@@ -18,18 +17,8 @@ from benchmarks.problem import EPSILON, MOMENTUM, Problem
 from fusedconvbn import _load, raw
 
 _LINE = 64  # bytes: where TensorFlow's tensors begin
-_M_TRIM_THRESHOLD, _M_MMAP_MAX = -1, -4  # malloc.h
-_NEVER = 2**31 - 1
 
 Call = Callable[[], None]
-
-
-def keep_freed_memory() -> None:
-    """The core's workspace is allocated in each call: glibc shall reuse it, not return it and fault in new pages."""
-    libc = ctypes.CDLL(None)
-    if hasattr(libc, "mallopt"):
-        libc.mallopt(_M_MMAP_MAX, 0)
-        libc.mallopt(_M_TRIM_THRESHOLD, _NEVER)
 
 
 def _empty(shape: tuple[int, ...], dtype: np.dtype) -> np.ndarray:
@@ -61,6 +50,7 @@ class KernelCalls:
         shape = problem.case.output_shape(problem.batch)
         self.output = _empty(shape, data.inputs.dtype)
         self._kept: dict[str, np.ndarray | None] = {"nothing": None}  # what forward leaves for backward, by its kind
+        self._workspace = _empty((1,), np.dtype(np.uint8))
         self.moments = [np.empty_like(weights.gamma) for _ in range(4)]  # new moving mean and variance, mean, 1 / std
 
     def plan(self, direction: str, kernel: str | None = None, saved: str = "conv", threads: int = 1) -> Any:
@@ -86,7 +76,14 @@ class KernelCalls:
         if saved not in self._kept:
             self._kept[saved] = _empty(tuple(plan.conv_out_shape), self.output.dtype)
         arrays = (*self._images, *self._vectors, self._residual, self.output, *self.moments, self._kept[saved])
-        return lambda: _load.core().forward(plan, *arrays)
+        workspace = self._workspace_for(plan)
+        return lambda: _load.core().forward(plan, *arrays, workspace)
+
+    def _workspace_for(self, plan: Any) -> np.ndarray:
+        """One for all calls, as long as it is large enough."""
+        if self._workspace.size < plan.workspace_bytes:
+            self._workspace = _empty((plan.workspace_bytes,), np.dtype(np.uint8))
+        return self._workspace
 
     @functools.cached_property
     def gradients(self) -> list[np.ndarray | None]:
@@ -102,7 +99,8 @@ class KernelCalls:
         d_inputs, d_filters, *others = self.gradients
         results = (d_inputs if needs_inputs else None, d_filters if needs_filters else None, *others)
         arrays = (self._gradient, no_gradient, no_gradient, *self._images, *self._vectors, *left, *results)
-        return lambda: _load.core().backward(plan, *arrays)
+        workspace = self._workspace_for(plan)
+        return lambda: _load.core().backward(plan, *arrays, workspace)
 
 
 class MeasuredKernels(Measured):
@@ -110,7 +108,6 @@ class MeasuredKernels(Measured):
 
     def __init__(self, threads: int, device: str, implementation: Implementation):
         super().__init__()
-        keep_freed_memory()
         self._threads = threads
 
     def build(self, problem: Problem, expected: pathlib.Path) -> tuple[MeasuredCall, Naming]:

@@ -11,7 +11,7 @@ from typing import Any
 
 from benchmarks.cases import Case
 from benchmarks.implementations import INFERENCE, TRAIN_FORWARD, TRAIN_STEP
-from benchmarks.kernel_calls import Call, KernelCalls, keep_freed_memory
+from benchmarks.kernel_calls import Call, KernelCalls
 from benchmarks.problem import Problem
 from benchmarks.statistics import median
 from fusedconvbn import raw
@@ -60,7 +60,6 @@ class StageTimer:
     """Interleaved medians of bare kernel calls on one thread."""
 
     def __init__(self, rounds: int, sample_seconds: float, excluded: Iterable[str] = ()):
-        keep_freed_memory()
         self._rounds, self._sample_seconds = rounds, sample_seconds
         patterns = [_REFERENCE, *excluded]
         usable = [row for row in raw.kernels() if row.available]

@@ -65,8 +65,7 @@ class Clock:
 
 
 @pytest.fixture
-def timer(monkeypatch):
-    monkeypatch.setattr(stage_timer, "keep_freed_memory", lambda: None)
+def timer():
     return StageTimer(rounds=3, sample_seconds=0.01)
 
 
