@@ -75,7 +75,8 @@ def test_rounding_to_half_precision_is_to_nearest_even(dtype, kernel):
         beta = float32_samples(data)
         expected = (beta + np.float32(0)).astype(data)
     zeros, ones = np.zeros_like(beta), np.ones_like(beta)
-    inputs, filters = np.zeros((1, 1, 1, 1), data), np.ones((3, 3, 1, len(beta)), data)
+    channels = len(beta) if "depthwise" in kernel.name else 1
+    inputs, filters = np.zeros((1, 1, 1, channels), data), np.ones((3, 3, 1, len(beta)), data)
     options = {"padding": "SAME", "epsilon": 0.0, "kernel": kernel.name}
     output = raw.forward(inputs, filters, ones, beta, zeros, ones, **options).output
     np.testing.assert_array_equal(output.ravel().astype(np.float32), expected.astype(np.float32))
