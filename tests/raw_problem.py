@@ -51,10 +51,10 @@ class Problem:
     def moments(self) -> np.ndarray:
         """What forward saves in place of z where it works by the moments of the inputs: scatter, mean, its rest.
 
-        An empty batch has none.
+        Those of an empty batch are 0.
         """
         if not self.arguments.inputs.size:
-            return np.full((self.case.in_channels + 2, self.case.in_channels), np.nan, self.case.numpy_dtype)
+            return np.zeros((self.case.in_channels + 2, self.case.in_channels), self.case.numpy_dtype)
         strides = self.case.strides
         pixels = self.arguments.inputs[:, :: strides[0], :: strides[1]].reshape(-1, self.case.in_channels)
         mean = pixels.astype(np.float64).mean(0)
