@@ -210,6 +210,8 @@ STREAMED = {
     "direct": Case(batch=2, height=59, width=61, kernel=(1, 1), in_channels=16, out_channels=304, residual=True,
                    activation="relu"),
     "direct_inputs": Case(batch=2, height=59, width=61, kernel=(1, 1), in_channels=304, out_channels=16),
+    "strided_inputs": Case(batch=4, height=59, width=61, kernel=(1, 1), strides=(2, 2), in_channels=304,
+                           out_channels=16),
     "winograd": Case(batch=2, height=180, width=183, in_channels=5, out_channels=32, algorithm="winograd2"),
     "winograd_inputs": Case(batch=2, height=180, width=183, in_channels=32, out_channels=5, algorithm="winograd2"),
     "float64": Case(dtype="f64", height=59, width=61, kernel=(1, 1), in_channels=8, out_channels=304),

@@ -101,28 +101,6 @@ def test_every_kernel_is_met_by_drawn_problems():
     assert {row.name for row in raw.kernels() if row.available} <= met
 
 
-def shifted(array: np.ndarray | None) -> np.ndarray | None:
-    """A copy that begins one element behind an address that is a multiple of 64."""
-    if array is None:
-        return None
-    memory = np.empty(array.nbytes + 128, np.uint8)
-    start = -memory.ctypes.data % 64 + array.itemsize
-    copy = memory[start : start + array.nbytes].view(array.dtype).reshape(array.shape)
-    copy[...] = array
-    assert copy.ctypes.data % 64 == array.itemsize
-    return copy
-
-
-@pytest.mark.parametrize("case", CASES, ids=str)
-def test_arrays_one_element_off_alignment(case):
-    problem = Problem(case)
-    moved = Problem(case, Arrays(*(shifted(array) for array in problem.arguments)))
-    moved.__dict__["saved"] = {name: shifted(array) for name, array in problem.saved.items()}
-    moved.__dict__["upstream"] = tuple(shifted(array) for array in problem.upstream)
-    assert bits(moved.run_forward()) == bits(problem.run_forward())
-    assert bits(moved.run_backward()) == bits(problem.run_backward())
-
-
 @pytest.mark.parametrize("case", CASES[:2], ids=str)
 def test_strided_arrays(case):
     problem = Problem(case)

@@ -44,8 +44,6 @@ struct TileEpilogue {
   std::function<void(const Tile<C>&)> emit;
   // May be empty; for the rows of all the block's runs at once, up to twice as many.
   std::function<void(const Tile<C>&)> finish;
-  // May be empty; before a tile is computed, where that takes about as long as memory does.
-  std::function<void(const Tile<C>&)> prepare;
 };
 
 struct Channels {
@@ -126,8 +124,11 @@ class Convolution {
     const char* data = static_cast<const char*>(f.data);
     for (int64_t offset : f.tap_offset) {
       const int64_t element = offset + group * f.group_stride + column * f.column_stride;
-      storage_.kernels.load(data + element * storage_.element_bytes, f.depth_stride, f.column_stride, depth_, cols,
-                            packed, kernels_.panel);
+      const char* from = data + element * storage_.element_bytes;
+      if (storage_.is_compute_type && f.depth_stride == 1)
+        kernels_.transpose(reinterpret_cast<const C*>(from), f.column_stride, cols, depth_, packed);
+      else
+        storage_.kernels.load(from, f.depth_stride, f.column_stride, depth_, cols, packed, kernels_.panel);
       packed += tap_elements();
     }
   }

@@ -21,7 +21,7 @@ class DepthwiseConvolution {
         storage_(storage),
         windows_(windows),
         panels_{channels.groups * channels.cols, channels.cols},
-        stager_(kernels, source, panels_, group_lines() * windows.step_height),
+        stager_(kernels, source, panels_),
         source_height_(source.grid().height) {
     for (const Tap& tap : windows.taps) {
       high_ = {std::min(high_.begin, tap.height), std::max(high_.end, tap.height + 1)};
@@ -71,7 +71,7 @@ class DepthwiseConvolution {
   }
 
  private:
-  static constexpr int64_t kRingBytes = 128 << 10;  // in L2 beside what streams through it
+  static constexpr int64_t kRingBytes = 256 << 10;  // in L2 beside what streams through it
 
   int64_t taps() const { return static_cast<int64_t>(windows_.taps.size()); }
   int64_t panel_elements() const { return taps() * kDepthwisePanel; }
@@ -122,7 +122,6 @@ class DepthwiseConvolution {
                            panels_.cols(panel),
                            image * groups() + group,
                            worker};
-        if (epilogue.prepare) epilogue.prepare(tile);
         const int64_t offset = (panel - panels.begin) * w.ring.panel_elements();
         kernels_.depthwise({w.sources, outputs.size(), strip.size(), taps(), step, offset},
                            s.filters + panel * panel_elements(), w.tile, strip.size() * kDepthwisePanel,

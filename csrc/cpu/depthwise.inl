@@ -58,8 +58,11 @@ static void depthwise_lines(PanelLines<C> in, const C* filters, C* out, int64_t 
 
 template <class C>
 static void depthwise(const PanelLines<C>& in, const C* filters, C* out, int64_t ld_line, int64_t ld_column) {
-  if (in.step == kDepthwisePanel) return depthwise_lines<C, kDepthwisePanel>(in, filters, out, ld_line, ld_column);
-  depthwise_lines<C, 0>(in, filters, out, ld_line, ld_column);
+  constexpr int kOne = kDepthwisePanel, kTwo = 2 * kDepthwisePanel;  // strides 1 and 2
+  const auto lines = in.step == kOne   ? depthwise_lines<C, kOne>
+                     : in.step == kTwo ? depthwise_lines<C, kTwo>
+                                       : depthwise_lines<C, 0>;
+  lines(in, filters, out, ld_line, ld_column);
 }
 
 // sums[T][panel] += for taps [first, first + T) and a few vectors of channels.

@@ -21,7 +21,7 @@ namespace {
 constexpr int64_t kRanges = 16;            // enough for as many threads
 constexpr int64_t kMinBandLines = 16;      // of a region that is not a whole image
 constexpr int64_t kStepPixels = 96;        // of a panel: 12 KiB each of dz, inputs and their gradient, in L1
-constexpr int64_t kRingBytes = 256 << 10;  // both rings of a task: in L2
+constexpr int64_t kRingBytes = 512 << 10;  // both rings of a task: in L2
 
 template <class C>
 class DepthwiseBackward {
@@ -38,7 +38,7 @@ class DepthwiseBackward {
         panels_{p.out_channels, p.group_out()},
         inputs_(buffers.inputs, storage_, input_grid(p)),
         d_inputs_(buffers.d_inputs, storage_, input_grid(p)),
-        stager_(k_, inputs_, panels_, group_lines() * p.stride_height),
+        stager_(k_, inputs_, panels_),
         convolution_(k_, storage_, inputs_, forward_windows(p), {p.groups, 1, p.group_out()}),
         blocks_(set, p, buffers, Image<C>(p.training ? conv_out : nullptr, storage_, output_grid(p)),
                 p.training ? GradientBlocks<C>::blocks(p) : convolution_.blocks(), device.threads, arena) {
@@ -175,7 +175,7 @@ class DepthwiseBackward {
       g.z = t.data, g.ld_z = t.ld;
       blocks_.reduce_block(g, t.block, t.channel);
     };
-    convolution_.run(filters, convolution_scratch_, parallel, {reduce, nullptr, nullptr});
+    convolution_.run(filters, convolution_scratch_, parallel, {reduce, nullptr});
     blocks_.channels().finish(parallel);
   }
 
@@ -269,8 +269,6 @@ class DepthwiseBackward {
       if (span.size() == 0) continue;
       const int64_t pixel = (r.image * p_.out_height + i) * p_.out_width + span.begin;
       const int64_t at = (span.begin - inside.begin) * kDepthwisePanel;
-      if (i + group_lines() < r.lines.inside.end)
-        blocks_.fetch(pixel + group_lines() * p_.out_width, span.size(), panels_.channel(panel), panels_.cols(panel));
       GradientBlock<C> g = blocks_.read(pixel, span.size(), panels_.channel(panel), panels_.cols(panel), worker);
       if (!p_.training) g.z = w.z + at, g.ld_z = kDepthwisePanel;
       blocks_.apply(g, pixel, panels_.channel(panel), {first + at, kDepthwisePanel}, worker,
@@ -323,10 +321,6 @@ class DepthwiseBackward {
   void write_inputs(const Region& r, const Step& step, int64_t panel, int64_t slot, const Worker& w) const {
     const Span& columns = r.columns.inputs;
     const int64_t line = columns.size() * kDepthwisePanel, m = panels_.multiplier, cols = panels_.cols(panel) / m;
-    const auto pixel = [&](int64_t h) { return (r.image * p_.in_height + h) * p_.in_width + columns.begin; };
-    if (!d_inputs_.streams(panels_.channel(panel), cols))
-      for (int64_t h = step.inputs.begin; h < step.inputs.end; ++h)
-        d_inputs_.fetch(pixel(h), columns.size(), panels_.channel(panel) / m, cols);
     for (size_t i = 0; i < phases_.size(); ++i) {
       PanelLines<C> in = w.phases[i].lines;
       in.offset = slot * w.gradients.panel_elements();
@@ -335,8 +329,8 @@ class DepthwiseBackward {
     }
     if (m > 1) k_.depthwise_fold(w.tile, step.inputs.size() * columns.size(), cols, m);
     for (int64_t h = step.inputs.begin; h < step.inputs.end; ++h)
-      d_inputs_.write(pixel(h), columns.size(), panels_.channel(panel) / m, cols,
-                      {w.tile + (h - step.inputs.begin) * line, kDepthwisePanel});
+      d_inputs_.write((r.image * p_.in_height + h) * p_.in_width + columns.begin, columns.size(),
+                      panels_.channel(panel) / m, cols, {w.tile + (h - step.inputs.begin) * line, kDepthwisePanel});
   }
 
   // Adds the ranges' sums of a panel and stores them.

@@ -67,10 +67,8 @@ struct LineRing {
 template <class C>
 class PanelStager {
  public:
-  // Staging a line fetches the one `lines_ahead` below it into L2.
-  PanelStager(const ComputeKernels<C>& kernels, const Image<C>& source, const DepthwisePanels& panels,
-              int64_t lines_ahead)
-      : kernels_(kernels), source_(source), panels_(panels), lines_ahead_(lines_ahead) {}
+  PanelStager(const ComputeKernels<C>& kernels, const Image<C>& source, const DepthwisePanels& panels)
+      : kernels_(kernels), source_(source), panels_(panels) {}
 
   int64_t scratch_elements(int64_t pixels) const { return panels_.multiplier > 1 ? pixels * kDepthwisePanel : 0; }
 
@@ -89,18 +87,11 @@ class PanelStager {
     if (count == 0) return;
     const int64_t first = (image * grid.height + h) * grid.width + begin;
     C* to = ring.line(h, 0) + before * kDepthwisePanel;
-    for (int64_t panel = panels.begin; panel < panels.end; ++panel, to += ring.panel_elements()) {
-      if (h + lines_ahead_ < grid.height) fetch(first + lines_ahead_ * grid.width, count, panel);
+    for (int64_t panel = panels.begin; panel < panels.end; ++panel, to += ring.panel_elements())
       copy(first, count, panel, scratch, to);
-    }
   }
 
  private:
-  void fetch(int64_t first, int64_t count, int64_t panel) const {
-    const int64_t m = panels_.multiplier;
-    source_.fetch(first, count, panels_.channel(panel) / m, panels_.cols(panel) / m);
-  }
-
   void copy(int64_t first, int64_t count, int64_t panel, C* scratch, C* to) const {
     const int64_t m = panels_.multiplier, channel = panels_.channel(panel) / m, cols = panels_.cols(panel) / m;
     if (m > 1) {
@@ -118,7 +109,6 @@ class PanelStager {
   const ComputeKernels<C>& kernels_;
   Image<C> source_;
   DepthwisePanels panels_;
-  int64_t lines_ahead_;
 };
 
 // The filters' elements of each tap as packed[panels][taps][kDepthwisePanel].

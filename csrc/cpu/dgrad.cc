@@ -55,19 +55,31 @@ class Phase {
   }
 
   size_t scratch_bytes(int workers) const {
-    Arena arena;
+    Arena arena, zeros;
     convolution_.carve(&arena, workers);
-    return arena.used();
+    zeros.take<C>(p_.in_channels);
+    return std::max(arena.used(), zeros.used());
   }
 
   void run(const void* filters, int workers, char* scratch, ParallelFor* parallel) const {
     Arena arena(scratch);
+    if (tap_offset_.empty()) return clear(arena.take<C>(p_.in_channels), parallel);
     const FilterLayout transposed{filters, tap_offset_, p_.group_out(), 1, p_.out_channels};
     const auto emit = [this](const Tile<C>& t) { output_.write(t.first, t.rows, t.channel, t.cols, {t.data, t.ld}); };
-    convolution_.run(transposed, convolution_.carve(&arena, workers), parallel, {emit, nullptr, nullptr});
+    convolution_.run(transposed, convolution_.carve(&arena, workers), parallel, {emit, nullptr});
   }
 
  private:
+  // No position reads these pixels.
+  void clear(C* zeros, ParallelFor* parallel) const {
+    std::fill(zeros, zeros + p_.in_channels, C(0));
+    const int64_t pixels = output_.grid().pixels();
+    parallel->run(ceil_div(pixels, kBlockRows), [&](int64_t block, int) {
+      const int64_t first = block * kBlockRows, rows = std::min(kBlockRows, pixels - first);
+      output_.write(first, rows, 0, p_.in_channels, {zeros, 0});
+    });
+  }
+
   Image<C> source(const void* conv_grad) const {
     return Image<C>(conv_grad, {{}, sizeof(C), true},
                     image_grid(DataFormat::kNHWC, p_.batch, p_.out_height, p_.out_width, p_.out_channels));

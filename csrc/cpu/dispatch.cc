@@ -40,11 +40,12 @@ bool backward_moments_applies(const ConvBnParams& p) {
          (p.activation == Activation::kNone || needs_output(p) || p.has_output);
 }
 
-// Where memory limits the layer, and there are far more pixels than channels for S to be made from.
+// Where memory limits the layer: few inputs, much output, and far more pixels than channels for S to be made from.
 bool suits_moments(const ConvBnParams& p) {
-  constexpr int64_t kMinBytes = 8 << 20, kMinPixelsPerChannel = 16;
-  return p.algorithm == Algorithm::kAuto && !p.strict && p.pixels() * p.out_channels * 4 >= kMinBytes &&
-         p.pixels() >= kMinPixelsPerChannel * p.in_channels;
+  constexpr int64_t kMinBytes = 1 << 20, kMinPixelsPerChannel = 16;
+  if (p.algorithm != Algorithm::kAuto || p.strict || p.stride_height * p.stride_width > 1) return false;
+  return (p.in_channels <= 64 || (p.in_channels <= 128 && p.out_channels >= 4 * p.in_channels)) &&
+         p.pixels() * p.out_channels * 4 >= kMinBytes && p.pixels() >= kMinPixelsPerChannel * p.in_channels;
 }
 bool one_group(const ConvBnParams& p) { return p.groups == 1; }
 // Where the direct algorithm would fill at most half the columns of a panel.

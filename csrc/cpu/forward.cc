@@ -71,7 +71,7 @@ class Forward {
       const int64_t at = t.block * p_.out_channels + t.channel;
       k_.moments(t.data, t.ld, t.rows, t.cols, moments_.mean + at, moments_.squares + at);
     };
-    convolve(parallel, {save, measure, [this](const Tile<C>& t) { fetch_target(conv_out_, t); }});
+    convolve(parallel, {save, measure});
     parallel->run(ceil_div(p_.out_channels, kChannelChunk), [&](int64_t chunk, int) { learn(chunk * kChannelChunk); });
     normalize_all(parallel);
   }
@@ -81,20 +81,12 @@ class Forward {
                           if (p_.training) round(t);
                           conv_out_.write(t.first, t.rows, t.channel, t.cols, {t.data, t.ld});
                         },
-                        nullptr, nullptr});
+                        nullptr});
   }
 
  private:
-  static void fetch_target(const Image<C>& image, const Tile<C>& t) {
-    if (!image.streams(t.channel, t.cols)) image.fetch(t.first, t.rows, t.channel, t.cols);
-  }
-
   void convolve_and_normalize(ParallelFor* parallel) const {
-    const auto fetch = [this](const Tile<C>& t) {
-      residual_.fetch(t.first, t.rows, t.channel, t.cols);
-      fetch_target(output_, t);
-    };
-    convolve(parallel, {[this](const Tile<C>& t) { normalize({t.data, t.ld}, t); }, nullptr, fetch});
+    convolve(parallel, {[this](const Tile<C>& t) { normalize({t.data, t.ld}, t); }, nullptr});
   }
 
   int64_t columns() const { return std::max(kChannelChunk, k_.panel); }  // of a block in scratch

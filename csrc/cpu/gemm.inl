@@ -112,6 +112,15 @@ static void outer(const C* a, const C* b, int64_t depth, int64_t rows, C* tile, 
   outer_tile<C, kTileRows>(a, b, depth, tile, ahead);
 }
 
+// The first `valid` of Width elements, zeros as the others.
+template <class C, int Width>
+FCB_INLINE void pack_part(const C* from, int64_t valid, C* to) {
+  for (int64_t c = 0; c < Width; c += kLanes<C>, valid -= kLanes<C>) {
+    const Vector<C> v = valid >= kLanes<C> ? load(from + c) : valid > 0 ? load_part(from + c, valid) : Vector<C>{};
+    Width - c >= kLanes<C> ? store(to + c, v) : store_part(to + c, v, Width - c);
+  }
+}
+
 // Row by row, each from its first element to its last: that is how memory is read ahead.
 template <class C, int Width>
 static void pack(const C* const* rows, int64_t offset, int64_t count, int64_t valid, C* packed, int64_t panel) {
@@ -120,8 +129,7 @@ static void pack(const C* const* rows, int64_t offset, int64_t count, int64_t va
     const C* from = rows[i] + offset;
     C* to = packed;
     for (int64_t p = 0; p < whole; ++p, from += Width, to += panel) __builtin_memcpy(to, from, Width * sizeof(C));
-    if (rest == 0) continue;
-    for (int c = 0; c < Width; ++c) to[c] = c < rest ? from[c] : C(0);
+    if (rest != 0) pack_part<C, Width>(from, rest, to);
   }
 }
 

@@ -82,11 +82,6 @@ class GradientBlocks {
     return g;
   }
 
-  // Asks for what read() will read.
-  void fetch(int64_t first, int64_t rows, int64_t channel, int64_t cols) const {
-    for (const Image<C>* image : {&dy_, &z_, &extra_}) image->fetch(first, rows, channel, cols);
-  }
-
   // dz of a block from read() into `d_conv`; and the gradient of the residual, for the one caller that owns the block.
   void apply(GradientBlock<C> g, int64_t first, int64_t channel, const Block<C>& d_conv, int worker,
              bool owned = true) const {

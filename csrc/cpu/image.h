@@ -69,11 +69,13 @@ class Image {
 
   // Whether blocks written in place should go past the caches: where the image will not stay in them anyway.
   bool streams(int64_t channel, int64_t cols) const {
-    constexpr int64_t kInCache = 8 << 20, kLine = 64;  // bytes
+    constexpr int64_t kInCache = 4 << 20, kLine = 64;  // bytes: an L2 of 2 MiB and some of L3
     const auto aligned = [](int64_t bytes) { return bytes % kLine == 0; };
-    return direct_ && grid_.pixels() * grid_.pixel_stride * storage_.element_bytes > kInCache &&
-           aligned(reinterpret_cast<intptr_t>(data_)) && aligned(grid_.pixel_stride * storage_.element_bytes) &&
-           aligned(channel * storage_.element_bytes) && aligned(cols * storage_.element_bytes);
+    const int64_t bytes = storage_.element_bytes;
+    return storage_.is_compute_type && grid_.channel_stride == 1 &&
+           grid_.pixels() * grid_.pixel_stride * bytes > kInCache && aligned(reinterpret_cast<intptr_t>(data_)) &&
+           aligned(grid_.pixel_stride * bytes) && aligned(grid_.line_stride * bytes) &&
+           aligned(grid_.image_stride * bytes) && aligned(channel * bytes) && aligned(cols * bytes);
   }
 
   // Where to compute a block: in its own memory if that can be, else in `scratch`; write() ends it.
@@ -86,18 +88,6 @@ class Image {
     if (direct_) return place(first, channel);
     copy(first, rows, channel, cols, {scratch, cols});
     return {scratch, cols};
-  }
-
-  // Asks for the block's cache lines in L2, for reading or writing it a little later; nothing to do where channels are
-  // not consecutive.
-  void fetch(int64_t first, int64_t rows, int64_t channel, int64_t cols) const {
-    constexpr int64_t kLine = 64;  // bytes
-    if (!present() || grid_.channel_stride != 1) return;
-    for_runs(first, rows, channel, [&](const char* memory, int64_t, int64_t count) {
-      for (int64_t r = 0; r < count; ++r, memory += grid_.pixel_stride * storage_.element_bytes)
-        for (int64_t byte = 0; byte < cols * storage_.element_bytes; byte += kLine)
-          __builtin_prefetch(memory + byte, 0, 2);
-    });
   }
 
   // The block converted or copied into `to`.

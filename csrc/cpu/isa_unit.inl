@@ -67,7 +67,7 @@ static constexpr ComputeKernels<C> compute_kernels() {
   k.add_rows = add_rows<C>;
   k.depthwise_outer = depthwise_outer<C>;
   k.multiply_planes = multiply_planes<C>;
-  k.add_planes = add_planes<C>;
+  k.multiply_transposed_planes = multiply_transposed_planes<C>;
   k.winograd2 = winograd_kernels<C, 2>();
   k.winograd4 = winograd_kernels<C, 4>();
   k.depthwise_copy = depthwise_copy<C>;

@@ -108,6 +108,7 @@ struct Planes {
   int64_t ldb, plane_b;
   C* c;
   int64_t plane_c;
+  bool add;  // to what c holds
 };
 
 // The transforms of Winograd's F(MxM, 3x3), winograd.inl: (M+2)^2 planes of `plane` elements.
@@ -151,10 +152,10 @@ struct ComputeKernels {
   // In place: channel c < cols of a row = the sum of its channels [c * multiplier, (c + 1) * multiplier).
   void (*depthwise_fold)(C* block, int64_t rows, int64_t cols, int64_t multiplier);
 
-  // c = a[plane][rows][depth] * b[plane][depth][panel]; ldb is the panel.
+  // a[plane][rows][depth] * b[plane][depth][panel]; ldb is the panel, nothing is added.
   void (*multiply_planes)(const Planes<C>&);
-  // c += a[plane][depth][rows]' * b[plane][depth][panel].
-  void (*add_planes)(const Planes<C>&);
+  // a[plane][depth][rows]' * b[plane][depth][panel].
+  void (*multiply_transposed_planes)(const Planes<C>&);
   WinogradKernels<C> winograd2, winograd4;
 
   // Of each column: its mean, and the sum of squared deviations from it, in two passes over the block.

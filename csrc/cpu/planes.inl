@@ -63,12 +63,12 @@ static void multiply_planes(const Planes<C>& in) {
   }
 }
 
-// sums[R][panel] += a[depth][R]' * b[depth][panel].
-template <class C, int R>
-static void sum_tile(const C* a, int64_t lda, const C* b, int64_t ldb, int64_t depth, C* sums) {
+// c[R][panel] = or += a[depth][R]' * b[depth][panel].
+template <class C, int R, bool Add>
+static void transposed_tile(const C* a, int64_t lda, const C* b, int64_t ldb, int64_t depth, C* c) {
   Vector<C> acc[R][2] = {};
 #pragma GCC unroll 16
-  for (int r = 0; r < R; ++r) fetch_lines(sums + r * kPanel<C>, kPanel<C> * sizeof(C) / 64);
+  for (int r = 0; r < R; ++r) fetch_lines(c + r * kPanel<C>, kPanel<C> * sizeof(C) / 64);
   for (int64_t k = 0; k < depth; ++k, a += lda, b += ldb) {
     const Vector<C> b0 = load(b), b1 = load(b + kLanes<C>);
 #pragma GCC unroll 16
@@ -81,26 +81,32 @@ static void sum_tile(const C* a, int64_t lda, const C* b, int64_t ldb, int64_t d
 #pragma GCC unroll 16
   for (int r = 0; r < R; ++r)
     for (int v = 0; v < 2; ++v) {
-      C* to = sums + r * kPanel<C> + v * kLanes<C>;
-      store(to, load(to) + acc[r][v]);
+      C* to = c + r * kPanel<C> + v * kLanes<C>;
+      store(to, Add ? load(to) + acc[r][v] : acc[r][v]);
     }
 }
 
-template <class C, int R>
-FCB_INLINE void sum_tile_of(int64_t rows, const C* a, int64_t lda, const C* b, int64_t ldb, int64_t depth, C* sums) {
+template <class C, int R, bool Add>
+FCB_INLINE void transposed_tile_of(int64_t rows, const C* a, int64_t lda, const C* b, int64_t ldb, int64_t depth,
+                                   C* c) {
   if constexpr (R > 0) {
-    if (rows == R) return sum_tile<C, R>(a, lda, b, ldb, depth, sums);
-    sum_tile_of<C, R - 1>(rows, a, lda, b, ldb, depth, sums);
+    if (rows == R) return transposed_tile<C, R, Add>(a, lda, b, ldb, depth, c);
+    transposed_tile_of<C, R - 1, Add>(rows, a, lda, b, ldb, depth, c);
   }
 }
 
-template <class C>
-static void add_planes(const Planes<C>& in) {
+template <class C, bool Add>
+static void transposed_planes(const Planes<C>& in) {
   const int64_t tiles = (in.rows + kTileRows - 1) / kTileRows;
   for (int64_t p = 0; p < in.planes; ++p)
     for (int64_t t = 0; t < tiles; ++t) {
       const int64_t first = t * in.rows / tiles, end = (t + 1) * in.rows / tiles;
-      sum_tile_of<C, kTileRows>(end - first, in.a + p * in.plane_a + first, in.lda, in.b + p * in.plane_b, in.ldb,
-                                in.depth, in.c + p * in.plane_c + first * kPanel<C>);
+      transposed_tile_of<C, kTileRows, Add>(end - first, in.a + p * in.plane_a + first, in.lda, in.b + p * in.plane_b,
+                                            in.ldb, in.depth, in.c + p * in.plane_c + first * kPanel<C>);
     }
+}
+
+template <class C>
+static void multiply_transposed_planes(const Planes<C>& in) {
+  in.add ? transposed_planes<C, true>(in) : transposed_planes<C, false>(in);
 }

@@ -31,11 +31,11 @@ class WinogradFilterGradient {
       : p_(p),
         k_(compute_kernels<C>(set)),
         transforms_(winograd_kernels<C, M>(k_)),
-        storage_(storage_of<C>(set, p.dtype)),
         sum_storage_(storage_of<C>(set, sizeof(C) == 8 ? DType::kFloat64 : DType::kFloat32)),
-        d_filters_(buffers.d_filters),
+        d_filters_(filter_image(buffers.d_filters, storage_of<C>(set, p.dtype))),
         windows_(winograd_windows<M>(forward_windows(p))),
-        inputs_(Image<C>(buffers.inputs, storage_, input_grid(p)), p.in_channels, windows_, false, kChunk, kChunk),
+        inputs_(Image<C>(buffers.inputs, storage_of<C>(set, p.dtype), input_grid(p)), p.in_channels, windows_, false,
+                kChunk, kChunk),
         dz_(conv_grad_image<C>(set, p, conv_grad), p.out_channels, tiles(windows_), false, kChunk, kChunk) {
     row_blocks_ = ceil_div(p.in_channels, kMaxRows);
     column_blocks_ = ceil_div(p.out_channels, kMaxPanels * k_.panel);
@@ -106,14 +106,16 @@ class WinogradFilterGradient {
 
   // One block of the filters over one range of the tiles.
   void accumulate(int64_t range, const FilterBlock& b, const Worker& w) const {
-    std::fill(w.sums, w.sums + kMaxPanels * kPlanes * sum_plane(), C(0));
-    std::fill(w.dz_planes, w.dz_planes + kPlanes * dz_plane(), C(0));  // columns beyond the last channel stay so
-    for (int64_t chunk = range * chunks_ / ranges_; chunk < (range + 1) * chunks_ / ranges_; ++chunk) {
+    const int64_t begin = range * chunks_ / ranges_, end = (range + 1) * chunks_ / ranges_;
+    if (begin == end) std::fill(w.sums, w.sums + kMaxPanels * kPlanes * sum_plane(), C(0));
+    if (b.cols % k_.panel != 0) std::fill(w.dz_planes, w.dz_planes + kPlanes * dz_plane(), C(0));
+    for (int64_t chunk = begin; chunk < end; ++chunk) {
       const int64_t first = chunk * kChunk, count = std::min(kChunk, windows_.positions() - first);
       transform(first, count, b, w);
       for (int64_t column = 0; column < b.cols; column += k_.panel)
-        k_.add_planes({kPlanes, b.rows, count, w.input_planes, input_ld(), input_plane(), w.dz_planes + column, dz_ld(),
-                       dz_plane(), w.sums + column / k_.panel * kPlanes * sum_plane(), sum_plane()});
+        k_.multiply_transposed_planes({kPlanes, b.rows, count, w.input_planes, input_ld(), input_plane(),
+                                       w.dz_planes + column, dz_ld(), dz_plane(),
+                                       w.sums + column / k_.panel * kPlanes * sum_plane(), sum_plane(), chunk > begin});
     }
     for (int64_t column = 0; column < b.cols; column += k_.panel)
       store(range, {b.row, b.rows, b.column + column, std::min(k_.panel, b.cols - column)},
@@ -129,16 +131,18 @@ class WinogradFilterGradient {
     transforms_.gradient({w.dz.rows, kChunk, count, M * M, b.cols, b.column}, w.dz_planes, dz_ld(), dz_plane());
   }
 
+  // Filters as an image: a pixel for each tap and input channel.
+  Image<C> filter_image(const void* data, const Storage<C>& storage) const {
+    return Image<C>(data, storage, image_grid(DataFormat::kNHWC, 1, 9, p_.in_channels, p_.out_channels));
+  }
+
   // Transforms the sums of a panel into filters: the range's, or d_filters where there is but one range.
   void store(int64_t range, const FilterBlock& b, const C* sums, C* filters) const {
     transforms_.filter_gradient(sums, sum_plane(), b.rows, filters);
-    const Storage<C>& storage = ranges_ > 1 ? sum_storage_ : storage_;
-    char* to = static_cast<char*>(ranges_ > 1 ? range_filters_ + range * filter_elements() : d_filters_);
-    for (int64_t tap = 0; tap < 9; ++tap) {
-      const int64_t element = (tap * p_.in_channels + b.row) * p_.out_channels + b.column;
-      storage.kernels.store(filters + tap * b.rows * k_.panel, k_.panel, b.rows, b.cols,
-                            to + element * storage.element_bytes, p_.out_channels, 1, false);
-    }
+    const Image<C> to =
+        ranges_ > 1 ? filter_image(range_filters_ + range * filter_elements(), sum_storage_) : d_filters_;
+    for (int64_t tap = 0; tap < 9; ++tap)
+      to.write(tap * p_.in_channels + b.row, b.rows, b.column, b.cols, {filters + tap * b.rows * k_.panel, k_.panel});
   }
 
   // Adds the ranges' filters for one tap and input channel.
@@ -147,15 +151,14 @@ class WinogradFilterGradient {
     C* sum = range_filters_ + first;
     for (int64_t range = 1; range < ranges_; ++range)
       for (int64_t i = 0; i < p_.out_channels; ++i) sum[i] += sum[range * filter_elements() + i];
-    storage_.kernels.store(sum, p_.out_channels, 1, p_.out_channels,
-                           static_cast<char*>(d_filters_) + first * storage_.element_bytes, p_.out_channels, 1, false);
+    d_filters_.write(row, 1, 0, p_.out_channels, {sum, p_.out_channels});
   }
 
   const ConvBnParams& p_;
   const ComputeKernels<C>& k_;
   const WinogradKernels<C>& transforms_;
-  Storage<C> storage_, sum_storage_;
-  void* d_filters_;
+  Storage<C> sum_storage_;
+  Image<C> d_filters_;
   Windows windows_;
   WindowReader<C> inputs_, dz_;
   int64_t row_blocks_, column_blocks_, chunks_, ranges_;

@@ -151,7 +151,7 @@ class WinogradConvolution {
     transforms_.window({w.reader.rows, block_windows_, count, kPlanes, depth_, 0}, w.planes, ld(), plane());
     for (int64_t panel = panel_begin; panel < panel_end; ++panel) {
       kernels_.multiply_planes({kPlanes, count, depth_, w.planes, ld(), plane(), packed + panel * panel_elements(),
-                                kernels_.panel, filter_plane(), w.products, product_plane()});
+                                kernels_.panel, filter_plane(), w.products, product_plane(), false});
       for (int64_t done = 0; done < count; done += kGroup)
         emit((first + done) / kGroup, panel, w.products + done * kernels_.panel, worker, w.outputs, epilogue);
     }
