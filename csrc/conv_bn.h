@@ -80,6 +80,7 @@ struct ForwardBuffers {
   void* batch_mean = nullptr;             // stat [K]: the mean that was subtracted (training: of the batch)
   void* inv_std = nullptr;                // stat [K]: 1 / sqrt(variance + epsilon), of the same statistics
   void* conv_out = nullptr;               // data, of conv_out_shape(params, plan.saved); unused for kNothing
+  const void* packed_filters = nullptr;   // what pack_filters made of `filters`; null: run_cpu packs them
 };
 
 // Gradients that are null are not computed; d_gamma .. d_moving_variance are always written.
@@ -125,6 +126,9 @@ struct DeviceInfo {
 // What this machine offers; the environment variable FUSEDCONVBN_ISA (generic, avx2, avx512) lowers it.
 Status detect_device(int threads, DeviceInfo* device);
 
+// How many of `threads` shorten a call: work for less than some microseconds is done before another thread has begun.
+int useful_threads(const ConvBnParams& params, int threads);
+
 struct Kernel;  // a row of the dispatch table (cpu/dispatch.h)
 
 // A kernel for each stage of the problem, and the memory that they need. The result of a pure function of the problem
@@ -136,6 +140,7 @@ struct Plan {
   Saved saved = Saved::kNothing;      // forward: what it leaves in conv_out
   size_t workspace_bytes = 0;         // 64-byte aligned
   size_t conv_grad_bytes = 0;         // of them, at the start: the gradient of z, handed from stage to stage
+  size_t packed_bytes = 0;            // forward: of the filters as pack_filters() writes them; 0: not to be packed
   std::string describe() const;
 };
 
@@ -157,6 +162,10 @@ class ParallelFor {
   virtual int threads() const = 0;  // at most plan.device.threads
   virtual void run(int64_t tasks, const Body& body) = 0;
 };
+
+// Packs filters ahead of run_cpu, into plan.packed_bytes of 64-byte aligned memory. They serve every forward plan of
+// the same row whose filters have the same shape, groups and dtype, whatever else differs.
+Status pack_filters(const Plan& plan, const void* filters, void* packed, void* workspace, ParallelFor* parallel);
 
 Status run_cpu(const Plan& plan, const ForwardBuffers& buffers, void* workspace, ParallelFor* parallel);
 Status run_cpu(const Plan& plan, const BackwardBuffers& buffers, void* workspace, ParallelFor* parallel);

@@ -1,5 +1,6 @@
 // From a problem and a device to a plan, and from a plan to its stages.
 #include <algorithm>
+#include <cmath>
 #include <cstdlib>
 
 #include "conv_bn.h"
@@ -14,6 +15,7 @@ constexpr size_t kAlignment = 64;
 size_t align(size_t bytes) { return (bytes + kAlignment - 1) / kAlignment * kAlignment; }
 
 size_t compute_bytes(const ConvBnParams& p) { return p.dtype == DType::kFloat64 ? 8 : 4; }
+size_t data_bytes(const ConvBnParams& p) { return p.dtype == DType::kFloat64 ? 8 : p.dtype == DType::kFloat32 ? 4 : 2; }
 size_t output_elements(const ConvBnParams& p) { return static_cast<size_t>(p.pixels() * p.out_channels); }
 
 // Workspace of a backward plan in stages: [conv_grad][scratch of the stage]. A recomputed z lies where its gradient
@@ -100,13 +102,40 @@ bool backward_in_one(const ConvBnParams& params, const DeviceInfo& device, const
   });
 }
 
+Status run_forward(const Plan& plan, const ForwardBuffers& buffers, void* packed, void* workspace,
+                   ParallelFor* parallel) {
+  StageCall call{plan.params, plan.device};
+  call.forward = &buffers;
+  call.packed = packed;
+  call.scratch = static_cast<char*>(workspace);
+  call.parallel = parallel;
+  return plan.stages.at(0)->run(call);
+}
+
+// One direction's time on one thread, roughly: a usual speed of the multiplications and of memory.
+double estimated_microseconds(const ConvBnParams& p) {
+  constexpr double kFlops = 1e5, kBytes = 1e4;  // a microsecond
+  const double outputs = static_cast<double>(output_elements(p));
+  const double inputs = static_cast<double>(p.batch) * p.in_height * p.in_width * p.in_channels;
+  const double filters = static_cast<double>(p.taps()) * p.group_in() * p.out_channels;
+  return 2 * outputs * p.taps() * p.group_in() / kFlops + (inputs + outputs + filters) * data_bytes(p) / kBytes;
+}
+
 }  // namespace
+
+int useful_threads(const ConvBnParams& params, int threads) {
+  // Waking a thread takes the caller some 10 us if it sleeps, and the thread begins some 30 us later; if it still looks
+  // out for work, 1 us.
+  constexpr double kMicroseconds = 20;
+  return static_cast<int>(std::min<double>(threads, 1 + std::floor(estimated_microseconds(params) / kMicroseconds)));
+}
 
 Status plan_forward(const ConvBnParams& params, const DeviceInfo& device, const std::string& force_kernel, Plan* plan) {
   std::string forced;
   if (Status s = begin(params, device, force_kernel, plan, &forced); !s.ok()) return s;
   if (Status s = add_stages({Stage::kForward}, forced, plan); !s.ok()) return s;
   plan->saved = saved_by(*plan->stages[0], params);
+  if (const auto packed_bytes = plan->stages[0]->packed_bytes) plan->packed_bytes = align(packed_bytes(params, device));
   return Status{};
 }
 
@@ -121,12 +150,14 @@ Status plan_backward(const ConvBnParams& params, const DeviceInfo& device, const
   return add_stages(stages, forced, plan);
 }
 
+Status pack_filters(const Plan& plan, const void* filters, void* packed, void* workspace, ParallelFor* parallel) {
+  ForwardBuffers buffers;
+  buffers.filters = filters;
+  return run_forward(plan, buffers, packed, workspace, parallel);
+}
+
 Status run_cpu(const Plan& plan, const ForwardBuffers& buffers, void* workspace, ParallelFor* parallel) {
-  StageCall call{plan.params, plan.device};
-  call.forward = &buffers;
-  call.scratch = static_cast<char*>(workspace);
-  call.parallel = parallel;
-  return plan.stages.at(0)->run(call);
+  return run_forward(plan, buffers, nullptr, workspace, parallel);
 }
 
 Status run_cpu(const Plan& plan, const BackwardBuffers& buffers, void* workspace, ParallelFor* parallel) {

@@ -132,8 +132,9 @@ def fused_conv_bn(
             unbiased_moving_variance=unbiased_moving_variance, activation=activation, training=training, name=name,
         )  # fmt: skip
     results = _load.ops().fused_conv_bn(
-        **tensors, residual=[] if residual is None else [residual], training=training, name=name, **attributes
-    )
+        **tensors, residual=[] if residual is None else [residual], training=training, name=name,
+        keep_filters=_may_keep(tensors["filters"]), **attributes,
+    )  # fmt: skip
     return FusedConvBNOutput(*results[:3])
 
 
@@ -183,6 +184,21 @@ def _tensor(name: str, value: Any, dtype: tf.DType | None = None) -> tf.Tensor:
     if tensor.dtype not in types:
         raise TypeError(f"`{name}` must be of type {accepted}. Received: a tensor of type {tensor.dtype.name}")
     return tensor
+
+
+def _may_keep(filters: tf.Tensor) -> bool:
+    """Whether inference may keep packed filters for as long as it refers to this tensor.
+
+    So it may if nobody writes to memory that others refer to. All of TensorFlow respects that but TensorFlow 1's
+    reference variables, which cannot be told from others by what comes out of them. So the tensor has to be known to
+    come from elsewhere: eager execution has none of them, and a graph tells where a tensor comes from.
+    """
+    if not tf.is_symbolic_tensor(filters):
+        return True
+    source = filters.op
+    while source.type in ("Identity", "Cast"):
+        source = source.inputs[0].op
+    return source.type in ("ReadVariableOp", "Const")
 
 
 def _switch(training: Any) -> Any:

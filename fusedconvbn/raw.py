@@ -95,8 +95,10 @@ def plan(
         dtype, strides, ... save: As in `forward`; `residual` says whether there is one.
 
     Returns:
-        An object with `kernels`, a list of names in the order of execution, `workspace_bytes`, `str()` and, of
-        forward, `conv_out_shape` and `saved`: what it leaves for backward in training.
+        An object with `kernels`, a list of names in the order of execution, `workspace_bytes`, `useful_threads`, how
+        many of `threads` the op would use (`forward` and `backward` use all), `str()` and, of forward,
+        `packed_bytes`, what the op keeps between calls of inference, `conv_out_shape` and `saved`: what it leaves for
+        backward in training.
     """
     if saved not in _SAVED:
         _arguments.refuse(ValueError, "saved", "one of " + ", ".join(map(repr, _SAVED)), saved)

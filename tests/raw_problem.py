@@ -13,6 +13,13 @@ from compare import assert_close
 from fusedconvbn import raw
 
 
+def planned(case: Case, direction: str, **options: Any) -> Any:
+    return raw.plan(
+        case.inputs_shape, case.filters_shape, dtype=case.numpy_dtype, residual=case.residual, direction=direction,
+        **case.attributes, **options,
+    )  # fmt: skip
+
+
 class Problem:
     """A case, its arguments and upstream gradients, and what the oracle makes of them.
 

@@ -1,7 +1,6 @@
 """Threads and memory: the same bits whoever computes them, no hang, no leak."""
 
 import os
-import threading
 from dataclasses import replace
 
 import numpy as np
@@ -11,6 +10,8 @@ import tensorflow as tf
 from cases import Case
 from op_problems import arguments, assert_same_bits, function_of, results_and_gradients
 from processes import run_python
+from raw_problem import planned
+from threads import in_threads
 
 import fusedconvbn
 
@@ -26,6 +27,14 @@ MANY = [
 ]
 
 
+EIGHT = [replace(LARGE, height=13, width=11, batch=batch) for batch in range(2, 10)]
+
+
+@pytest.mark.parametrize("case", [*MANY, *EIGHT], ids=str)
+def test_these_are_split_among_threads(case):
+    assert planned(case, "forward", threads=2).useful_threads == 2
+
+
 def concrete_function(case):
     """Results and gradients with unknown batch and spatial sizes."""
     call = function_of(fusedconvbn.fused_conv_bn, case)
@@ -35,28 +44,9 @@ def concrete_function(case):
     return function.get_concrete_function([spec(t) for t in tensors], [spec(c) for c in cotangents])
 
 
-def in_threads(count, work):
-    """work(0), ..., work(count - 1), each in a thread of its own, begun together."""
-    results, barrier = [None] * count, threading.Barrier(count)
-
-    def run(index):
-        barrier.wait()
-        results[index] = work(index)
-
-    threads = [threading.Thread(target=run, args=(i,), daemon=True) for i in range(count)]
-    for thread in threads:
-        thread.start()
-    for thread in threads:
-        thread.join(timeout=60)
-    assert not any(thread.is_alive() for thread in threads)
-    return results
-
-
 def test_eight_threads_on_one_function():
-    case = replace(LARGE, height=13, width=11)
-    batches = [replace(case, batch=batch) for batch in range(1, 9)]
-    function = concrete_function(case)
-    calls = [(arguments(b), op_problems.upstream(b)) for b in batches]
+    function = concrete_function(EIGHT[0])
+    calls = [(arguments(case), op_problems.upstream(case)) for case in EIGHT]
     expected = [function(*call) for call in calls]
     for i, results in enumerate(in_threads(8, lambda i: [function(*calls[i]) for _ in range(5)])):
         for result in results:

@@ -33,6 +33,24 @@ def test_is_a_function_of_its_arguments(direction, training):
     assert plan(direction=direction, training=training, threads=8).kernels == first.kernels
 
 
+@pytest.mark.parametrize(
+    ("pixels", "channels", "threads", "useful"),
+    [(1, 8, 64, 1), (49, 32, 2, 1), (196, 256, 2, 2), (3136, 64, 2, 2), (3136, 64, 1, 1), (0, 64, 8, 1)],
+)
+def test_threads_that_are_of_use(pixels, channels, threads, useful):
+    """None is woken for what is done before it has begun."""
+    for direction in ("forward", "backward"):
+        planned = raw.plan((1, pixels, 1, channels), (1, 1, channels, channels), threads=threads, direction=direction)
+        assert planned.useful_threads == useful
+
+
+def test_large_problems_keep_many_threads_busy():
+    planned = raw.plan((64, 56, 56, 64), (3, 3, 64, 64), padding="SAME", threads=200)
+    assert planned.useful_threads == 200
+    huge = raw.plan((2**20, 2**10, 2**10, 1), (1, 1, 1, 1), threads=1024)
+    assert huge.useful_threads == 1024
+
+
 def test_stages():
     assert [name.split("_")[0] for name in plan().kernels] == ["forward"]
     assert [name.split("_")[0] for name in plan(direction="backward", training=True).kernels] == [

@@ -4,7 +4,7 @@ from dataclasses import replace
 
 import pytest
 from cases import depthwise_cases, expanding_cases, op_cases, winograd_cases
-from raw_problem import Problem
+from raw_problem import Problem, planned
 
 from fusedconvbn import raw
 
@@ -36,13 +36,6 @@ def test_each_stage_has_rows_for_each_isa_and_a_reference():
     assert rows >= {(stage, "generic") for stage in ("forward", "reduce", "dgrad", "wgrad", "backward")}
     assert [row.name for row in KERNELS][-2:] == ["forward_reference", "backward_reference"]
     assert len({row.name for row in KERNELS}) == len(KERNELS)
-
-
-def planned(case, direction, **options):
-    return raw.plan(
-        case.inputs_shape, case.filters_shape, dtype=case.numpy_dtype, residual=case.residual, direction=direction,
-        **case.attributes, **options,
-    )  # fmt: skip
 
 
 @pytest.mark.parametrize(("kernel", "case"), RUNS, ids=[f"{row.name}-{case}" for row, case in RUNS])

@@ -26,6 +26,7 @@ struct FilterLayout {
   const void* data;
   std::vector<int64_t> tap_offset;  // [taps]
   int64_t group_stride, depth_stride, column_stride;
+  const void* packed = nullptr;  // what pack() of the same filters wrote; null: run() packs them into its scratch
 };
 
 // A block's outputs of a few channels: consecutive pixels as rows.
@@ -78,7 +79,7 @@ class Convolution {
 
   Scratch carve(Arena* arena, int workers) const {
     Scratch s;
-    s.filters = arena->take<C>(panels() * panel_elements());
+    s.filters = arena->take<C>(packed_elements());
     s.zeros = arena->take<C>(reader_.zero_elements());
     for (int w = 0; w < workers; ++w) {
       s.tile.push_back(arena->take<C>(kBlockRows * kernels_.panel));
@@ -87,11 +88,18 @@ class Convolution {
     return s;
   }
 
+  int64_t packed_elements() const { return panels() * panel_elements(); }
+
+  void pack(const FilterLayout& filters, const Scratch&, C* packed, ParallelFor* parallel) const {
+    parallel->run(panels(), [&](int64_t panel, int) { pack(filters, panel, packed + panel * panel_elements()); });
+  }
+
   void run(const FilterLayout& filters, const Scratch& s, ParallelFor* parallel,
            const TileEpilogue<C>& epilogue) const {
     if (windows_.positions() == 0) return;
     std::fill(s.zeros, s.zeros + reader_.zero_elements(), C(0));
-    parallel->run(panels(), [&](int64_t panel, int) { pack(filters, panel, s.filters + panel * panel_elements()); });
+    if (!filters.packed) pack(filters, s, s.filters, parallel);
+    const C* packed = filters.packed ? static_cast<const C*>(filters.packed) : s.filters;
 
     const int64_t block_tasks = ceil_div(blocks(), blocks_in_task_);
     // Few blocks: tasks of fewer panels, so that every thread has several.
@@ -99,7 +107,7 @@ class Convolution {
     parallel->run(block_tasks * panel_tasks, [&](int64_t task, int worker) {
       const int64_t block = task / panel_tasks * blocks_in_task_, share = task % panel_tasks;
       run_task(block, std::min(block + blocks_in_task_, blocks()), share * panels() / panel_tasks,
-               (share + 1) * panels() / panel_tasks, s, worker, epilogue);
+               (share + 1) * panels() / panel_tasks, packed, s, worker, epilogue);
     });
   }
 
@@ -125,8 +133,8 @@ class Convolution {
     }
   }
 
-  void run_task(int64_t block, int64_t block_end, int64_t panel_begin, int64_t panel_end, const Scratch& s, int worker,
-                const TileEpilogue<C>& epilogue) const {
+  void run_task(int64_t block, int64_t block_end, int64_t panel_begin, int64_t panel_end, const C* packed,
+                const Scratch& s, int worker, const TileEpilogue<C>& epilogue) const {
     const int64_t begin = block * kBlockRows, end = std::min(block_end * kBlockRows, windows_.positions());
     const auto& scratch = s.reader[worker];
     reader_.stage(begin, end - begin, scratch);
@@ -137,7 +145,7 @@ class Convolution {
         const int64_t group = panel / panels_in_group(), column = panel % panels_in_group() * kernels_.panel;
         const int64_t cols = std::min(kernels_.panel, cols_ - column);
         kernels_.gemm({scratch.rows, kBlockRows, rows, reader_.taps(), reader_.depth() * depth_, group * depth_},
-                      s.filters + panel * panel_elements(), s.tile[worker]);
+                      packed + panel * panel_elements(), s.tile[worker]);
         const Tile<C> tile{s.tile[worker], kernels_.panel,     first, rows, group * cols_ + column,
                            cols,           first / kBlockRows, worker};
         epilogue.emit(tile);

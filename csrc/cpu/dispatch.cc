@@ -74,6 +74,11 @@ Status run_with(const StageCall& call) {
   return Run(*Set, call);
 }
 
+Kernel packing(Kernel row, size_t (*packed_bytes)(const ConvBnParams&, const DeviceInfo&)) {
+  row.packed_bytes = packed_bytes;
+  return row;
+}
+
 Kernel saving_moments(Kernel row) {
   row.saves = Saved::kMoments;
   row.recomputes = false;
@@ -88,13 +93,16 @@ Kernel saving_moments(Kernel row) {
     #name "_" #isa, Stage::stage, Isa::k##Isa_, supports, suits, scratch_with<&kKernels##Isa_, name##_scratch>, \
         run_with<&kKernels##Isa_, run_##name>                                                                   \
   }
+// Of forward, with packed filters that may be kept.
+#define FCB_PACKING_ROW(name, supports, suits, isa, Isa_) \
+  packing(FCB_ROW(name, kForward, supports, suits, isa, Isa_), scratch_with<&kKernels##Isa_, name##_packed>)
 #define FCB_ROWS(isa, Isa_)                                                                              \
   saving_moments(FCB_ROW(forward_moments, kForward, forward_moments_applies, suits_moments, isa, Isa_)), \
       FCB_ROW(backward_moments, kBackward, backward_moments_applies, any_problem, isa, Isa_),            \
-      FCB_ROW(forward_winograd4, kForward, winograd_applies, forward_winograd<4>, isa, Isa_),            \
-      FCB_ROW(forward_winograd2, kForward, winograd_applies, forward_winograd<2>, isa, Isa_),            \
+      FCB_PACKING_ROW(forward_winograd4, winograd_applies, forward_winograd<4>, isa, Isa_),              \
+      FCB_PACKING_ROW(forward_winograd2, winograd_applies, forward_winograd<2>, isa, Isa_),              \
       FCB_ROW(forward_depthwise, kForward, depthwise_applies, any_problem, isa, Isa_),                   \
-      FCB_ROW(forward_direct, kForward, any_problem, any_problem, isa, Isa_),                            \
+      FCB_PACKING_ROW(forward_direct, any_problem, any_problem, isa, Isa_),                              \
       FCB_ROW(reduce_direct, kReduce, any_problem, any_problem, isa, Isa_),                              \
       FCB_ROW(dgrad_winograd4, kDgrad, winograd_applies, dgrad_winograd<4>, isa, Isa_),                  \
       FCB_ROW(dgrad_winograd2, kDgrad, winograd_applies, dgrad_winograd<2>, isa, Isa_),                  \

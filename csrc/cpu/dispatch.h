@@ -20,6 +20,7 @@ struct StageCall {
   const BackwardBuffers* backward = nullptr;
   const void* conv_out = nullptr;  // backward: what forward saved, or z recomputed: as, and at, conv_grad
   void* conv_grad = nullptr;       // backward: gradient of z, compute type [N,OH,OW,K] whatever the data format
+  void* packed = nullptr;          // forward: where to write the packed filters; the stage does nothing else then
   char* scratch = nullptr;         // the stage's own workspace
   ParallelFor* parallel = nullptr;
 };
@@ -34,6 +35,9 @@ struct Kernel {
   Status (*run)(const StageCall&);
   Saved saves = Saved::kConv;  // of kForward, in training: what params.save asks for, or kMoments
   bool recomputes = true;      // of kForward: serves kRecompute too
+  // Forward: of the filters as run() packs them; null: it does not, or not to keep. They depend on the filters' shape,
+  // groups and dtype alone.
+  size_t (*packed_bytes)(const ConvBnParams&, const DeviceInfo&) = nullptr;
 };
 
 // Every kernel of the library; within a stage the preferred one first, the reference last.

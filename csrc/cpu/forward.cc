@@ -42,6 +42,11 @@ class Forward {
   }
 
   size_t scratch_bytes() const { return scratch_bytes_; }
+  size_t packed_bytes() const { return static_cast<size_t>(convolution_.packed_elements()) * sizeof(C); }
+
+  void pack(void* packed, ParallelFor* parallel) const {
+    convolution_.pack(filters(), convolution_scratch_, static_cast<C*>(packed), parallel);
+  }
 
   void infer(ParallelFor* parallel) const {
     keep_moving_statistics();
@@ -86,10 +91,14 @@ class Forward {
 
   int64_t columns() const { return std::max(kChannelChunk, k_.panel); }  // of a block in scratch
 
-  void convolve(ParallelFor* parallel, const TileEpilogue<C>& epilogue) const {
-    FilterLayout filters{b_.filters, {}, p_.group_out(), p_.out_channels, 1};
+  FilterLayout filters() const {
+    FilterLayout filters{b_.filters, {}, p_.group_out(), p_.out_channels, 1, b_.packed_filters};
     for (int64_t t = 0; t < p_.taps(); ++t) filters.tap_offset.push_back(t * p_.group_in() * p_.out_channels);
-    convolution_.run(filters, convolution_scratch_, parallel, epilogue);
+    return filters;
+  }
+
+  void convolve(ParallelFor* parallel, const TileEpilogue<C>& epilogue) const {
+    convolution_.run(filters(), convolution_scratch_, parallel, epilogue);
   }
 
   // The statistics are those of z rounded to the data type, and so is the z that goes with them.
@@ -259,12 +268,23 @@ Image<C> conv_out_image(const KernelSet& set, const StageCall& call) {
   return Image<C>(z, storage_of<C>(set, call.params.dtype), output_grid(call.params));
 }
 
+// Passes a Forward that only measures to `measure`.
+template <template <class> class Conv, class Measure>
+size_t measure(const KernelSet& set, const ConvBnParams& p, const DeviceInfo& device, Measure measure) {
+  return with_compute_type(p.dtype, [&](auto c) {
+    using C = decltype(c);
+    return measure(Forward<C, Conv>(set, p, device, {}, conv_grad_image<C>(set, p, nullptr), nullptr));
+  });
+}
+
 template <template <class> class Conv>
 size_t scratch_of(const KernelSet& set, const ConvBnParams& p, const DeviceInfo& device) {
-  return with_compute_type(p.dtype, [&](auto c) {
-    return Forward<decltype(c), Conv>(set, p, device, {}, conv_grad_image<decltype(c)>(set, p, nullptr), nullptr)
-        .scratch_bytes();
-  });
+  return measure<Conv>(set, p, device, [](const auto& forward) { return forward.scratch_bytes(); });
+}
+
+template <template <class> class Conv>
+size_t packed_of(const KernelSet& set, const ConvBnParams& p, const DeviceInfo& device) {
+  return measure<Conv>(set, p, device, [](const auto& forward) { return forward.packed_bytes(); });
 }
 
 template <template <class> class Conv>
@@ -282,6 +302,18 @@ Status run_with(const KernelSet& set, const StageCall& call) {
   return Status{};
 }
 
+// Where the filters may have been packed before.
+template <template <class> class Conv>
+Status run_packing(const KernelSet& set, const StageCall& call) {
+  if (!call.packed) return run_with<Conv>(set, call);
+  with_compute_type(call.params.dtype, [&](auto c) {
+    Forward<decltype(c), Conv>(set, call.params, call.device, *call.forward, conv_out_image<decltype(c)>(set, call),
+                               call.scratch)
+        .pack(call.packed, call.parallel);
+  });
+  return Status{};
+}
+
 }  // namespace
 
 size_t forward_direct_scratch(const KernelSet& set, const ConvBnParams& p, const DeviceInfo& device) {
@@ -292,6 +324,15 @@ size_t forward_winograd2_scratch(const KernelSet& set, const ConvBnParams& p, co
 }
 size_t forward_winograd4_scratch(const KernelSet& set, const ConvBnParams& p, const DeviceInfo& device) {
   return scratch_of<Winograd4>(set, p, device);
+}
+size_t forward_direct_packed(const KernelSet& set, const ConvBnParams& p, const DeviceInfo& device) {
+  return packed_of<Convolution>(set, p, device);
+}
+size_t forward_winograd2_packed(const KernelSet& set, const ConvBnParams& p, const DeviceInfo& device) {
+  return packed_of<Winograd2>(set, p, device);
+}
+size_t forward_winograd4_packed(const KernelSet& set, const ConvBnParams& p, const DeviceInfo& device) {
+  return packed_of<Winograd4>(set, p, device);
 }
 size_t forward_moments_scratch(const KernelSet& set, const ConvBnParams& p, const DeviceInfo& device) {
   return with_compute_type(
@@ -306,9 +347,9 @@ Status run_forward_moments(const KernelSet& set, const StageCall& call) {
 size_t forward_depthwise_scratch(const KernelSet& set, const ConvBnParams& p, const DeviceInfo& device) {
   return scratch_of<DepthwiseConvolution>(set, p, device);
 }
-Status run_forward_direct(const KernelSet& set, const StageCall& call) { return run_with<Convolution>(set, call); }
-Status run_forward_winograd2(const KernelSet& set, const StageCall& call) { return run_with<Winograd2>(set, call); }
-Status run_forward_winograd4(const KernelSet& set, const StageCall& call) { return run_with<Winograd4>(set, call); }
+Status run_forward_direct(const KernelSet& set, const StageCall& call) { return run_packing<Convolution>(set, call); }
+Status run_forward_winograd2(const KernelSet& set, const StageCall& call) { return run_packing<Winograd2>(set, call); }
+Status run_forward_winograd4(const KernelSet& set, const StageCall& call) { return run_packing<Winograd4>(set, call); }
 Status run_forward_depthwise(const KernelSet& set, const StageCall& call) {
   return run_with<DepthwiseConvolution>(set, call);
 }

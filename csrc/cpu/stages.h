@@ -22,12 +22,16 @@ inline bool depthwise_applies(const ConvBnParams& p) {
 #define FCB_STAGE(name)                                                                         \
   size_t name##_scratch(const KernelSet& set, const ConvBnParams& p, const DeviceInfo& device); \
   Status run_##name(const KernelSet& set, const StageCall& call)
+// One whose packed filters may be kept.
+#define FCB_PACKING_STAGE(name) \
+  FCB_STAGE(name);              \
+  size_t name##_packed(const KernelSet& set, const ConvBnParams& p, const DeviceInfo& device)
 
 // Forward: convolution, and in the epilogue of each tile either the whole of batch norm, residual and activation
 // (inference) or the tile's moments (training; then merge, normalize). In a backward plan: z alone.
-FCB_STAGE(forward_direct);
-FCB_STAGE(forward_winograd2);
-FCB_STAGE(forward_winograd4);
+FCB_PACKING_STAGE(forward_direct);
+FCB_PACKING_STAGE(forward_winograd2);
+FCB_PACKING_STAGE(forward_winograd4);
 FCB_STAGE(forward_depthwise);
 
 // The same for 1x1 filters in training, with the statistics from the second moments of the inputs; saves those, no z.
@@ -55,6 +59,7 @@ FCB_STAGE(backward_moments);
 // The whole of backward, in two passes; the gradient of z never reaches memory.
 FCB_STAGE(backward_depthwise);
 
+#undef FCB_PACKING_STAGE
 #undef FCB_STAGE
 
 }  // namespace fusedconvbn

@@ -61,7 +61,7 @@ class WinogradConvolution {
   };
 
   Scratch carve(Arena* arena, int workers) const {
-    Scratch s{arena->take<C>(panels() * panel_elements()), arena->take<C>(reader_.zero_elements()), {}};
+    Scratch s{arena->take<C>(packed_elements()), arena->take<C>(reader_.zero_elements()), {}};
     for (int w = 0; w < workers; ++w)
       s.workers.push_back({reader_.carve(arena, s.zeros), arena->take<C>(kPlanes * plane()),
                            arena->take<C>(kPlanes * product_plane()), arena->take<C>(kGroupRows * kernels_.panel),
@@ -76,17 +76,26 @@ class WinogradConvolution {
     return pixels;
   }
 
+  int64_t packed_elements() const { return panels() * panel_elements(); }
+
+  void pack(const FilterLayout& filters, const Scratch& s, C* packed, ParallelFor* parallel) const {
+    parallel->run(panels(), [&](int64_t panel, int worker) {
+      pack(filters, panel, s.workers[worker].filters, packed + panel * panel_elements());
+    });
+  }
+
   void run(const FilterLayout& filters, const Scratch& s, ParallelFor* parallel,
            const TileEpilogue<C>& epilogue) const {
     if (windows_.positions() == 0) return;
     std::fill(s.zeros, s.zeros + reader_.zero_elements(), C(0));
-    parallel->run(panels(), [&](int64_t panel, int worker) { pack(filters, panel, s, s.workers[worker]); });
+    if (!filters.packed) pack(filters, s, s.filters, parallel);
+    const C* packed = filters.packed ? static_cast<const C*>(filters.packed) : s.filters;
     const int64_t tasks = ceil_div(windows_.positions(), block_windows_);
     const int64_t panel_tasks = std::min(panels(), ceil_div(4 * parallel->threads(), tasks));
     parallel->run(tasks * panel_tasks, [&](int64_t task, int worker) {
       const int64_t share = task % panel_tasks;
-      run_task(task / panel_tasks, share * panels() / panel_tasks, (share + 1) * panels() / panel_tasks, s, worker,
-               epilogue);
+      run_task(task / panel_tasks, share * panels() / panel_tasks, (share + 1) * panels() / panel_tasks, packed, s,
+               worker, epilogue);
     });
   }
 
@@ -118,22 +127,22 @@ class WinogradConvolution {
     return std::clamp(windows, kMin, kMax) / kGroup * kGroup;
   }
 
-  void pack(const FilterLayout& f, int64_t panel, const Scratch& s, const Worker& w) const {
+  // loaded: a worker's filters.
+  void pack(const FilterLayout& f, int64_t panel, C* loaded, C* packed) const {
     const int64_t column = panel * kernels_.panel, cols = std::min(kernels_.panel, cols_ - column);
-    C* packed = s.filters + panel * panel_elements();
     for (int64_t begin = 0; begin < depth_; begin += kDepth) {
       const int64_t depth = std::min(kDepth, depth_ - begin);
-      if (cols < kernels_.panel) std::fill(w.filters, w.filters + 9 * depth * kernels_.panel, C(0));
+      if (cols < kernels_.panel) std::fill(loaded, loaded + 9 * depth * kernels_.panel, C(0));
       for (int64_t t = 0; t < 9; ++t) {
         const int64_t element = f.tap_offset[t] + begin * f.depth_stride + column * f.column_stride;
         storage_.kernels.load(static_cast<const char*>(f.data) + element * storage_.element_bytes, f.depth_stride,
-                              f.column_stride, depth, cols, w.filters + t * depth * kernels_.panel, kernels_.panel);
+                              f.column_stride, depth, cols, loaded + t * depth * kernels_.panel, kernels_.panel);
       }
-      transforms_.filter(w.filters, depth, packed + begin * kernels_.panel, filter_plane());
+      transforms_.filter(loaded, depth, packed + begin * kernels_.panel, filter_plane());
     }
   }
 
-  void run_task(int64_t task, int64_t panel_begin, int64_t panel_end, const Scratch& s, int worker,
+  void run_task(int64_t task, int64_t panel_begin, int64_t panel_end, const C* packed, const Scratch& s, int worker,
                 const TileEpilogue<C>& epilogue) const {
     const Worker& w = s.workers[worker];
     const int64_t first = task * block_windows_, count = std::min(block_windows_, windows_.positions() - first);
@@ -141,7 +150,7 @@ class WinogradConvolution {
     reader_.point(first, count, w.reader);
     transforms_.window({w.reader.rows, block_windows_, count, kPlanes, depth_, 0}, w.planes, ld(), plane());
     for (int64_t panel = panel_begin; panel < panel_end; ++panel) {
-      kernels_.multiply_planes({kPlanes, count, depth_, w.planes, ld(), plane(), s.filters + panel * panel_elements(),
+      kernels_.multiply_planes({kPlanes, count, depth_, w.planes, ld(), plane(), packed + panel * panel_elements(),
                                 kernels_.panel, filter_plane(), w.products, product_plane(), false});
       for (int64_t done = 0; done < count; done += kGroup)
         emit((first + done) / kGroup, panel, w.products + done * kernels_.panel, worker, w.outputs, epilogue);

@@ -98,6 +98,19 @@ py::list kernels() {
 const void* read(const Array& array) { return array ? array->data() : nullptr; }
 void* write(Array* array) { return *array ? (*array)->mutable_data() : nullptr; }
 
+// The op's own arguments, which forward and backward both read.
+template <class Buffers>
+void read_arguments(const Array& inputs, const Array& filters, const Array& gamma, const Array& beta,
+                    const Array& moving_mean, const Array& moving_variance, const Array& residual, Buffers* b) {
+  b->inputs = read(inputs);
+  b->filters = read(filters);
+  b->gamma = read(gamma);
+  b->beta = read(beta);
+  b->moving_mean = read(moving_mean);
+  b->moving_variance = read(moving_variance);
+  b->residual = read(residual);
+}
+
 struct FreeAligned {
   void operator()(char* memory) const { ::operator delete[](memory, std::align_val_t{64}); }
 };
@@ -125,13 +138,7 @@ void forward(const Plan& plan, const Array& inputs, const Array& filters, const 
              Array new_moving_mean, Array new_moving_variance, Array batch_mean, Array inv_std, Array conv_out,
              Array workspace) {
   ForwardBuffers b;
-  b.inputs = read(inputs);
-  b.filters = read(filters);
-  b.gamma = read(gamma);
-  b.beta = read(beta);
-  b.moving_mean = read(moving_mean);
-  b.moving_variance = read(moving_variance);
-  b.residual = read(residual);
+  read_arguments(inputs, filters, gamma, beta, moving_mean, moving_variance, residual, &b);
   b.output = write(&output);
   b.new_moving_mean = write(&new_moving_mean);
   b.new_moving_variance = write(&new_moving_variance);
@@ -151,13 +158,7 @@ void backward(const Plan& plan, const Array& output_gradient, const Array& movin
   b.output_gradient = read(output_gradient);
   b.moving_mean_gradient = read(moving_mean_gradient);
   b.moving_variance_gradient = read(moving_variance_gradient);
-  b.inputs = read(inputs);
-  b.filters = read(filters);
-  b.gamma = read(gamma);
-  b.beta = read(beta);
-  b.moving_mean = read(moving_mean);
-  b.moving_variance = read(moving_variance);
-  b.residual = read(residual);
+  read_arguments(inputs, filters, gamma, beta, moving_mean, moving_variance, residual, &b);
   b.output = read(output);
   b.batch_mean = read(batch_mean);
   b.inv_std = read(inv_std);
@@ -190,6 +191,9 @@ void define_plan(py::module_* m) {
            py::arg("kernel"), py::arg("threads"))
       .def_property_readonly("kernels", &kernel_names, "Names of the kernels, in the order of execution.")
       .def_readonly("workspace_bytes", &Plan::workspace_bytes)
+      .def_readonly("packed_bytes", &Plan::packed_bytes)
+      .def_property_readonly("useful_threads",
+                             [](const Plan& plan) { return useful_threads(plan.params, plan.device.threads); })
       .def_property_readonly(
           "saved", [](const Plan& plan) { return static_cast<int>(plan.saved); },
           "Forward: what it leaves for backward, as a number of the core's `enum class Saved`.")

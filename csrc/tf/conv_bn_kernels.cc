@@ -1,9 +1,14 @@
 // The CPU kernels of FusedConvBN and FusedConvBNGrad: they check shapes, allocate, and call the core.
-#include <initializer_list>
-#include <string>
+#include <cstdlib>
+#include <memory>
+#include <utility>
 
+#include "absl/functional/function_ref.h"
 #include "attributes.h"
+#include "packed_filters.h"
+#include "prepared.h"
 #include "tensorflow/core/framework/op_kernel.h"
+#include "tensors.h"
 #include "thread_pool.h"
 #include "workspace_pool.h"
 
@@ -15,70 +20,6 @@ using tensorflow::OpKernelConstruction;
 using tensorflow::OpKernelContext;
 using tensorflow::Tensor;
 using tensorflow::TensorShape;
-
-// The op's tensors as the core's pointers, each checked by its name. The first error stays; after one, nothing that
-// was handed out may be used.
-class Tensors {
- public:
-  explicit Tensors(OpKernelContext* context) : context_(context) {}
-
-  const absl::Status& status() const { return status_; }
-  void check(const absl::Status& status) { status_.Update(status); }
-
-  // Null if the op has no such input.
-  const Tensor* find(const char* name) {
-    tensorflow::OpInputList list;
-    check(context_->input_list(name, &list));
-    return status_.ok() && list.size() > 0 ? &list[0] : nullptr;
-  }
-
-  const void* input(const char* name, const TensorShape& shape) {
-    const Tensor* tensor = find(name);
-    if (tensor == nullptr) return nullptr;
-    if (tensor->shape() != shape)
-      check(invalid(absl::StrCat(name, " must be of shape ", shape.DebugString(), ". Received: shape ",
-                                 tensor->shape().DebugString())));
-    return pointer(*tensor);
-  }
-
-  void* output(const char* name, const TensorShape& shape) {
-    Tensor* tensor = nullptr;
-    if (status_.ok()) check(context_->allocate_output(name, shape, &tensor));
-    return tensor ? pointer(*tensor) : nullptr;
-  }
-
-  // An output that is there for nobody.
-  void* empty_output(const char* name) { return output(name, TensorShape({0, 0, 0, 0})), nullptr; }
-
-  bool flag(const char* name) {
-    const Tensor* tensor = find(name);
-    if (tensor == nullptr) return false;
-    if (tensor->dims() == 0) return tensor->scalar<bool>()();
-    check(invalid(absl::StrCat(name, " must be a scalar. Received: shape ", tensor->shape().DebugString())));
-    return false;
-  }
-
-  std::array<int64_t, 4> sizes(const char* name) {
-    std::array<int64_t, 4> result{};
-    const Tensor* tensor = find(name);
-    if (tensor != nullptr && tensor->dims() == 4)
-      for (int i = 0; i < 4; ++i) result[i] = tensor->dim_size(i);
-    else if (tensor != nullptr)
-      check(
-          invalid(absl::StrCat(name, " must be a tensor of rank 4. Received: shape ", tensor->shape().DebugString())));
-    return result;
-  }
-
- private:
-  // A tensor without elements has no memory, but to the core null means "not there".
-  static void* pointer(const Tensor& tensor) {
-    alignas(64) static char nothing[64];
-    return tensor.NumElements() > 0 ? tensor.data() : nothing;
-  }
-
-  OpKernelContext* context_;
-  absl::Status status_;
-};
 
 TensorShape saved_shape(const ConvBnParams& params, Saved saved) {
   TensorShape shape;
@@ -92,54 +33,46 @@ Saved saved_in(const Tensor& conv_out) {
   return conv_out.NumElements() == 0 ? Saved::kNothing : Saved::kConv;
 }
 
-struct Shapes {
-  explicit Shapes(const Problem& problem)
-      : inputs(problem.arguments.inputs_shape),
-        filters(problem.arguments.filters_shape),
-        output(output_shape(problem.params)),
-        channels({problem.params.out_channels}) {}
-  TensorShape inputs, filters, output, channels;
-};
-
+// The attributes, read once, and what every call begins with.
 class ConvBnKernel : public OpKernel {
  public:
-  explicit ConvBnKernel(OpKernelConstruction* context) : OpKernel(context) {
-    OP_REQUIRES_OK(context, read_attributes(context, &problem_));
+  ConvBnKernel(OpKernelConstruction* context, Planner planner) : OpKernel(context) {
+    Problem attributes;
+    OP_REQUIRES_OK(context, read_attributes(context, &attributes));
+    params_ = attributes.params;
+    preparation_ = std::make_unique<Preparation>(std::move(attributes), planner);
   }
 
  protected:
-  // The problem that this call's tensors make of the attributes.
-  Problem describe(Tensors* tensors, bool has_residual) const {
-    Problem problem = problem_;
-    problem.arguments.inputs_shape = tensors->sizes("inputs");
-    problem.arguments.filters_shape = tensors->sizes("filters");
-    problem.params.training = tensors->flag("training");
-    problem.params.has_residual = has_residual;
-    if (tensors->status().ok()) tensors->check(to_absl(resolve(problem.arguments, &problem.params)));
-    return problem;
+  // Null after an error. `call`: what the tensors that both ops have do not tell.
+  std::shared_ptr<const Prepared> prepare(OpKernelContext* context, Call call, Tensors* tensors) {
+    const char* kernel = std::getenv("FUSEDCONVBN_KERNEL");
+    if (kernel) call.kernel = kernel;
+    call.inputs_shape = tensors->sizes("inputs");
+    call.filters_shape = tensors->sizes("filters");
+    call.training = tensors->flag("training");
+    tensors->check(to_absl(detect_device(IntraOpThreads::of(context), &call.device)));
+    std::shared_ptr<const Prepared> prepared;
+    if (tensors->status().ok()) tensors->check(preparation_->get(call, &prepared));
+    return prepared;
   }
 
-  const Problem& attributes() const { return problem_; }
+  const ConvBnParams& params() const { return params_; }  // without sizes
 
  private:
-  Problem problem_;
+  ConvBnParams params_;
+  std::unique_ptr<Preparation> preparation_;
 };
 
-using Planner = Status (*)(const ConvBnParams&, const DeviceInfo&, const std::string&, Plan*);
+using Run = absl::FunctionRef<Status(void* workspace, ParallelFor*)>;
 
-absl::Status make_plan(const IntraOpThreads& threads, Planner planner, const ConvBnParams& params, Plan* plan) {
-  DeviceInfo device;
-  TF_RETURN_IF_ERROR(to_absl(detect_device(threads.threads(), &device)));
-  return to_absl(planner(params, device, "", plan));
-}
-
-template <class Buffers>
-absl::Status run(const Plan& plan, const Buffers& buffers, IntraOpThreads* threads) {
+absl::Status run(OpKernelContext* context, const Plan& plan, Run run_plan) {
+  IntraOpThreads threads(context, plan.device.threads);
   WorkspacePool::Lease workspace(WorkspacePool::global(), plan.workspace_bytes);
   if (workspace.data() == nullptr)
     return absl::ResourceExhaustedError(
         absl::StrCat("out of memory: no ", plan.workspace_bytes, " bytes of workspace for ", plan.describe()));
-  return to_absl(run_cpu(plan, buffers, workspace.data(), threads));
+  return to_absl(run_plan(workspace.data(), &threads));
 }
 
 // There is one residual at the most, though a list input could hold more.
@@ -150,24 +83,41 @@ absl::Status at_most_one(OpKernelConstruction* context, const char* name, int* c
 
 class FusedConvBN : public ConvBnKernel {
  public:
-  explicit FusedConvBN(OpKernelConstruction* context) : ConvBnKernel(context) {
+  explicit FusedConvBN(OpKernelConstruction* context) : ConvBnKernel(context, plan_forward) {
     int residuals = 0;
     OP_REQUIRES_OK(context, at_most_one(context, "num_residual", &residuals));
+    OP_REQUIRES_OK(context, context->GetAttr("keep_filters", &keep_filters_));
   }
 
   void Compute(OpKernelContext* context) override {
     Tensors tensors(context);
-    const Problem problem = describe(&tensors, tensors.find("residual") != nullptr);
+    Call call;
+    call.has_residual = tensors.find("residual") != nullptr;
+    const auto prepared = prepare(context, call, &tensors);
     OP_REQUIRES_OK(context, tensors.status());
-    IntraOpThreads threads(context);
-    Plan plan;
-    OP_REQUIRES_OK(context, make_plan(threads, plan_forward, problem.params, &plan));
-    const ForwardBuffers buffers = gather(&tensors, plan, Shapes(problem));
+    const Plan& plan = prepared->plan;
+    ForwardBuffers buffers = gather(&tensors, plan, prepared->shapes);
     OP_REQUIRES_OK(context, tensors.status());
-    OP_REQUIRES_OK(context, run(plan, buffers, &threads));
+    const auto run_plan = [&](void* workspace, ParallelFor* threads) {
+      const PackedFilters::Packed packed = packed_filters(*tensors.find("filters"), plan, workspace, threads);
+      buffers.packed_filters = packed.get();
+      return run_cpu(plan, buffers, workspace, threads);
+    };
+    OP_REQUIRES_OK(context, run(context, plan, run_plan));
   }
 
  private:
+  // Of earlier calls; null if there are none.
+  PackedFilters::Packed packed_filters(const Tensor& filters, const Plan& plan, void* workspace,
+                                       ParallelFor* threads) const {
+    if (!keep_filters_ || !PackedFilters::may_keep(filters)) return nullptr;
+    if (plan.params.training) return PackedFilters::global()->forget(filters), nullptr;
+    if (plan.packed_bytes == 0) return nullptr;
+    return PackedFilters::global()->get(filters, plan, [&](void* packed) {
+      return pack_filters(plan, filters.data(), packed, workspace, threads).ok();
+    });
+  }
+
   static ForwardBuffers gather(Tensors* t, const Plan& plan, const Shapes& shapes) {
     ForwardBuffers b;
     b.inputs = t->input("inputs", shapes.inputs);
@@ -186,36 +136,41 @@ class FusedConvBN : public ConvBnKernel {
                                                : t->output("conv_out", saved_shape(plan.params, plan.saved));
     return b;
   }
+
+  bool keep_filters_ = false;
 };
 
 class FusedConvBNGrad : public ConvBnKernel {
  public:
-  explicit FusedConvBNGrad(OpKernelConstruction* context) : ConvBnKernel(context) {
+  explicit FusedConvBNGrad(OpKernelConstruction* context) : ConvBnKernel(context, plan_backward) {
     OP_REQUIRES_OK(context, context->GetAttr("has_residual", &has_residual_));
     OP_REQUIRES_OK(context, context->GetAttr("needs_inputs", &needs_inputs_));
     OP_REQUIRES_OK(context, context->GetAttr("needs_filters", &needs_filters_));
     OP_REQUIRES_OK(context, at_most_one(context, "num_residual_gradient", &residual_gradients_));
-    ConvBnParams params = attributes().params;
+    ConvBnParams params = this->params();
     params.has_residual = has_residual_;
     OP_REQUIRES_OK(context, check_count(context, "num_residual", needs_residual(params), needs_residual(params)));
-    OP_REQUIRES_OK(context, check_count(context, "num_output", needs_output(params),
-                                        derivative_from_output(params.activation)));
+    OP_REQUIRES_OK(context,
+                   check_count(context, "num_output", needs_output(params), derivative_from_output(params.activation)));
   }
 
   void Compute(OpKernelContext* context) override {
     Tensors tensors(context);
-    Problem problem = describe(&tensors, has_residual_);
+    Call call;
+    call.has_residual = has_residual_;
+    call.has_output = tensors.find("output") != nullptr;
+    if (const Tensor* conv_out = tensors.find("conv_out")) call.saved = saved_in(*conv_out);
+    const auto prepared = prepare(context, call, &tensors);
     OP_REQUIRES_OK(context, tensors.status());
-    problem.params.saved = saved_in(*tensors.find("conv_out"));
-    problem.params.has_output = tensors.find("output") != nullptr;
+    const Plan& plan = prepared->plan;
     BackwardBuffers buffers;
-    gather_inputs(&tensors, problem.params, Shapes(problem), &buffers);
-    gather_outputs(&tensors, Shapes(problem), &buffers);
+    gather_inputs(&tensors, plan.params, prepared->shapes, &buffers);
+    gather_outputs(&tensors, prepared->shapes, &buffers);
     OP_REQUIRES_OK(context, tensors.status());
-    IntraOpThreads threads(context);
-    Plan plan;
-    OP_REQUIRES_OK(context, make_plan(threads, plan_backward, problem.params, &plan));
-    OP_REQUIRES_OK(context, run(plan, buffers, &threads));
+    const auto run_plan = [&](void* workspace, ParallelFor* threads) {
+      return run_cpu(plan, buffers, workspace, threads);
+    };
+    OP_REQUIRES_OK(context, run(context, plan, run_plan));
   }
 
  private:

@@ -124,20 +124,37 @@ ShapeHandle conv_out_shape(InferenceContext* c) {
   return inference ? nothing(c) : c->UnknownShape();
 }
 
-absl::Status forward_shapes(InferenceContext* c) {
+// What both ops know of their inputs; the output's shape is what follows from these and from `images` of that shape.
+struct Inferred {
   Problem problem;
   ShapeHandle inputs, filters, output;
-  TF_RETURN_IF_ERROR(read_attributes(c, &problem));
-  TF_RETURN_IF_ERROR(find_image(c, "inputs", &inputs));
-  TF_RETURN_IF_ERROR(find_image(c, "filters", &filters));
+  DimensionHandle channels;
+};
+
+absl::Status infer(InferenceContext* c, std::initializer_list<const char*> vectors,
+                   std::initializer_list<const char*> images, Inferred* known) {
+  TF_RETURN_IF_ERROR(read_attributes(c, &known->problem));
+  TF_RETURN_IF_ERROR(find_image(c, "inputs", &known->inputs));
+  TF_RETURN_IF_ERROR(find_image(c, "filters", &known->filters));
   TF_RETURN_IF_ERROR(check_scalar(c, "training"));
-  DimensionHandle channels = c->Dim(filters, 3);
-  TF_RETURN_IF_ERROR(merge_vectors(c, {"gamma", "beta", "moving_mean", "moving_variance"}, &channels));
-  TF_RETURN_IF_ERROR(infer_output(c, inputs, filters, channels, problem, &output));
-  TF_RETURN_IF_ERROR(merge_image(c, "residual", &output));
-  TF_RETURN_IF_ERROR(c->set_output("output", {output}));
-  for (const char* name : {"new_moving_mean", "new_moving_variance", "batch_mean", "inv_std"})
-    TF_RETURN_IF_ERROR(c->set_output(name, {c->Vector(channels)}));
+  known->channels = c->Dim(known->filters, 3);
+  TF_RETURN_IF_ERROR(merge_vectors(c, vectors, &known->channels));
+  TF_RETURN_IF_ERROR(infer_output(c, known->inputs, known->filters, known->channels, known->problem, &known->output));
+  for (const char* name : images) TF_RETURN_IF_ERROR(merge_image(c, name, &known->output));
+  return absl::OkStatus();
+}
+
+absl::Status set_vectors(InferenceContext* c, std::initializer_list<const char*> names, DimensionHandle channels) {
+  for (const char* name : names) TF_RETURN_IF_ERROR(c->set_output(name, {c->Vector(channels)}));
+  return absl::OkStatus();
+}
+
+absl::Status forward_shapes(InferenceContext* c) {
+  Inferred known;
+  TF_RETURN_IF_ERROR(infer(c, {"gamma", "beta", "moving_mean", "moving_variance"}, {"residual"}, &known));
+  TF_RETURN_IF_ERROR(c->set_output("output", {known.output}));
+  TF_RETURN_IF_ERROR(
+      set_vectors(c, {"new_moving_mean", "new_moving_variance", "batch_mean", "inv_std"}, known.channels));
   return c->set_output("conv_out", {conv_out_shape(c)});
 }
 
@@ -148,25 +165,16 @@ absl::Status set_gradient(InferenceContext* c, const char* name, const char* nee
 }
 
 absl::Status gradient_shapes(InferenceContext* c) {
-  Problem problem;
-  ShapeHandle inputs, filters, output;
-  TF_RETURN_IF_ERROR(read_attributes(c, &problem));
-  TF_RETURN_IF_ERROR(find_image(c, "inputs", &inputs));
-  TF_RETURN_IF_ERROR(find_image(c, "filters", &filters));
-  TF_RETURN_IF_ERROR(check_scalar(c, "training"));
-  DimensionHandle channels = c->Dim(filters, 3);
-  TF_RETURN_IF_ERROR(merge_vectors(c,
-                                   {"gamma", "beta", "moving_mean", "moving_variance", "moving_mean_gradient",
-                                    "moving_variance_gradient", "batch_mean", "inv_std"},
-                                   &channels));
-  TF_RETURN_IF_ERROR(infer_output(c, inputs, filters, channels, problem, &output));
-  for (const char* name : {"output_gradient", "residual", "output"}) TF_RETURN_IF_ERROR(merge_image(c, name, &output));
-  TF_RETURN_IF_ERROR(set_gradient(c, "d_inputs", "needs_inputs", inputs));
-  TF_RETURN_IF_ERROR(set_gradient(c, "d_filters", "needs_filters", filters));
-  for (const char* name : {"d_gamma", "d_beta", "d_moving_mean", "d_moving_variance"})
-    TF_RETURN_IF_ERROR(c->set_output(name, {c->Vector(channels)}));
+  Inferred known;
+  TF_RETURN_IF_ERROR(infer(c,
+                           {"gamma", "beta", "moving_mean", "moving_variance", "moving_mean_gradient",
+                            "moving_variance_gradient", "batch_mean", "inv_std"},
+                           {"output_gradient", "residual", "output"}, &known));
+  TF_RETURN_IF_ERROR(set_gradient(c, "d_inputs", "needs_inputs", known.inputs));
+  TF_RETURN_IF_ERROR(set_gradient(c, "d_filters", "needs_filters", known.filters));
+  TF_RETURN_IF_ERROR(set_vectors(c, {"d_gamma", "d_beta", "d_moving_mean", "d_moving_variance"}, known.channels));
   if (int residuals = 0; c->GetAttr("num_residual_gradient", &residuals).ok() && residuals > 0)
-    return c->set_output("d_residual", {output});
+    return c->set_output("d_residual", {known.output});
   return absl::OkStatus();
 }
 
@@ -204,7 +212,8 @@ REGISTER_OP("FusedConvBN")
     .Output("batch_mean: U")
     .Output("inv_std: U")
     .Output("conv_out: T")
-    .FUSEDCONVBN_ATTRIBUTES.SetShapeFn(forward_shapes);
+    .FUSEDCONVBN_ATTRIBUTES.Attr("keep_filters: bool = false")
+    .SetShapeFn(forward_shapes);
 
 REGISTER_OP("FusedConvBNGrad")
     .Input("output_gradient: T")

@@ -1,23 +1,15 @@
 // Scratch memory that outlives a call: fresh pages cost more than many a small convolution.
 #pragma once
 
-#include <sys/mman.h>
-
-#include <algorithm>
-#include <cstdint>
 #include <cstdlib>
 #include <mutex>
-#include <utility>
 #include <vector>
+
+#include "memory.h"
 
 namespace fusedconvbn::tf {
 
 class WorkspacePool {
-  struct Buffer {
-    void* data = nullptr;
-    size_t bytes = 0;
-  };
-
  public:
   // A buffer for as long as this lives, 64-byte aligned; data() is null if there is no memory left.
   class Lease {
@@ -30,7 +22,7 @@ class WorkspacePool {
 
    private:
     WorkspacePool* pool_;
-    Buffer buffer_;
+    Memory buffer_;
   };
 
   // One for the process, never destroyed: kernels may run while it ends.
@@ -41,17 +33,16 @@ class WorkspacePool {
 
  private:
   static constexpr size_t kMaxIdleBuffers = 8, kMaxIdleBytes = size_t{256} << 20;
-  static constexpr size_t kPage = size_t{64} << 10, kHugePage = size_t{2} << 20;
 
   // The smallest idle buffer that is large enough, else a new one.
-  Buffer take(size_t bytes) {
+  Memory take(size_t bytes) {
     {
       std::lock_guard<std::mutex> lock(mutex_);
       auto best = idle_.end();
       for (auto it = idle_.begin(); it != idle_.end(); ++it)
         if (it->bytes >= bytes && (best == idle_.end() || it->bytes < best->bytes)) best = it;
       if (best != idle_.end()) {
-        const Buffer buffer = *best;
+        const Memory buffer = *best;
         idle_.erase(best);
         return buffer;
       }
@@ -59,23 +50,14 @@ class WorkspacePool {
     return allocate(bytes);
   }
 
-  static Buffer allocate(size_t bytes) {
-    if (bytes > SIZE_MAX - kHugePage) return {};
-    const size_t page = bytes >= kHugePage ? kHugePage : kPage, size = std::max(page, (bytes + page - 1) / page * page);
-    void* data = std::aligned_alloc(page, size);
-    if (data == nullptr) return {};
-    if (page == kHugePage) madvise(data, size, MADV_HUGEPAGE);  // a hint: no harm if refused
-    return {data, size};
-  }
-
   // Keeps the buffer, and drops those idle for longest beyond the limits.
-  void give_back(Buffer buffer) {
+  void give_back(Memory buffer) {
     if (buffer.data == nullptr) return;
     std::lock_guard<std::mutex> lock(mutex_);
     idle_.push_back(buffer);
     auto idle_bytes = [this] {
       size_t total = 0;
-      for (const Buffer& idle : idle_) total += idle.bytes;
+      for (const Memory& idle : idle_) total += idle.bytes;
       return total;
     };
     while (idle_.size() > kMaxIdleBuffers || idle_bytes() > kMaxIdleBytes) {
@@ -85,7 +67,7 @@ class WorkspacePool {
   }
 
   std::mutex mutex_;
-  std::vector<Buffer> idle_;  // the one used last is the last
+  std::vector<Memory> idle_;  // the one used last is the last
 };
 
 }  // namespace fusedconvbn::tf
