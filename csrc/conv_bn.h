@@ -56,6 +56,7 @@ struct ConvBnParams {
   // Backward, in training: what forward's plan said that it saves, and whether y is at hand though not required.
   Saved saved = Saved::kConv;
   bool has_output = false;
+  bool strict = false;  // kAuto takes no algorithm that errs more than the direct one; plan_*() sets it
 
   int64_t pixels() const { return batch * out_height * out_width; }  // elements a channel
   int64_t group_in() const { return in_channels / groups; }
@@ -113,6 +114,9 @@ inline bool needs_residual(const ConvBnParams& p) {
   return p.has_residual && p.activation != Activation::kNone && !derivative_from_output(p.activation);
 }
 
+// Whether backward finds z in conv_out.
+inline bool has_conv_out(const ConvBnParams& p) { return p.training && p.saved == Saved::kConv; }
+
 struct DeviceInfo {
   Isa isa = Isa::kGeneric;  // the best that may be used
   int threads = 1;          // how many run_*'s ParallelFor may run at once
@@ -139,7 +143,8 @@ struct Plan {
 std::vector<int64_t> conv_out_shape(const ConvBnParams& params, Saved saved);
 
 // force_kernel: the name of a row (raw.kernels() lists them), used for each stage that it serves; empty: the first row
-// of each stage that supports the problem. The environment variable FUSEDCONVBN_KERNEL does the same.
+// of each stage that supports the problem. The environment variable FUSEDCONVBN_KERNEL does the same;
+// FUSEDCONVBN_STRICT=1 sets params.strict.
 Status plan_forward(const ConvBnParams& params, const DeviceInfo& device, const std::string& force_kernel, Plan* plan);
 Status plan_backward(const ConvBnParams& params, const DeviceInfo& device, const std::string& force_kernel, Plan* plan);
 

@@ -20,8 +20,6 @@ size_t output_elements(const ConvBnParams& p) { return static_cast<size_t>(p.pix
 // will.
 size_t conv_grad_bytes(const ConvBnParams& p) { return align(output_elements(p) * compute_bytes(p)); }
 
-bool has_conv_out(const ConvBnParams& p) { return p.training && p.saved == Saved::kConv; }
-
 Saved saved_by(const Kernel& forward, const ConvBnParams& p) {
   if (!p.training) return Saved::kNothing;
   if (forward.saves == Saved::kMoments) return Saved::kMoments;
@@ -38,6 +36,24 @@ Status forced_name(const std::string& argument, std::string* name) {
     known += std::string(known.empty() ? "" : ", ") + kernel.name;
   }
   return Status::error("kernel must be one of " + known + ". Received: " + *name);
+}
+
+// Reads FUSEDCONVBN_STRICT.
+Status read_strict(bool* strict) {
+  const char* environment = std::getenv("FUSEDCONVBN_STRICT");
+  const std::string value = environment ? environment : "";
+  *strict = value == "1";
+  if (*strict || value.empty() || value == "0") return Status{};
+  return Status::error("FUSEDCONVBN_STRICT must be 0 or 1. Received: " + value);
+}
+
+// A plan without stages, and the name of the forced row.
+Status begin(const ConvBnParams& params, const DeviceInfo& device, const std::string& force_kernel, Plan* plan,
+             std::string* forced) {
+  if (Status s = validate(params); !s.ok()) return s;
+  *plan = Plan{params, device, {}};
+  if (Status s = read_strict(&plan->params.strict); !s.ok()) return s;
+  return forced_name(force_kernel, forced);
 }
 
 bool usable(const Kernel& kernel, const ConvBnParams& params, const DeviceInfo& device) {
@@ -87,10 +103,8 @@ bool backward_in_one(const ConvBnParams& params, const DeviceInfo& device, const
 }  // namespace
 
 Status plan_forward(const ConvBnParams& params, const DeviceInfo& device, const std::string& force_kernel, Plan* plan) {
-  if (Status s = validate(params); !s.ok()) return s;
   std::string forced;
-  if (Status s = forced_name(force_kernel, &forced); !s.ok()) return s;
-  *plan = Plan{params, device, {}};
+  if (Status s = begin(params, device, force_kernel, plan, &forced); !s.ok()) return s;
   if (Status s = add_stages({Stage::kForward}, forced, plan); !s.ok()) return s;
   plan->saved = saved_by(*plan->stages[0], params);
   return Status{};
@@ -98,10 +112,8 @@ Status plan_forward(const ConvBnParams& params, const DeviceInfo& device, const 
 
 Status plan_backward(const ConvBnParams& params, const DeviceInfo& device, const std::string& force_kernel,
                      Plan* plan) {
-  if (Status s = validate(params); !s.ok()) return s;
   std::string forced;
-  if (Status s = forced_name(force_kernel, &forced); !s.ok()) return s;
-  *plan = Plan{params, device, {}};
+  if (Status s = begin(params, device, force_kernel, plan, &forced); !s.ok()) return s;
   if (backward_in_one(params, device, forced)) return add_stages({Stage::kBackward}, forced, plan);
   std::vector<Stage> stages = {Stage::kReduce, Stage::kDgrad, Stage::kWgrad};
   if (!has_conv_out(params)) stages.insert(stages.begin(), Stage::kRecompute);

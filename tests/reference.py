@@ -6,7 +6,8 @@
 
 Every result is an `Expected`: a value and, per element, how far from it a correct implementation may lie that
 accumulates in float32 (float64 for float64 inputs) and rounds its results to their types. A sum of K products p_i may
-err by 4 sqrt(K) eps sqrt(sum p_i^2), the rest is propagation of errors (tests/uncertain.py).
+err by 4 sqrt(K) eps sqrt(sum p_i^2), by LOSS times that where transforms may be used, the rest is propagation of errors
+(tests/uncertain.py).
 """
 
 from __future__ import annotations
@@ -21,7 +22,7 @@ from compare import Expected
 from convolution import Convolution
 from uncertain import Real, bilinear
 
-TRANSFORMS = {"winograd2": 1.0, "winograd4": 10.0}  # error of a sum between transforms, in that of the sum itself
+LOSS = {"winograd2": 1, "winograd4": 3}  # of accuracy, by the transforms of an algorithm
 BLOCK_ROWS = 96  # pixels that an implementation may add up one after the other in its computing type
 
 
@@ -96,8 +97,9 @@ def backward(
     convolution = problem.convolution
     taps = np.prod(convolution.filters_shape[:2])
     terms = taps * problem.group_out
-    d_inputs = bilinear(convolution.inputs_gradient, terms, dz, problem.filters, problem.transforms)
-    d_filters = bilinear(convolution.filters_gradient, problem.count, dz, problem.inputs)
+    d_inputs = bilinear(convolution.inputs_gradient, terms, dz, problem.filters, problem.by_transforms(dz, axis=3))
+    mixed = problem.by_transforms_over_pixels(problem.inputs, dz)
+    d_filters = bilinear(convolution.filters_gradient, problem.count, dz, problem.inputs, mixed)
     return Backward(
         problem.image(d_inputs), d_filters.expected(problem.dtype), problem.vector(d_gamma), problem.vector(d_beta),
         problem.vector(d_mean), problem.vector(d_variance), None if residual is None else problem.image(du),
@@ -120,16 +122,39 @@ class _Problem:
         self.epsilon, self.momentum = attributes["epsilon"], attributes["momentum"]
         self.unbiased, self.training = attributes["unbiased_moving_variance"], attributes["training"]
         self.activation = ACTIVATIONS[attributes["activation"]]
-        self.transforms = TRANSFORMS.get(attributes.get("algorithm"), 0.0)
         self.inputs, self.filters = self.exact_image(inputs), self.exact(filters)
         self.gamma, self.beta = self.exact(gamma), self.exact(beta)
         self.moving_mean, self.moving_variance = self.exact(moving_mean), self.exact(moving_variance)
         self.residual = None if residual is None else self.exact_image(residual)
         geometry = {name: attributes[name] for name in ("strides", "dilations", "padding")}
         self.convolution = Convolution(self.inputs.value.shape, self.filters.value.shape, **geometry)
+        self.loss = self.transforms_loss(attributes)
         self.count = int(np.prod(self.convolution.output_shape[:3]))
         self.group_out = self.filters.value.shape[3] // self.convolution.groups
         self.uses_batch = self.training and self.count > 0
+
+    def transforms_loss(self, attributes) -> float:
+        """Of `LOSS`, 0 where the algorithm has no transforms. "auto" may use the worst of them where they apply."""
+        convolution = self.convolution
+        apply = convolution.filters_shape[:2] == (3, 3) and convolution.groups == 1
+        apply = apply and all(tuple(attributes[name]) == (1, 1) for name in ("strides", "dilations"))
+        pay = apply and min(convolution.filters_shape[2:]) >= 32
+        algorithm = attributes.get("algorithm", "auto")
+        return max(LOSS.values()) if algorithm == "auto" and pay else LOSS.get(algorithm, 0)
+
+    def by_transforms(self, image: Real, axis: int) -> np.ndarray | None:
+        """For `bilinear` of an image and the filters, whose `axis` is summed: all taps count, also those in padding."""
+        if not self.loss or not image.value.size:
+            return None
+        squares = (image.value**2 + image.error**2).mean((0, 1, 2))
+        return self.loss**2 * np.tensordot(squares, np.square(self.filters.value).sum((0, 1)), (0, axis - 2))
+
+    def by_transforms_over_pixels(self, inputs: Real, dz: Real) -> np.ndarray | None:
+        """The same for `bilinear` of two images; the transforms of one tile mix as many elements as a filter has."""
+        if not self.loss or not self.count or not inputs.value.size:
+            return None
+        squares = [(image.value**2 + image.error**2).mean((0, 1, 2)) for image in (inputs, dz)]
+        return self.loss**2 * max(self.count, 9) * np.multiply.outer(*squares)
 
     def exact(self, array) -> Real:
         return Real.exact(array, self.eps)
@@ -153,7 +178,8 @@ class _Problem:
         return int(np.prod(self.filters.value.shape[:3]))
 
     def sums(self) -> Real:
-        return bilinear(self.convolution.forward, self.terms, self.inputs, self.filters, self.transforms)
+        mixed = self.by_transforms(self.inputs, axis=2)
+        return bilinear(self.convolution.forward, self.terms, self.inputs, self.filters, mixed)
 
     def conv_out(self) -> Real:
         """z as the output is made of it: stored in training, not in inference."""
@@ -169,9 +195,7 @@ class _Problem:
         if self.uses_batch:
             z = self.conv_out()
             mean = z.sum() * (1 / self.count)
-            if (
-                self.transforms
-            ):  # rounds the filters once for all pixels: an error of each term that does not average out
+            if self.loss:  # transformed filters are rounded once for all pixels: an error that does not average out
                 mean = Real(mean.value, mean.error + self.sums().error.mean((0, 1, 2)) / np.sqrt(self.terms), self.eps)
             # A correct variance owes nothing to the mean's error. Equal terms round alike, and padding makes many: rows
             # summed one by one err by up to rows * eps / 4. The mean of a block errs by eps * mean, and its distance
@@ -180,6 +204,8 @@ class _Problem:
             variance = (centred * centred).sum() * (1 / self.count)
             rounding = min(self.count, BLOCK_ROWS) / 4 * self.eps * variance.value
             rounding += 2 * self.eps * np.abs(mean.value) * np.sqrt(variance.value / self.count)
+            if self.loss:  # transforms make different errors of equal pixels, and a variance of them
+                rounding = rounding + np.square(z.error / 4).mean((0, 1, 2))
             variance = Real(variance.value, variance.error + rounding, self.eps)
         return _Statistics(mean, variance, self.inverse_root(variance))
 

@@ -52,7 +52,7 @@ SHAPES = [
     ("training", {"training": np.array([True])}, ["True or False"]),
     ("training", {"training": tf.constant([True, False])}, ["scalar", "[2]"]),
     ("save", {"save": "bfloat16"}, ["conv", "bfloat16"]),
-    ("algorithm", {"algorithm": "winograd4"}, ["direct", "winograd4"]),
+    ("algorithm", {"algorithm": "winograd4"}, ["3x3", "groups", "winograd4"]),
     ("algorithm", {"algorithm": "winograd2"}, ["3x3", "groups", "winograd2"]),
     ("epsilon", {"epsilon": 1e-300}, ["float32", "1e-300"]),
     ("epsilon", {"epsilon": 1e300}, ["float32", "1e+300"]),

@@ -218,18 +218,18 @@ INFERENCE_ROWS = [row for row in raw.kernels() if row.stage == "forward" and "mo
 @pytest.mark.parametrize("kernel", INFERENCE_ROWS, ids=lambda row: row.name)
 @pytest.mark.parametrize("dtype", ["f16", "bf16"])
 def test_rounding_to_half_precision_is_to_nearest_even(dtype, kernel):
-    """One pixel under the middle of 3x3 filters: z = 1, gamma = what is to be rounded, so output = gamma, rounded."""
+    """z = 0 whatever the algorithm and beta = what is to be rounded, so output = beta, rounded."""
     if not kernel.available:
         pytest.skip(f"this machine has no {kernel.isa}")
     data = Case(dtype=dtype).numpy_dtype
     with np.errstate(all="ignore"):
-        gamma = float32_samples(data)
-        expected = (gamma + np.float32(0)).astype(data)
-    zeros, ones = np.zeros_like(gamma), np.ones_like(gamma)
-    inputs, filters = np.ones((1, 1, 1, 1), data), np.zeros((3, 3, 1, len(gamma)), data)
-    filters[1, 1] = 1
+        beta = float32_samples(data)
+        expected = (beta + np.float32(0)).astype(data)
+    zeros, ones = np.zeros_like(beta), np.ones_like(beta)
+    channels = len(beta) if "depthwise" in kernel.name else 1
+    inputs, filters = np.zeros((1, 1, 1, channels), data), np.ones((3, 3, 1, len(beta)), data)
     options = {"padding": "SAME", "epsilon": 0.0, "kernel": kernel.name}
-    output = raw.forward(inputs, filters, gamma, zeros, zeros, ones, **options).output
+    output = raw.forward(inputs, filters, ones, beta, zeros, ones, **options).output
     np.testing.assert_array_equal(output.ravel().astype(np.float32), expected.astype(np.float32))
 
 

@@ -87,7 +87,7 @@ BAD = [
     ("training", {"training": 1}, TypeError, r"`training` must be True or False.*training=1"),
     ("unbiased", {"unbiased_moving_variance": None}, TypeError, r"`unbiased_moving_variance` must be True or False"),
     ("algorithm", {"algorithm": "fft"}, ValueError, r"`algorithm` must be one of 'auto'.*'fft'"),
-    ("algorithm", {"algorithm": "winograd4"}, ValueError, r"`algorithm` must be 'auto', 'direct' or.*winograd4"),
+    ("algorithm", {"algorithm": "winograd4", "strides": 2}, ValueError, r"unless the filters are 3x3.*winograd4"),
     ("algorithm", {"algorithm": "winograd2", "strides": 2}, ValueError, r"unless the filters are 3x3.*winograd2"),
     ("save", {"save": "nothing"}, ValueError, r"`save` must be one of 'conv'.*'nothing'"),
     ("save", {"save": "bfloat16"}, ValueError, r"`save` must be 'conv' or 'recompute'.*bfloat16"),

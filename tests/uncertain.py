@@ -61,7 +61,8 @@ class Real:
         axes = tuple(range(self.value.ndim - 1))
         terms = np.prod([self.value.shape[axis] for axis in axes])
         error = summation_error(terms, np.sum(self.value**2, axes), np.sum(self.error**2, axes), self.eps)
-        return Real(self.value.sum(axes), error, self.eps)
+        # In more than float64: many equal terms, as padding makes them, round alike, and float64 cases would see it.
+        return Real(self.value.sum(axes, dtype=np.longdouble).astype(np.float64), error, self.eps)
 
     def rounded(self, dtype: np.dtype) -> Real:
         """Stored in `dtype` and read again: what is off by one unit only because it lies near the middle of two."""
@@ -89,11 +90,13 @@ def summation_error(terms: float, squares: np.ndarray, squared_errors: np.ndarra
     return 4 * (eps * np.sqrt(terms * squares) + np.sqrt(squared_errors))
 
 
-def bilinear(operation: Callable[..., np.ndarray], terms: int, a: Real, b: Real, transforms: float = 0.0) -> Real:
+def bilinear(
+    operation: Callable[..., np.ndarray], terms: int, a: Real, b: Real, by_transforms: np.ndarray | None = None
+) -> Real:
     """operation(a, b), each element of which is a sum of at most `terms` products of an element of each.
 
-    `transforms`: how many times the error of the sums those sums have that are taken between transforms, if they are;
-    transforms mix the elements of a tile: each errs as the mean of its channel (last axis) does, if that is more.
+    `by_transforms`, if given, is a sum of squared products that no element errs less than: transforms mix the elements
+    of a tile.
     """
     a_error, a_square, b_error, b_square = (
         np.square(array.astype(np.float64)) for array in (a.error, a.value, b.error, b.value)
@@ -104,9 +107,9 @@ def bilinear(operation: Callable[..., np.ndarray], terms: int, a: Real, b: Real,
     if b_error.any():
         squared_errors = squared_errors + operation(a_square, b_error)
     squares = operation(a_square, b_square)
-    if transforms and squares.size:
-        squares = np.maximum(squares, squares.mean(tuple(range(squares.ndim - 1))))
-    error = summation_error(terms, max(1.0, transforms) ** 2 * squares, squared_errors, a.eps)
+    if by_transforms is not None and squares.size:
+        squares = np.maximum(squares, by_transforms)
+    error = summation_error(terms, squares, squared_errors, a.eps)
     return Real(operation(a.value, b.value), error, a.eps)
 
 

@@ -41,7 +41,7 @@ Image<C> phase_image(const void* data, const Storage<C>& storage, const ConvBnPa
   return Image<C>(data ? static_cast<const char*>(data) + element * storage.element_bytes : nullptr, storage, grid);
 }
 
-// Conv: Convolution, or WinogradConvolution for the one phase of stride 1.
+// Conv: Convolution, or Winograd2 or Winograd4 for the one phase of stride 1.
 template <class C, template <class> class Conv>
 class Phase {
  public:
@@ -51,7 +51,8 @@ class Phase {
         k_(compute_kernels<C>(set)),
         storage_(storage_of<C>(set, p.dtype)),
         output_(phase_image<C>(d_inputs, storage_, p, height, width)),
-        convolution_(k_, storage_, source(conv_grad), windows(height, width), channels(p)) {}
+        convolution_(k_, storage_, source(conv_grad), windows(height, width), {p.groups, p.group_out(), p.group_in()}) {
+  }
 
   size_t scratch_bytes(int workers) const {
     Arena arena, zeros;
@@ -64,10 +65,8 @@ class Phase {
     Arena arena(scratch);
     if (tap_offset_.empty()) return clear(arena.take<C>(p_.in_channels), parallel);
     const FilterLayout transposed{filters, tap_offset_, p_.group_out(), 1, p_.out_channels};
-    const FilterLayout depthwise{filters, tap_offset_, 0, 0, 1};
     const auto emit = [this](const Tile<C>& t) { output_.write(t.first, t.rows, t.channel, t.cols, {t.data, t.ld}); };
-    convolution_.run(is_depthwise(p_) ? depthwise : transposed, convolution_.carve(&arena, workers), parallel,
-                     {emit, nullptr});
+    convolution_.run(transposed, convolution_.carve(&arena, workers), parallel, {emit, nullptr, nullptr});
   }
 
  private:
@@ -79,11 +78,6 @@ class Phase {
       const int64_t first = block * kBlockRows, rows = std::min(kBlockRows, pixels - first);
       output_.write(first, rows, 0, p_.in_channels, {zeros, 0});
     });
-  }
-
-  static Channels channels(const ConvBnParams& p) {
-    if (is_depthwise(p)) return {true, 1, p.groups, p.groups};
-    return {false, p.groups, p.group_out(), p.group_in()};
   }
 
   Image<C> source(const void* conv_grad) const {
@@ -151,11 +145,13 @@ size_t dgrad_direct_scratch(const KernelSet& set, const ConvBnParams& p, const D
   return scratch_of<Convolution>(set, p, device);
 }
 size_t dgrad_winograd2_scratch(const KernelSet& set, const ConvBnParams& p, const DeviceInfo& device) {
-  return scratch_of<WinogradConvolution>(set, p, device);
+  return scratch_of<Winograd2>(set, p, device);
+}
+size_t dgrad_winograd4_scratch(const KernelSet& set, const ConvBnParams& p, const DeviceInfo& device) {
+  return scratch_of<Winograd4>(set, p, device);
 }
 Status run_dgrad_direct(const KernelSet& set, const StageCall& call) { return run_with<Convolution>(set, call); }
-Status run_dgrad_winograd2(const KernelSet& set, const StageCall& call) {
-  return run_with<WinogradConvolution>(set, call);
-}
+Status run_dgrad_winograd2(const KernelSet& set, const StageCall& call) { return run_with<Winograd2>(set, call); }
+Status run_dgrad_winograd4(const KernelSet& set, const StageCall& call) { return run_with<Winograd4>(set, call); }
 
 }  // namespace fusedconvbn

@@ -12,14 +12,22 @@ namespace {
 bool any_problem(const ConvBnParams&) { return true; }
 bool no_problem(const ConvBnParams&) { return false; }
 
-// Where the transforms cost less than the products they save: F(2x2) has 2.25 times fewer.
+// Where the transforms cost less than the products they save: F(2x2) has 2.25 times fewer, F(4x4) 4 times.
+template <int M>
 bool suits_winograd(const ConvBnParams& p, int64_t height, int64_t width) {
   constexpr int64_t kMinChannels = 32, kMinPixels = 192;
-  if (p.algorithm != Algorithm::kAuto) return p.algorithm == Algorithm::kWinograd2;
-  return p.in_channels >= kMinChannels && p.out_channels >= kMinChannels && p.batch * height * width >= kMinPixels;
+  if (p.algorithm != Algorithm::kAuto) return p.algorithm == (M == 2 ? Algorithm::kWinograd2 : Algorithm::kWinograd4);
+  return !(M == 4 && p.strict) && p.in_channels >= kMinChannels && p.out_channels >= kMinChannels &&
+         p.batch * height * width >= kMinPixels;
 }
-bool forward_winograd2(const ConvBnParams& p) { return suits_winograd(p, p.out_height, p.out_width); }
-bool dgrad_winograd2(const ConvBnParams& p) { return suits_winograd(p, p.in_height, p.in_width); }
+template <int M>
+bool forward_winograd(const ConvBnParams& p) {
+  return suits_winograd<M>(p, p.out_height, p.out_width);
+}
+template <int M>
+bool dgrad_winograd(const ConvBnParams& p) {
+  return suits_winograd<M>(p, p.in_height, p.in_width);
+}
 
 // The second moments serve 1x1 filters whose data needs no conversion.
 bool forward_moments_applies(const ConvBnParams& p) {
@@ -35,12 +43,17 @@ bool backward_moments_applies(const ConvBnParams& p) {
 // Where memory limits the layer, and there are far more pixels than channels for S to be made from.
 bool suits_moments(const ConvBnParams& p) {
   constexpr int64_t kMinBytes = 8 << 20, kMinPixelsPerChannel = 16;
-  return p.algorithm == Algorithm::kAuto && p.pixels() * p.out_channels * 4 >= kMinBytes &&
+  return p.algorithm == Algorithm::kAuto && !p.strict && p.pixels() * p.out_channels * 4 >= kMinBytes &&
          p.pixels() >= kMinPixelsPerChannel * p.in_channels;
 }
 bool one_group(const ConvBnParams& p) { return p.groups == 1; }
 // Where the direct algorithm would fill at most half the columns of a panel.
 bool few_input_channels(const ConvBnParams& p) { return p.in_channels <= 16; }
+
+// It reads z where there is one, and recomputes it with frozen statistics.
+bool backward_depthwise_applies(const ConvBnParams& p) {
+  return depthwise_applies(p) && (!p.training || has_conv_out(p));
+}
 
 size_t no_scratch(const ConvBnParams&, const DeviceInfo&) { return 0; }
 
@@ -77,13 +90,19 @@ Kernel saving_moments(Kernel row) {
 #define FCB_ROWS(isa, Isa_)                                                                              \
   saving_moments(FCB_ROW(forward_moments, kForward, forward_moments_applies, suits_moments, isa, Isa_)), \
       FCB_ROW(backward_moments, kBackward, backward_moments_applies, any_problem, isa, Isa_),            \
-      FCB_ROW(forward_winograd2, kForward, winograd2_applies, forward_winograd2, isa, Isa_),             \
+      FCB_ROW(forward_winograd4, kForward, winograd_applies, forward_winograd<4>, isa, Isa_),            \
+      FCB_ROW(forward_winograd2, kForward, winograd_applies, forward_winograd<2>, isa, Isa_),            \
+      FCB_ROW(forward_depthwise, kForward, depthwise_applies, any_problem, isa, Isa_),                   \
       FCB_ROW(forward_direct, kForward, any_problem, any_problem, isa, Isa_),                            \
       FCB_ROW(reduce_direct, kReduce, any_problem, any_problem, isa, Isa_),                              \
-      FCB_ROW(dgrad_winograd2, kDgrad, winograd2_applies, dgrad_winograd2, isa, Isa_),                   \
+      FCB_ROW(dgrad_winograd4, kDgrad, winograd_applies, dgrad_winograd<4>, isa, Isa_),                  \
+      FCB_ROW(dgrad_winograd2, kDgrad, winograd_applies, dgrad_winograd<2>, isa, Isa_),                  \
       FCB_ROW(dgrad_columns, kDgrad, one_group, few_input_channels, isa, Isa_),                          \
       FCB_ROW(dgrad_direct, kDgrad, any_problem, any_problem, isa, Isa_),                                \
-      FCB_ROW(wgrad_direct, kWgrad, any_problem, any_problem, isa, Isa_)
+      FCB_ROW(wgrad_winograd4, kWgrad, winograd_applies, forward_winograd<4>, isa, Isa_),                \
+      FCB_ROW(wgrad_winograd2, kWgrad, winograd_applies, forward_winograd<2>, isa, Isa_),                \
+      FCB_ROW(wgrad_direct, kWgrad, any_problem, any_problem, isa, Isa_),                                \
+      FCB_ROW(backward_depthwise, kBackward, backward_depthwise_applies, any_problem, isa, Isa_)
 
 const std::vector<Kernel>& kernel_table() {
   static const std::vector<Kernel> table = {

@@ -5,6 +5,7 @@
 
 #include "compute_type.h"
 #include "convolve.h"
+#include "depthwise.h"
 #include "second_moments.h"
 #include "stages.h"
 #include "statistics.h"
@@ -13,7 +14,7 @@
 namespace fusedconvbn {
 namespace {
 
-// Conv: Convolution or WinogradConvolution.
+// Conv: Convolution, Winograd2, Winograd4 or DepthwiseConvolution.
 template <class C, template <class> class Conv>
 class Forward {
  public:
@@ -27,7 +28,8 @@ class Forward {
         conv_out_(conv_out),
         output_(buffers.output, storage_, output_grid(p)),
         residual_(buffers.residual, storage_, output_grid(p)),
-        convolution_(k_, storage_, Image<C>(buffers.inputs, storage_, input_grid(p)), forward_windows(p), channels(p)) {
+        convolution_(k_, storage_, Image<C>(buffers.inputs, storage_, input_grid(p)), forward_windows(p),
+                     {p.groups, p.group_in(), p.group_out()}) {
     Arena arena(scratch);
     scale_ = arena.take<C>(p.out_channels);
     if (p.training) moments_ = BlockMoments<C>::carve(&arena, convolution_.blocks(), p.out_channels);
@@ -64,7 +66,7 @@ class Forward {
       const int64_t at = t.block * p_.out_channels + t.channel;
       k_.moments(t.data, t.ld, t.rows, t.cols, moments_.mean + at, moments_.squares + at);
     };
-    convolve(parallel, {save, measure});
+    convolve(parallel, {save, measure, [this](const Tile<C>& t) { fetch_target(conv_out_, t); }});
     parallel->run(ceil_div(p_.out_channels, kChannelChunk), [&](int64_t chunk, int) { learn(chunk * kChannelChunk); });
     normalize_all(parallel);
   }
@@ -74,17 +76,20 @@ class Forward {
                           if (p_.training) round(t);
                           conv_out_.write(t.first, t.rows, t.channel, t.cols, {t.data, t.ld});
                         },
-                        nullptr});
+                        nullptr, nullptr});
   }
 
  private:
-  static Channels channels(const ConvBnParams& p) {
-    if (is_depthwise(p)) return {true, 1, p.groups, p.groups};
-    return {false, p.groups, p.group_in(), p.group_out()};
+  static void fetch_target(const Image<C>& image, const Tile<C>& t) {
+    if (!image.streams(t.channel, t.cols)) image.fetch(t.first, t.rows, t.channel, t.cols);
   }
 
   void convolve_and_normalize(ParallelFor* parallel) const {
-    convolve(parallel, {[this](const Tile<C>& t) { normalize({t.data, t.ld}, t); }, nullptr});
+    const auto fetch = [this](const Tile<C>& t) {
+      residual_.fetch(t.first, t.rows, t.channel, t.cols);
+      fetch_target(output_, t);
+    };
+    convolve(parallel, {[this](const Tile<C>& t) { normalize({t.data, t.ld}, t); }, nullptr, fetch});
   }
 
   int64_t columns() const { return std::max(kChannelChunk, k_.panel); }  // of a block in scratch
@@ -291,7 +296,10 @@ size_t forward_direct_scratch(const KernelSet& set, const ConvBnParams& p, const
   return scratch_of<Convolution>(set, p, device);
 }
 size_t forward_winograd2_scratch(const KernelSet& set, const ConvBnParams& p, const DeviceInfo& device) {
-  return scratch_of<WinogradConvolution>(set, p, device);
+  return scratch_of<Winograd2>(set, p, device);
+}
+size_t forward_winograd4_scratch(const KernelSet& set, const ConvBnParams& p, const DeviceInfo& device) {
+  return scratch_of<Winograd4>(set, p, device);
 }
 size_t forward_moments_scratch(const KernelSet& set, const ConvBnParams& p, const DeviceInfo& device) {
   return with_compute_type(
@@ -303,9 +311,14 @@ Status run_forward_moments(const KernelSet& set, const StageCall& call) {
   });
   return Status{};
 }
+size_t forward_depthwise_scratch(const KernelSet& set, const ConvBnParams& p, const DeviceInfo& device) {
+  return scratch_of<DepthwiseConvolution>(set, p, device);
+}
 Status run_forward_direct(const KernelSet& set, const StageCall& call) { return run_with<Convolution>(set, call); }
-Status run_forward_winograd2(const KernelSet& set, const StageCall& call) {
-  return run_with<WinogradConvolution>(set, call);
+Status run_forward_winograd2(const KernelSet& set, const StageCall& call) { return run_with<Winograd2>(set, call); }
+Status run_forward_winograd4(const KernelSet& set, const StageCall& call) { return run_with<Winograd4>(set, call); }
+Status run_forward_depthwise(const KernelSet& set, const StageCall& call) {
+  return run_with<DepthwiseConvolution>(set, call);
 }
 
 }  // namespace fusedconvbn

@@ -20,7 +20,11 @@ namespace {
 namespace fusedconvbn {
 namespace {
 #include "elementwise.inl"
-#include "gemm.inl"
+
+#include "gemm.inl"  // kTileRows and the panel of all that follows
+
+#include "depthwise.inl"
+#include "planes.inl"
 #include "pointwise.inl"
 #include "storage.inl"
 #include "winograd.inl"
@@ -43,6 +47,12 @@ static constexpr void fill_activation(ComputeKernels<C>* k) {
   }
 }
 
+template <class C, int M>
+static constexpr WinogradKernels<C> winograd_kernels() {
+  return {winograd_window<C, M>, winograd_gradient<C, M>, winograd_filter<C, M>, winograd_filter_gradient<C, M>,
+          winograd_output<C, M>};
+}
+
 template <class C>
 static constexpr ComputeKernels<C> compute_kernels() {
   ComputeKernels<C> k{};
@@ -56,9 +66,13 @@ static constexpr ComputeKernels<C> compute_kernels() {
   k.transpose = transpose<C>;
   k.add_rows = add_rows<C>;
   k.depthwise_outer = depthwise_outer<C>;
-  k.winograd_window = winograd_window<C>;
-  k.winograd_filter = winograd_filter<C>;
-  k.winograd_output = winograd_output<C>;
+  k.multiply_planes = multiply_planes<C>;
+  k.add_planes = add_planes<C>;
+  k.winograd2 = winograd_kernels<C, 2>();
+  k.winograd4 = winograd_kernels<C, 4>();
+  k.depthwise_copy = depthwise_copy<C>;
+  k.depthwise_spread = depthwise_spread<C>;
+  k.depthwise_fold = depthwise_fold<C>;
   k.moments = moments<C>;
   k.row_means = row_means<C>;
   k.center_rows = center_rows<C>;
