@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import ctypes
+import functools
 import pathlib
 from collections.abc import Callable
+from typing import Any
 
 import numpy as np
 
@@ -58,36 +60,48 @@ class KernelCalls:
         self._residual, self._gradient = _aligned(data.residual), _aligned(gradient)
         shape = problem.case.output_shape(problem.batch)
         self.output = _empty(shape, data.inputs.dtype)
-        self._conv_out = _empty(shape, data.inputs.dtype) if problem.training else None
+        self._kept: dict[str, np.ndarray | None] = {"nothing": None}  # what forward leaves for backward, by its kind
         self.moments = [np.empty_like(weights.gamma) for _ in range(4)]  # new moving mean and variance, mean, 1 / std
 
-    def plan(self, direction: str, kernel: str | None = None, threads: int = 1) -> object:
+    def plan(self, direction: str, kernel: str | None = None, saved: str = "conv", threads: int = 1) -> Any:
         """What `raw.plan` says; a ValueError if `kernel` does not support the problem."""
         problem, case = self._problem, self._problem.case
         return raw.plan(
             case.input_shape(problem.batch), case.filter_shape, dtype=problem.dtype, strides=case.stride,
             dilations=case.dilation, padding=case.op_padding, activation=case.activation, residual=case.residual,
             training=problem.training, epsilon=EPSILON, momentum=MOMENTUM, algorithm=problem.algorithm,
-            save=problem.save, direction=direction, kernel=kernel, threads=threads,
+            save=problem.save, direction=direction, saved=saved, kernel=kernel,
+            threads=threads,
         )  # fmt: skip
 
-    def forward(self, plan: object) -> Call:
+    def saved_by(self, plan: Any) -> str:
+        """What a plan of forward leaves for backward, as plan() takes it."""
+        if not plan.conv_out_shape:
+            return "nothing"
+        return "conv" if tuple(plan.conv_out_shape) == self.output.shape else "moments"
+
+    def forward(self, plan: Any) -> Call:
         """Writes `output`, and in training what backward reads."""
-        arrays = (*self._images, *self._vectors, self._residual, self.output, *self.moments, self._conv_out)
+        saved = self.saved_by(plan)
+        if saved not in self._kept:
+            self._kept[saved] = _empty(tuple(plan.conv_out_shape), self.output.dtype)
+        arrays = (*self._images, *self._vectors, self._residual, self.output, *self.moments, self._kept[saved])
         return lambda: _load.core().forward(plan, *arrays)
 
-    def backward(self, plan: object, needs_inputs: bool, needs_filters: bool) -> Call:
-        """Call forward() once before; the moving statistics have no gradients."""
-        inputs, filters = self._images
+    @functools.cached_property
+    def gradients(self) -> list[np.ndarray | None]:
+        """Of inputs, filters, gamma, beta, the moving statistics, the residual: where backward() writes."""
+        images = [_empty(array.shape, array.dtype) for array in self._images]
+        residual = None if self._residual is None else _empty(self.output.shape, self.output.dtype)
+        return [*images, *(np.empty_like(vector) for vector in self._vectors), residual]
+
+    def backward(self, plan: Any, saved: str, needs_inputs: bool = True, needs_filters: bool = True) -> Call:
+        """For a plan made for `saved`, which a call of forward() has left; the moving statistics have no gradients."""
         no_gradient = np.zeros_like(self._vectors[0])
-        saved = (self._residual, self.output, *self.moments[2:], self._conv_out)
-        self.gradients = [
-            _empty(inputs.shape, inputs.dtype) if needs_inputs else None,
-            _empty(filters.shape, filters.dtype) if needs_filters else None,
-            *(np.empty_like(no_gradient) for _ in range(4)),
-            None if self._residual is None else _empty(self.output.shape, self.output.dtype),
-        ]
-        arrays = (self._gradient, no_gradient, no_gradient, *self._images, *self._vectors, *saved, *self.gradients)
+        left = (self._residual, self.output, *self.moments[2:], self._kept[saved])
+        d_inputs, d_filters, *others = self.gradients
+        results = (d_inputs if needs_inputs else None, d_filters if needs_filters else None, *others)
+        arrays = (self._gradient, no_gradient, no_gradient, *self._images, *self._vectors, *left, *results)
         return lambda: _load.core().backward(plan, *arrays)
 
 
@@ -102,10 +116,12 @@ class MeasuredKernels(Measured):
     def build(self, problem: Problem, expected: pathlib.Path) -> tuple[MeasuredCall, Naming]:
         gradient = np.load(expected / "output_gradient.npy") if problem.mode == TRAIN_STEP else None
         copies = [KernelCalls(problem, copy, None if copy else gradient) for copy in range(problem.copies)]
-        runs = [copy.forward(copy.plan("forward", threads=self._threads)) for copy in copies]
+        plan = copies[0].plan("forward", threads=self._threads)
+        runs = [copy.forward(plan) for copy in copies]
         if problem.mode == TRAIN_STEP:
-            plan = copies[0].plan("backward", threads=self._threads)
-            runs = [run for pair in zip(runs, (copy.backward(plan, True, True) for copy in copies)) for run in pair]
+            saved = copies[0].saved_by(plan)
+            plan = copies[0].plan("backward", saved=saved, threads=self._threads)
+            runs = [run for pair in zip(runs, (copy.backward(plan, saved) for copy in copies)) for run in pair]
 
         def call() -> list[None]:
             return [run() for run in runs]

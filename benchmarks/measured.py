@@ -15,6 +15,8 @@ from benchmarks.problem import AnyProblem
 Call = Callable[[], Sequence[Any]]  # computes everything that the problem's mode says
 Naming = Callable[[Sequence[Any]], Mapping[str, Any]]  # of a call's outputs, by the names of the reference
 
+CLOCKS: dict[str, Callable[[], float]] = {"wall": time.perf_counter, "cpu": time.process_time}
+
 
 class Measured:
     """One implementation of one problem; a subclass knows how to build it."""
@@ -54,15 +56,16 @@ class Measured:
         self._memory = {"peak_bytes": peak, "working_bytes": max(0, peak - before)}
         return outputs
 
-    def sample(self, repeats: int) -> float:
+    def sample(self, repeats: int, clock: str) -> float:
         """Seconds a layer, the mean of so many calls."""
         outputs: Sequence[Any] = ()
-        start = time.perf_counter()
+        now = CLOCKS[clock]
+        start = now()
         for _ in range(repeats):
             del outputs  # a network would not hold them twice
             outputs = self._call()
         self.synchronize(outputs)
-        return (time.perf_counter() - start) / (repeats * self._copies)
+        return (now() - start) / (repeats * self._copies)
 
     def memory_of_a_call(self) -> dict[str, int]:
         """Bytes: the peak, and how far it is above what there was before."""

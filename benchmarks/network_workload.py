@@ -12,11 +12,11 @@ import tensorflow as tf
 from benchmarks.cases import Case
 from benchmarks.implementations import BASELINES, TRAIN_STEP, Implementation
 from benchmarks.layers import Layer, moments
-from benchmarks.measured import Call, Measured, Naming, file_type
+from benchmarks.measured import Call, Naming, file_type
 from benchmarks.network_data import NetworkDraw, network_images, network_labels
 from benchmarks.networks import Program, Weights, assemble
 from benchmarks.problem import NetworkProblem, Problem
-from benchmarks.workload import Machine, Reference, compiled
+from benchmarks.workload import MeasuredInTensorFlow, Reference, compiled
 
 [_MOMENTS] = (each for each in BASELINES if each.name == "moments")  # its op takes float64, the fused one does not
 
@@ -86,13 +86,8 @@ class NetworkBuilder(Program):
         return results
 
 
-class MeasuredNetwork(Machine, Measured):
-    """One implementation of a whole network."""
-
-    def __init__(self, threads: int, device: str, implementation: Implementation):
-        Measured.__init__(self)
-        Machine.__init__(self, threads, device)
-        self._implementation = implementation
+class MeasuredNetwork(MeasuredInTensorFlow):
+    """A whole network."""
 
     def build(self, problem: NetworkProblem, expected: pathlib.Path) -> tuple[Call, Naming]:
         builder = NetworkBuilder(problem, self._implementation.load())

@@ -23,7 +23,8 @@ from benchmarks.implementations import (
     choose,
     choose_peers,
 )
-from benchmarks.networks import NETWORKS
+from benchmarks.measured import CLOCKS
+from benchmarks.networks import NETWORKS, outline
 from benchmarks.problem import DTYPES, AnyProblem, NetworkProblem, problems_of
 from benchmarks.session import Settings
 from fusedconvbn._arguments import ALGORITHMS, SAVES
@@ -100,6 +101,12 @@ def _parser() -> argparse.ArgumentParser:
         "--sample-ms", type=positive_number, help=f"length of one sample (default: {_DEFAULTS['sample_ms']:.0f})"
     )
     parser.add_argument(
+        "--clock",
+        choices=sorted(CLOCKS),
+        default="wall",
+        help="cpu: CPU time of the process, for one thread on a busy machine",
+    )
+    parser.add_argument(
         "--quick", action="store_true", help=f"the {_QUICK_LAYERS} smallest layers, few and short rounds: a smoke test"
     )
     parser.add_argument(
@@ -127,7 +134,7 @@ def _cases(options: argparse.Namespace) -> list[Case]:
 
 def _check_options(parser: argparse.ArgumentParser, options: argparse.Namespace, cases: Sequence[Case]) -> None:
     """What argparse cannot see; ends with exit code 2."""
-    for case in cases:
+    for case in cases or outline(options.network, *_NETWORK_SIZE[options.quick]).cases:
         elements = options.batch * case.out_height * case.out_width
         if options.mode != INFERENCE and elements < _FEWEST_ELEMENTS:
             parser.error(
@@ -136,6 +143,10 @@ def _check_options(parser: argparse.ArgumentParser, options: argparse.Namespace,
             )
     if options.fail_below is not None and options.baseline is None and not options.peer:
         parser.error("--fail-below needs --baseline or --peer: whose speed is the measure")
+    if options.clock == "cpu" and options.threads > 1:
+        parser.error(
+            f"--clock cpu is for --threads 1: it adds the threads' times. Received: --threads {options.threads}"
+        )
     if options.network and options.mode not in (INFERENCE, TRAIN_STEP):
         parser.error(f"--network is for --mode {INFERENCE} and {TRAIN_STEP}. Received: {options.mode}")
     for option, path in (("--json", options.json), ("--plot", options.plot)):
@@ -155,13 +166,14 @@ def _settings(options: argparse.Namespace) -> Settings:
         rounds=options.rounds or (_GATE_ROUNDS if options.fail_below is not None else defaults["rounds"]),
         sample_seconds=(options.sample_ms or defaults["sample_ms"]) / 1e3,
         peak_size=_PEAK_SIZE[options.quick],
+        clock=options.clock,
         timeout=options.timeout,
     )
 
 
 def described(options: argparse.Namespace, settings: Settings) -> dict[str, Any]:
     """The options as the JSON file holds them."""
-    names = ("mode", "batch", "dtype", "threads", "algorithm", "save", "quick", "fail_below")
+    names = ("mode", "batch", "dtype", "threads", "algorithm", "save", "clock", "quick", "fail_below")
     return {
         "what": options.suite or options.network or "shapes",
         **{name: getattr(options, name) for name in names},

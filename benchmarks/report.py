@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import dataclasses
+import functools
 from collections.abc import Sequence
 from typing import Any
 
@@ -10,7 +12,9 @@ from rich.console import Group, RenderableType
 from rich.markup import escape
 from rich.table import Table
 
+from benchmarks.hardware import Limits
 from benchmarks.implementations import OURS, Implementation
+from benchmarks.roofline import Bound, bound
 from benchmarks.session import OK, WRONG, Outcome, Row
 from benchmarks.statistics import bootstrap_interval, geometric_mean, median, round_ratios, spread
 
@@ -19,7 +23,7 @@ INTERVAL = 0.9  # probability that a layer's ratio lies in its interval
 _MIB = 1 << 20
 
 
-def _outcome(outcome: Outcome, row: Row, peak: float) -> dict[str, Any]:
+def _outcome(outcome: Outcome, row: Row, peak: float, limit: Bound | None) -> dict[str, Any]:
     result: dict[str, Any] = {"status": outcome.status}
     if outcome.status != OK:
         return result | {"detail": outcome.detail}
@@ -34,6 +38,8 @@ def _outcome(outcome: Outcome, row: Row, peak: float) -> dict[str, Any]:
         "peak_fraction": flops / peak,
         **outcome.memory,
     }
+    if limit:
+        result["limit_fraction"] = limit.seconds / seconds
     if outcome is not ours and ours.status == OK:
         ratios = round_ratios(outcome.samples, ours.samples)
         result |= {
@@ -44,8 +50,9 @@ def _outcome(outcome: Outcome, row: Row, peak: float) -> dict[str, Any]:
     return result
 
 
-def _layer(row: Row, peak: float) -> dict[str, Any]:
+def _layer(row: Row, peak: float, limits: Limits | None) -> dict[str, Any]:
     problem = row.problem
+    limit = bound(problem, limits) if limits else None
     return {
         "name": problem.name,
         "peak_gflops": row.peak_flops / 1e9,
@@ -53,7 +60,8 @@ def _layer(row: Row, peak: float) -> dict[str, Any]:
         "times": problem.times,
         "copies": problem.copies,
         "gflop": problem.flops / 1e9,
-        "implementations": {name: _outcome(outcome, row, peak) for name, outcome in row.outcomes.items()},
+        **({"limit_ms": limit.seconds * 1e3, "limited_by": limit.by} if limit else {}),
+        "implementations": {name: _outcome(outcome, row, peak, limit) for name, outcome in row.outcomes.items()},
     }
 
 
@@ -79,6 +87,20 @@ def _summary(name: str, what: str, layers: Sequence[dict[str, Any]]) -> dict[str
     return result
 
 
+def _limits(rows: Sequence[Row]) -> Limits | None:
+    """The best of the run."""
+    found = [row.limits for row in rows if row.limits]
+    return functools.reduce(Limits.best, found) if found else None
+
+
+def _described(limits: Limits) -> dict[str, Any]:
+    bandwidths = [
+        {"bytes": size, **{f"{name}_gb": value / 1e9 for name, value in dataclasses.asdict(each).items()}}
+        for size, each in limits.bandwidths.items()
+    ]
+    return {"gflops": limits.flops / 1e9, "bandwidths": bandwidths}
+
+
 def make_report(
     rows: Sequence[Row],
     implementations: Sequence[Implementation],
@@ -88,12 +110,14 @@ def make_report(
 ) -> dict[str, Any]:
     """Everything that was measured and where."""
     peak = max(row.peak_flops for row in rows)
-    layers = [_layer(row, peak) for row in rows]
+    limits = _limits(rows)
+    layers = [_layer(row, peak, limits) for row in rows]
     return {
         "schema": SCHEMA,
         "settings": settings,
         "machine": machine | rows[0].device,
-        "peak": {"what": peak_what, "gflops": peak / 1e9},
+        "peak": {"what": limits.what if limits else peak_what, "gflops": peak / 1e9},
+        **({"limits": _described(limits)} if limits else {}),
         "layers": layers,
         "summary": {each.name: _summary(each.name, each.what, layers) for each in implementations},
     }
@@ -143,12 +167,13 @@ def _cell(result: dict[str, Any], gate: bool) -> str:
 
 def _own_cells(result: dict[str, Any]) -> list[str]:
     if result["status"] != OK:
-        return [_cell(result, gate=False), "", "", ""]
+        return [_cell(result, gate=False), *[""] * 4]
     return [
         f"{result['median_ms']:.3f}",
         f"{result['iqr_ms']:.3f}",
         f"{result['gflops']:.1f}",
         f"{result['peak_fraction']:.0%}",
+        f"{result['limit_fraction']:.0%}" if "limit_fraction" in result else "",
     ]
 
 
@@ -157,7 +182,7 @@ def _layer_table(report: dict[str, Any]) -> Table:
     gate = report["settings"].get("fail_below") is not None
     table = Table(box=box.SIMPLE_HEAD, title="milliseconds a layer; 1.50x: fusedconvbn is 1.5 times as fast")
     table.add_column("layer", no_wrap=True)
-    for heading in ("times", "GFLOP", OURS.name, "IQR", "GFLOP/s", "of peak", *baselines):
+    for heading in ("times", "GFLOP", OURS.name, "IQR", "GFLOP/s", "of peak", "of limit", "limit", *baselines):
         table.add_column(heading, justify="right", no_wrap=True)
     for layer in report["layers"]:
         results = layer["implementations"]
@@ -166,6 +191,7 @@ def _layer_table(report: dict[str, Any]) -> Table:
             str(layer["times"]),
             f"{layer['gflop']:.3f}",
             *_own_cells(results[OURS.name]),
+            f"{layer['limit_ms']:.3f} {layer['limited_by']}" if "limit_ms" in layer else "",
             *(_cell(results[name], gate) for name in baselines),
         )
     return table

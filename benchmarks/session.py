@@ -14,10 +14,13 @@ from typing import Any
 import numpy as np
 
 from benchmarks.correctness import mismatch
+from benchmarks.hardware import Limits, compiler
 from benchmarks.implementations import Implementation
 from benchmarks.problem import AnyProblem, NetworkProblem
 from benchmarks.process import Worker, WorkerError, library_environment
+from benchmarks.roofline import sizes
 
+_HARDWARE_SECONDS = 0.002  # of a sample of what the machine can do: short, for the best of many
 OK, WRONG, FAILED = "ok", "wrong", "failed"
 
 
@@ -30,6 +33,7 @@ class Settings:
     rounds: int
     sample_seconds: float  # a sample repeats its call until it takes about this long
     peak_size: int  # of the matrices whose product is the peak
+    clock: str  # of measured.CLOCKS
     timeout: float  # seconds that a worker may take for one answer
 
 
@@ -50,7 +54,8 @@ class Row:
     problem: AnyProblem
     outcomes: dict[str, Outcome]
     device: dict[str, str]  # where TensorFlow ran
-    peak_flops: float  # a second, measured just before
+    peak_flops: float  # a second, measured just before: of the limits, else of a product of matrices
+    limits: Limits | None = None  # of the processor; None on a GPU and without a C compiler
 
 
 def measure(
@@ -61,10 +66,27 @@ def measure(
 ) -> list[Row]:
     """Measures each problem; calls advance() steps() times. WorkerError: no reference, so nothing can be checked."""
     rows = []
-    for problem in problems:
-        with tempfile.TemporaryDirectory() as folder:
-            rows.append(_measure_one(problem, implementations, settings, pathlib.Path(folder), advance))
+    with contextlib.ExitStack() as stack:
+        folder = pathlib.Path(stack.enter_context(tempfile.TemporaryDirectory()))
+        hardware = stack.enter_context(_hardware(settings, folder))
+        for problem in problems:
+            with tempfile.TemporaryDirectory(dir=folder) as own:
+                rows.append(_measure_one(problem, implementations, settings, hardware, pathlib.Path(own), advance))
     return rows
+
+
+@contextlib.contextmanager
+def _hardware(settings: Settings, folder: pathlib.Path) -> Iterator[Worker | None]:
+    """Measures the machine; None where nothing compiles its loops."""
+    if compiler() is None or settings.device == "gpu":
+        yield None
+        return
+    setup = (settings.threads, _HARDWARE_SECONDS)
+    with contextlib.closing(
+        Worker("benchmarks.hardware:Hardware", setup, folder / "hardware.log", settings.timeout, fresh={})
+    ) as worker:
+        worker.wait()
+        yield worker
 
 
 def steps(problems: Sequence[AnyProblem], implementations: Sequence[Implementation], settings: Settings) -> int:
@@ -76,6 +98,7 @@ def _measure_one(
     problem: AnyProblem,
     implementations: Sequence[Implementation],
     settings: Settings,
+    hardware: Worker | None,
     folder: pathlib.Path,
     advance: Callable[[str], None],
 ) -> Row:
@@ -94,7 +117,10 @@ def _measure_one(
         reference.wait()
         reference.call("expect", problem, folder / "expected")
         device = reference.call("describe")
-        peak = reference.call("peak_flops", problem.dtype, settings.peak_size)
+        limits = (
+            hardware.call("measure", problem.dtype, sizes(problem)) if hardware and device["device"] == "cpu" else None
+        )
+        peak = limits.flops if limits else reference.call("peak_flops", problem.dtype, settings.peak_size)
     with contextlib.ExitStack() as stack:
         workers, outcomes = {}, {}
         for each in implementations:
@@ -102,7 +128,7 @@ def _measure_one(
             worker = workers[each.name] = stack.enter_context(contextlib.closing(start_measured(each)))
             outcomes[each.name] = _check(problem, worker, folder / "expected", folder / each.name)
         _time(problem, workers, outcomes, settings, advance)
-    return Row(problem, outcomes, device, peak)
+    return Row(problem, outcomes, device, peak, limits)
 
 
 def _factories(problem: AnyProblem) -> tuple[str, str]:
@@ -141,14 +167,14 @@ def _time(
     repeats = {}
     for name, worker in right.items():
         with _failure_in(outcomes[name]):
-            seconds = worker.call("sample", 1) * problem.copies
+            seconds = worker.call("sample", 1, settings.clock) * problem.copies
             repeats[name] = max(1, math.ceil(settings.sample_seconds / seconds))
     for round_number in range(settings.rounds):
         advance(f"{problem.name}: round {round_number + 1}")
         for name, count in repeats.items():
             if outcomes[name].status == OK:
                 with _failure_in(outcomes[name]):
-                    outcomes[name].samples.append(right[name].call("sample", count))
+                    outcomes[name].samples.append(right[name].call("sample", count, settings.clock))
 
 
 @contextlib.contextmanager

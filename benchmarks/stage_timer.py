@@ -25,7 +25,7 @@ _DOUBTFUL = 0.02  # a loss beyond this is measured once more: the least of sever
 class Stage:
     """One stage of one problem: what each kernel takes, and what the choice loses against the best of them."""
 
-    name: str  # inference, train-forward, dgrad, wgrad, backward
+    name: str  # inference, train-forward, dgrad, wgrad, train-step
     chosen: str
     best: str
     loss: float  # time of the chosen kernel / time of the best one - 1
@@ -44,6 +44,18 @@ def _sample(call: Call, repeats: int) -> float:
     return (time.thread_time() - start) / repeats
 
 
+def _name(forward: Any, backward: Any) -> str:
+    return " + ".join([*forward.kernels, *backward.kernels])
+
+
+def _both(forward: Call, backward: Call) -> Call:
+    def call() -> None:
+        forward()
+        backward()
+
+    return call
+
+
 class StageTimer:
     """Interleaved medians of bare kernel calls on one thread."""
 
@@ -60,50 +72,73 @@ class StageTimer:
         inference = Problem(**common, mode=INFERENCE, training=False)
         forward = Problem(**common, mode=TRAIN_FORWARD, training=True)
         step = Problem(**common, mode=TRAIN_STEP, training=True)
-        return [*self._forward(inference), *self._forward(forward), *self._backward(step)]
+        return [*self._forward(inference), *self._forward(forward), *self._step(step)]
 
-    def _plans(self, calls: KernelCalls, direction: str, stage: str) -> dict[str, Any]:
+    def _plans(self, calls: KernelCalls, direction: str, stage: str, saved: str = "conv") -> dict[str, Any]:
         """A plan for each row of the stage that supports the problem."""
         plans = {}
         for row in self._rows:
             if row.stage == stage:
                 try:
-                    plans[row.name] = calls.plan(direction, row.name)
+                    plans[row.name] = calls.plan(direction, row.name, saved)
                 except ValueError:  # does not support it
                     continue
         return plans
 
     def _forward(self, problem: Problem) -> list[Stage]:
+        """In training, of the rows that leave the same for backward as the chosen one: the step judges the others."""
         calls = KernelCalls(problem)
-        [chosen] = calls.plan("forward").kernels
-        runs = {name: calls.forward(plan) for name, plan in self._plans(calls, "forward", "forward").items()}
-        return [self._stage(problem.mode, chosen, runs)] if chosen in runs else []
+        chosen = calls.plan("forward")
+        saved = calls.saved_by(chosen)
+        plans = self._plans(calls, "forward", "forward")
+        runs = {name: calls.forward(plan) for name, plan in plans.items() if calls.saved_by(plan) == saved}
+        [name] = chosen.kernels
+        return [self._stage(problem.mode, name, runs)] if name in runs else []
 
-    def _backward(self, problem: Problem) -> list[Stage]:
-        """Of a stage inside the backward plan: the time with it less the time of the reduction alone."""
+    def _step(self, problem: Problem) -> list[Stage]:
+        """The stages of backward from a saved convolution, and the whole step."""
         calls = KernelCalls(problem)
-        calls.forward(calls.plan("forward"))()
-        reduction = next(iter(self._plans(calls, "backward", "reduce").values()))  # forced, so that stages are used
-        base = calls.backward(reduction, needs_inputs=False, needs_filters=False)
+        stages = self._stages_of_backward(calls)
+        lost = {stage.chosen: stage.lost_seconds for stage in stages}
+        return [*stages, self._whole(calls, lost)]
+
+    def _stages_of_backward(self, calls: KernelCalls) -> list[Stage]:
+        """Of each: the time with it less the time of the reduction alone."""
+        plans = self._plans(calls, "forward", "forward").values()
+        calls.forward(next(plan for plan in plans if calls.saved_by(plan) == "conv"))()
+        reduction = self._staged(calls, "conv")
+        base = calls.backward(reduction, "conv", needs_inputs=False, needs_filters=False)
         stages = []
         for stage, needs in (("dgrad", (True, False)), ("wgrad", (False, True))):
             [chosen] = [name for name in reduction.kernels if name.startswith(stage)]
             plans = self._plans(calls, "backward", stage)
-            runs = {name: calls.backward(plan, *needs) for name, plan in plans.items()}
+            runs = {name: calls.backward(plan, "conv", *needs) for name, plan in plans.items()}
             if chosen in runs:
                 stages.append(self._stage(stage, chosen, runs, base))
-        return [*stages, self._whole(calls, reduction, sum(stage.lost_seconds for stage in stages))]
+        return stages
 
-    def _whole(self, calls: KernelCalls, staged: Any, lost: float) -> Stage:
-        """All of backward: its stages, with what their choice lost, against rows that do it in one."""
-        in_stages = " + ".join(staged.kernels)
-        runs = {in_stages: calls.backward(staged, True, True)}
-        for name, plan in self._plans(calls, "backward", "backward").items():
-            runs[name] = calls.backward(plan, True, True)
-        chosen = calls.plan("backward").kernels
-        stage = self._stage("backward", chosen[0] if len(chosen) == 1 else in_stages, runs)
-        least = min(stage.seconds[stage.best], stage.seconds[in_stages] - lost)
-        loss = stage.seconds[stage.chosen] / least - 1 if lost else stage.loss
+    def _staged(self, calls: KernelCalls, saved: str) -> Any:
+        """A plan of backward in stages, whatever the choice is: a reduction is forced."""
+        return next(iter(self._plans(calls, "backward", "reduce", saved).values()))
+
+    def _whole(self, calls: KernelCalls, lost: Mapping[str, float]) -> Stage:
+        """Forward with each row, then backward in every way from what it leaves; `lost` by the choice in its stages."""
+        runs = {}
+        for forward in self._plans(calls, "forward", "forward").values():
+            saved = calls.saved_by(forward)
+            in_one = self._plans(calls, "backward", "backward", saved).values()
+            for backward in (calls.plan("backward", saved=saved), self._staged(calls, saved), *in_one):
+                name = _name(forward, backward)
+                runs[name] = _both(calls.forward(forward), calls.backward(backward, saved))
+        forward = calls.plan("forward")
+        backward = calls.plan("backward", saved=calls.saved_by(forward))
+        chosen = _name(forward, backward)
+        if chosen not in runs:  # it is excluded
+            runs[chosen] = _both(calls.forward(forward), calls.backward(backward, calls.saved_by(forward)))
+        stage = self._stage(TRAIN_STEP, chosen, runs)
+        lost_seconds = sum(lost.get(kernel, 0.0) for kernel in backward.kernels)
+        least = min(stage.seconds[stage.best], stage.seconds[stage.chosen] - lost_seconds)
+        loss = max(stage.loss, stage.seconds[stage.chosen] / least - 1 if lost_seconds else 0.0)
         return dataclasses.replace(stage, loss=loss, lost_seconds=loss * least)
 
     def _stage(self, name: str, chosen: str, runs: Mapping[str, Call], base: Call | None = None) -> Stage:

@@ -88,13 +88,17 @@ class Reference(Machine):
         return time.perf_counter() - start
 
 
-class MeasuredLayer(Machine, Measured):
-    """One implementation of one layer."""
+class MeasuredInTensorFlow(Machine, Measured):
+    """One implementation, on the machine's device."""
 
     def __init__(self, threads: int, device: str, implementation: Implementation):
         Measured.__init__(self)
         Machine.__init__(self, threads, device)
         self._implementation = implementation
+
+
+class MeasuredLayer(MeasuredInTensorFlow):
+    """One layer."""
 
     def build(self, problem: Problem, expected: pathlib.Path) -> tuple[Call, Naming]:
         data = [make_data(problem, copy) for copy in range(problem.copies)]

@@ -114,6 +114,9 @@ inline bool needs_residual(const ConvBnParams& p) {
   return p.has_residual && p.activation != Activation::kNone && !derivative_from_output(p.activation);
 }
 
+// Whether backward finds z in conv_out.
+inline bool has_conv_out(const ConvBnParams& p) { return p.training && p.saved == Saved::kConv; }
+
 struct DeviceInfo {
   Isa isa = Isa::kGeneric;  // the best that may be used
   int threads = 1;          // how many run_*'s ParallelFor may run at once

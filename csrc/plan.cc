@@ -20,8 +20,6 @@ size_t output_elements(const ConvBnParams& p) { return static_cast<size_t>(p.pix
 // will.
 size_t conv_grad_bytes(const ConvBnParams& p) { return align(output_elements(p) * compute_bytes(p)); }
 
-bool has_conv_out(const ConvBnParams& p) { return p.training && p.saved == Saved::kConv; }
-
 Saved saved_by(const Kernel& forward, const ConvBnParams& p) {
   if (!p.training) return Saved::kNothing;
   if (forward.saves == Saved::kMoments) return Saved::kMoments;

@@ -1,9 +1,9 @@
 """The one list of problems that every test of the op runs over.
 
 `raw_cases()` covers every pair of levels of the factors below (and, as (dtype, layout, ISA) and (channels, groups) are
-factors of their own, many triples and quintuples); `op_cases()` does so without the ISA; `winograd_cases()` and
-`expanding_cases()` for what Winograd's kernels and those by moments can do. Sizes are those that break kernels: prime,
-one off a tile, smaller than any tile.
+factors of their own, many triples and quintuples); `op_cases()` does so without the ISA; `winograd_cases()`,
+`depthwise_cases()` and `expanding_cases()` for what Winograd's kernels, depthwise ones and those by moments can do.
+Sizes are those that break kernels: prime, one off a tile, smaller than any tile.
 """
 
 from __future__ import annotations
@@ -244,6 +244,15 @@ EXPANDING = {
     "mode": ("training", "unbiased"),
     "output": (*OUTPUTS, (2, 25, 28)),
 }  # fmt: skip
+DEPTHWISE = {
+    # Around panels of 32 channels; multipliers that divide a panel, that do not, that fill one.
+    "channels": ((2, 2, 2), (3, 3, 3), (16, 16, 16), (31, 31, 31), (32, 32, 32), (33, 33, 33), (96, 96, 96),
+                 (3, 6, 3), (8, 16, 8), (17, 51, 17), (6, 42, 6), (3, 96, 3)),
+    "strides": (*STRIDES, (2, 1), (4, 5)),
+    # Besides those of OUTPUTS: several groups of lines, strips of columns, both, bands of lines.
+    "output": ((1, 1, 1), (2, 1, 1), (1, 3, 4), (5, 1, 5), (2, 6, 4), (1, 8, 12), (1, 1, 97), (2, 7, 7), (3, 5, 13),
+               (1, 17, 17), (1, 3, 193), (2, 37, 5), (17, 2, 3)),
+}  # fmt: skip
 
 
 def _from_levels(levels: dict[str, Any]) -> Case:
@@ -340,3 +349,9 @@ def winograd_cases() -> list[Case]:
 def expanding_cases() -> list[Case]:
     """Training of 1x1 convolutions with few inputs and many outputs, each for one ISA."""
     return covering({**FACTORS, **EXPANDING}, limit=16_000_000)
+
+
+@functools.cache
+def depthwise_cases() -> list[Case]:
+    """Convolutions of groups of one input channel, each for one ISA."""
+    return covering({**FACTORS, **DEPTHWISE})

@@ -46,8 +46,8 @@ class Draw:
 def draw(seed: int, work: int = 2_000_000) -> Draw:
     """The problem of a seed, of at most `work` multiply-adds forward."""
     rng = random.Random(seed)
-    case = rng.choices(list(KINDS), KINDS.values())[0](rng)
-    training = rng.random() < 0.6
+    kind = rng.choices(list(KINDS), KINDS.values())[0]
+    case, training = kind(rng), rng.random() < 0.6
     case = replace(
         case, dtype=rng.choices(("f32", "bf16", "f16", "f64"), (5, 2, 2, 1))[0],
         data_format=rng.choices(("NHWC", "NCHW"), (7, 3))[0], activation=rng.choice(ACTIVATIONS),
@@ -55,6 +55,8 @@ def draw(seed: int, work: int = 2_000_000) -> Draw:
         epsilon=rng.choice((1e-3, 1e-5)), momentum=rng.choice((0.9, 0.99, 0.0, 1.0)), padding=_padding(rng, case),
         inputs_mean=rng.choices((0.0, 10.0, 300.0), (8, 1, 1))[0],
     )  # fmt: skip
+    if kind is _expanding and rng.random() < 0.7:  # as networks train them: there are kernels for just that
+        case = replace(case, dtype="f32", data_format="NHWC", training=True, padding="SAME")
     case = _sized(rng, case, work)
     if case.dtype == "f16":
         case = replace(case, inputs_mean=min(case.inputs_mean, 10.0))  # or d_filters would overflow
@@ -77,16 +79,15 @@ def _dense(rng: random.Random) -> Case:
 
 
 def _pointwise(rng: random.Random) -> Case:
-    in_channels, out_channels = _size(rng), _size(rng, 256)
-    if rng.random() < 0.3:
-        out_channels = in_channels * rng.choice((2, 4)) + rng.choice((0, 0, 1))
     strides = rng.choices(((1, 1), (2, 2), (1, 3)), (8, 2, 1))[0]
-    return Case(in_channels=in_channels, out_channels=out_channels, kernel=(1, 1), strides=strides)
+    return Case(in_channels=_size(rng), out_channels=_size(rng, 256), kernel=(1, 1), strides=strides)
 
 
 def _expanding(rng: random.Random) -> Case:
     in_channels = _size(rng, 64)
-    return replace(_pointwise(rng), in_channels=in_channels, out_channels=in_channels * rng.randint(2, 4))
+    return Case(
+        in_channels=in_channels, out_channels=in_channels * rng.choice((2, 4)) + rng.choice((0, 0, 1)), kernel=(1, 1)
+    )
 
 
 def _three_by_three(rng: random.Random) -> Case:
@@ -143,27 +144,37 @@ def _sized(rng: random.Random, case: Case, work: int) -> Case:
 
 
 class Run(NamedTuple):
-    """A direction of a draw by a plan: forced rows run among others, whose `algorithm` is theirs."""
+    """A direction of a draw by a plan: a forced row runs among others, whose `algorithm` is its own."""
 
     direction: str
     kernel: str | None
     isa: str | None
     algorithm: str
+    save: str
+    saved: str  # what forward leaves for backward
     planned: tuple[str, ...]  # rows
-    saved: str = "conv"  # what forward is taken to have left for backward, as `raw.plan` names it
 
     @property
     def forced(self) -> dict[str, str | None]:
         """As arguments of `raw.forward` or `raw.backward`."""
-        return {"kernel": self.kernel, "isa": self.isa, "algorithm": self.algorithm}
+        return {"kernel": self.kernel, "isa": self.isa, "algorithm": self.algorithm, "save": self.save}
 
     @property
     def transforms(self) -> str:
         """The algorithm by whose error the results are to be measured."""
         return max(map(algorithm_of, self.planned), default="direct")
 
+    @property
+    def recomputes(self) -> bool:
+        """Whether backward computes z again."""
+        return self.direction == "backward" and self.saved != "conv"
+
     def __str__(self) -> str:
-        return f"{self.direction} by {' -> '.join(self.planned)}" + ("" if self.kernel else " (the plan's own choice)")
+        chosen = "" if self.kernel else " (the plan's own choice)"
+        return f"{self.direction} by {' -> '.join(self.planned)}{chosen}, save={self.save}, saved={self.saved}"
+
+
+SAVES = ("conv", "recompute")
 
 
 def algorithm_of(row: str) -> str:
@@ -173,41 +184,40 @@ def algorithm_of(row: str) -> str:
 
 
 def runs(case: Case) -> Iterator[Run]:
-    """Plans that force a row, of them all that hold one that none before did, and the plans that nobody forces."""
-    seen: set[tuple[str, ...]] = set()
+    """Plans that force a row, of them all that hold one that none before did, and the plans that nobody forces.
+
+    Backward starts from each of what forward may leave.
+    """
+    left: dict[tuple[str, str], None] = {}
+    for save in SAVES if case.training else SAVES[:1]:
+        for run in _runs(case, "forward", save, "conv"):
+            left[save, run.saved] = None
+            yield run
+    for save, saved in left:
+        yield from _runs(case, "backward", save, saved)
+
+
+def _runs(case: Case, direction: str, save: str, saved: str) -> Iterator[Run]:
+    seen: set[Any] = set()
     tried = [(row.name, row.isa, algorithm_of(row.name)) for row in raw.kernels() if row.available]
-    for direction in ("forward", "backward"):
-        for kernel, isa, algorithm in [*tried, (None, None, "auto")]:
-            run = Run(direction, kernel, isa, algorithm, *_planned(case, direction, kernel, isa, algorithm))
-            new = {(direction, run.transforms, name) for name in run.planned} | {(direction, *run.planned)}
-            wanted = (direction, run.transforms, kernel) if kernel else (direction, *run.planned)
-            if kernel in (None, *run.planned) and wanted not in seen:
-                seen |= new
-                yield run
+    for kernel, isa, algorithm in [*tried, (None, None, "auto")]:
+        run = _planned(case, Run(direction, kernel, isa, algorithm, save, saved, ()))
+        wanted = (run.transforms, kernel) if kernel else run.planned
+        if kernel in (None, *run.planned) and wanted not in seen:
+            seen |= {(run.transforms, name) for name in run.planned} | {run.planned}
+            yield run
 
 
-def _planned(
-    case: Case, direction: str, kernel: str | None, isa: str | None, algorithm: str
-) -> tuple[tuple[str, ...], str]:
-    """Names of the rows, none where the forced one cannot do it; and what forward must have saved for them."""
-    for saved in ("conv", "moments"):
-        if rows := _rows(case, direction, kernel, isa, algorithm, saved):
-            return rows, saved
-        if direction == "forward" or not case.training:
-            break
-    return (), "conv"
-
-
-def _rows(
-    case: Case, direction: str, kernel: str | None, isa: str | None, algorithm: str, saved: str
-) -> tuple[str, ...]:
+def _planned(case: Case, run: Run) -> Run:
+    """With the names of its rows, and of forward what it leaves; as it is where the forced row cannot do it."""
     try:
         plan = raw.plan(
-            case.inputs_shape, case.filters_shape, dtype=case.numpy_dtype, residual=case.residual, kernel=kernel,
-            isa=isa, direction=direction, saved=saved, **{**case.attributes, "algorithm": algorithm},
+            case.inputs_shape, case.filters_shape, dtype=case.numpy_dtype, residual=case.residual,
+            direction=run.direction, saved=run.saved, **{**case.attributes, **run.forced},
         )  # fmt: skip
     except ValueError as error:
-        if kernel and ("does not support this problem" in str(error) or "algorithm must be" in str(error)):
-            return ()
+        if run.kernel and ("does not support this problem" in str(error) or "algorithm must be" in str(error)):
+            return run
         raise
-    return tuple(plan.kernels)
+    saved = raw._SAVED[plan.saved] if run.direction == "forward" and case.training else run.saved
+    return run._replace(planned=tuple(plan.kernels), saved=saved)

@@ -14,10 +14,13 @@ from fusedconvbn import raw
 
 
 class Problem:
-    """A case, its arguments and upstream gradients, and what the oracle makes of them."""
+    """A case, its arguments and upstream gradients, and what the oracle makes of them.
 
-    def __init__(self, case: Case, arguments: Arrays | None = None):
-        self.case = case
+    `recomputes`: whether backward computes z again, so that its bounds hold forward's errors too.
+    """
+
+    def __init__(self, case: Case, arguments: Arrays | None = None, recomputes: bool = False):
+        self.case, self.recomputes = case, recomputes
         self.arguments = arguments or arrays(case)
 
     @cached_property
@@ -46,7 +49,12 @@ class Problem:
 
     @property
     def moments(self) -> np.ndarray:
-        """What forward saves in place of z where it works by the moments of the inputs: scatter, mean, its rest."""
+        """What forward saves in place of z where it works by the moments of the inputs: scatter, mean, its rest.
+
+        An empty batch has none.
+        """
+        if not self.arguments.inputs.size:
+            return np.full((self.case.in_channels + 2, self.case.in_channels), np.nan, self.case.numpy_dtype)
         strides = self.case.strides
         pixels = self.arguments.inputs[:, :: strides[0], :: strides[1]].reshape(-1, self.case.in_channels)
         mean = pixels.astype(np.float64).mean(0)
@@ -57,7 +65,7 @@ class Problem:
     @cached_property
     def backward(self) -> reference.Backward:
         saved = None
-        if self.case.training:
+        if self.case.training and not self.recomputes:
             saved = reference.Saved(*(self.saved[name] for name in reference.Saved._fields))
         return reference.backward(
             self.upstream[0], *self.arguments, moving_mean_gradient=self.upstream[1],
@@ -70,8 +78,8 @@ class Problem:
     def run_backward(self, conv_out: str = "conv", **options: Any) -> raw.BackwardResult:
         """`conv_out`: what forward is to have saved, as `raw.plan` names it."""
         saved = self.saved
-        if conv_out == "moments":
-            saved = {**saved, "conv_out": self.moments}
+        if conv_out != "conv":
+            saved = {**saved, "conv_out": self.moments if conv_out == "moments" else None}
         return raw.backward(
             self.upstream[0], *self.arguments, **saved, moving_mean_gradient=self.upstream[1],
             moving_variance_gradient=self.upstream[2], **{**self.case.attributes, **options},

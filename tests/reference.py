@@ -15,6 +15,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -61,8 +62,8 @@ class Saved(NamedTuple):
 def forward(inputs, filters, gamma, beta, moving_mean, moving_variance, residual=None, **attributes: Any) -> Forward:
     """Takes what `raw.forward` takes; `attributes` are `Case.attributes`."""
     problem = _Problem(inputs, filters, gamma, beta, moving_mean, moving_variance, residual, attributes)
-    statistics = problem.statistics()
-    z = problem.conv_out()
+    statistics = problem.statistics
+    z = problem.conv_out
     new_mean, new_variance = problem.moving_statistics(statistics)
     output = problem.activate(problem.argument(z, statistics))
     kinks = problem.near_kink(problem.argument(problem.conv_out_again(), statistics))
@@ -177,26 +178,30 @@ class _Problem:
         """Products that an element of z is the sum of."""
         return int(np.prod(self.filters.value.shape[:3]))
 
+    @cached_property
     def sums(self) -> Real:
+        """z before it is rounded."""
         mixed = self.by_transforms(self.inputs, axis=2)
         return bilinear(self.convolution.forward, self.terms, self.inputs, self.filters, mixed)
 
+    @cached_property
     def conv_out(self) -> Real:
         """z as the output is made of it: stored in training, not in inference."""
-        return self.sums().rounded(self.dtype) if self.training else self.sums()
+        return self.sums.rounded(self.dtype) if self.training else self.sums
 
     def conv_out_again(self) -> Real:
         """z as backward sees it: in inference recomputed, and maybe stored in between."""
-        z = self.conv_out()
+        z = self.conv_out
         return z if self.training else z.widened(self.dtype)
 
+    @cached_property
     def statistics(self) -> _Statistics:
         mean, variance = self.moving_mean, self.moving_variance
         if self.uses_batch:
-            z = self.conv_out()
+            z = self.conv_out
             mean = z.sum() * (1 / self.count)
             if self.loss:  # transformed filters are rounded once for all pixels: an error that does not average out
-                mean = Real(mean.value, mean.error + self.sums().error.mean((0, 1, 2)) / np.sqrt(self.terms), self.eps)
+                mean = Real(mean.value, mean.error + self.sums.error.mean((0, 1, 2)) / np.sqrt(self.terms), self.eps)
             # A correct variance owes nothing to the mean's error. Equal terms round alike, and padding makes many: rows
             # summed one by one err by up to rows * eps / 4. The mean of a block errs by eps * mean, and its distance
             # from the mean of all, about std / sqrt(rows), by as much.
@@ -215,7 +220,7 @@ class _Problem:
 
     def saved(self, saved: Saved | None) -> tuple[_Statistics, Real]:
         """The statistics and z that backward starts from."""
-        statistics = None if saved is not None and self.uses_batch else self.statistics()
+        statistics = None if saved is not None and self.uses_batch else self.statistics
         if statistics is not None:
             return statistics, self.conv_out_again()
         inv_std = self.exact(saved.inv_std)

@@ -82,7 +82,7 @@ def test_loss_of_a_stage_is_less_its_base(monkeypatch, timer):
 
 def test_every_stage_of_a_layer_is_timed(timer):
     stages = {stage.name: stage for stage in timer.measure(CASE, 2, "float32")}
-    assert set(stages) == {"inference", "train-forward", "dgrad", "wgrad", "backward"}
+    assert set(stages) == {"inference", "train-forward", "dgrad", "wgrad", "train-step"}
     for stage in stages.values():
         assert stage.chosen in stage.seconds
         assert min(stage.seconds.values()) > 0
@@ -96,6 +96,6 @@ def test_end_to_end(tmp_path, capsys):
     code = choice.main(["--count", "2", "--rounds", "1", "--sample-ms", "1", "--seed", "5", "--dump", str(dump)])
     assert code in (choice.EXIT_OK, choice.EXIT_MISSED)
     lines = [json.loads(line) for line in dump.read_text().splitlines()]
-    assert {line["stage"] for line in lines} == {"inference", "train-forward", "dgrad", "wgrad", "backward"}
+    assert {line["stage"] for line in lines} == {"inference", "train-forward", "dgrad", "wgrad", "train-step"}
     assert all(line["ms"] > 0 and parse_shape(line["shape"]) for line in lines)
     assert "geo-mean loss" in capsys.readouterr().out

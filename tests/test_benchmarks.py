@@ -29,7 +29,7 @@ from benchmarks.statistics import bootstrap_interval, geometric_mean, median, ro
 
 SHAPE = "6x7x8 3x3x16 stride=2 activation=relu residual=yes"
 PROBLEM = Problem(parse_shape(SHAPE), batch=4, dtype="float32", mode="train-step", training=True)
-SETTINGS = Settings(threads=1, device="cpu", rounds=3, sample_seconds=1e-3, peak_size=64, timeout=60)
+SETTINGS = Settings(threads=1, device="cpu", rounds=3, sample_seconds=1e-3, peak_size=64, clock="wall", timeout=60)
 
 
 # -------------------------------------------------------------------------------------------------------- statistics
@@ -247,6 +247,7 @@ def test_failure_in_a_round_drops_the_samples():
         ),
         (["--shape", SHAPE, "--mode", "train-step", "--baseline", "frozen"], "for --mode train-step. Received"),
         (["--shape", "2x2x4 1x1x4", "--mode", "train-forward", "--batch", "1"], "must be at least 8 in training"),
+        (["--shape", SHAPE, "--clock", "cpu", "--threads", "2"], "--clock cpu is for --threads 1"),
         (["--shape", SHAPE, "--fail-below", "0.95"], "--fail-below needs --baseline"),
         (["--shape", SHAPE, "--json", "no/such/folder/x.json"], "--json: its folder must exist"),
         (["--shape", SHAPE, "--plot", "x.pdf"], "--plot must be a .png file"),

@@ -22,6 +22,8 @@ CASES = [
     LARGE,
     replace(LARGE, data_format="NCHW", strides=(2, 2), activation="relu"),
     replace(LARGE, groups=17, out_channels=34, residual=False),
+    replace(LARGE, batch=1, height=67, width=101, in_channels=40, groups=40),
+    replace(LARGE, batch=1, height=67, width=31, in_channels=40, groups=40, strides=(2, 2), training=False),
     replace(LARGE, training=False, dtype="bf16", kernel=(1, 1)),
     replace(LARGE, dtype="f64", padding="VALID", dilations=(2, 1)),
     replace(LARGE, dtype="f16", kernel=(7, 7), in_channels=3, strides=(2, 2)),
@@ -97,28 +99,6 @@ def test_threads_on_drawn_problems(seed):
 def test_every_kernel_is_met_by_drawn_problems():
     met = {name for seed in LARGE_DRAWS[:FAST] for run in runs(draw(seed, WORK).case) for name in run.planned}
     assert {row.name for row in raw.kernels() if row.available} <= met
-
-
-def shifted(array: np.ndarray | None) -> np.ndarray | None:
-    """A copy that begins one element behind an address that is a multiple of 64."""
-    if array is None:
-        return None
-    memory = np.empty(array.nbytes + 128, np.uint8)
-    start = -memory.ctypes.data % 64 + array.itemsize
-    copy = memory[start : start + array.nbytes].view(array.dtype).reshape(array.shape)
-    copy[...] = array
-    assert copy.ctypes.data % 64 == array.itemsize
-    return copy
-
-
-@pytest.mark.parametrize("case", CASES, ids=str)
-def test_arrays_one_element_off_alignment(case):
-    problem = Problem(case)
-    moved = Problem(case, Arrays(*(shifted(array) for array in problem.arguments)))
-    moved.__dict__["saved"] = {name: shifted(array) for name, array in problem.saved.items()}
-    moved.__dict__["upstream"] = tuple(shifted(array) for array in problem.upstream)
-    assert bits(moved.run_forward()) == bits(problem.run_forward())
-    assert bits(moved.run_backward()) == bits(problem.run_backward())
 
 
 @pytest.mark.parametrize("case", CASES[:2], ids=str)

@@ -37,11 +37,11 @@ class Checker:
         self.drawn = drawn
         self.problem = cache(self._problem)
 
-    def _problem(self, algorithm: str) -> Problem:
-        return Problem(replace(self.drawn.case, algorithm=algorithm))
+    def _problem(self, algorithm: str, recomputes: bool) -> Problem:
+        return Problem(replace(self.drawn.case, algorithm=algorithm), recomputes=recomputes)
 
     def check(self, run: Run) -> None:
-        problem, drawn = self.problem(run.transforms), self.drawn
+        problem, drawn = self.problem(run.transforms, run.recomputes), self.drawn
         with guarded(drawn.offset):
             if run.direction == "forward":
                 result = problem.run_forward(**run.forced)

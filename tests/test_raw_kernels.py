@@ -3,7 +3,7 @@
 from dataclasses import replace
 
 import pytest
-from cases import expanding_cases, op_cases, winograd_cases
+from cases import depthwise_cases, expanding_cases, op_cases, winograd_cases
 from raw_problem import Problem
 
 from fusedconvbn import raw
@@ -12,6 +12,7 @@ KERNELS = raw.kernels()
 CASES = op_cases()[::17]
 SPECIAL_CASES = {  # by a word in the names of the rows that serve no others
     "winograd": [replace(case, isa=None) for case in winograd_cases()[::23]],
+    "depthwise": [replace(case, isa=None) for case in depthwise_cases()[::5]],
     "columns": [case for case in op_cases() if case.groups == 1][::13],
     "moments": [replace(case, isa=None) for case in expanding_cases()[::7]],
 }

@@ -61,7 +61,8 @@ class Real:
         axes = tuple(range(self.value.ndim - 1))
         terms = np.prod([self.value.shape[axis] for axis in axes])
         error = summation_error(terms, np.sum(self.value**2, axes), np.sum(self.error**2, axes), self.eps)
-        return Real(self.value.sum(axes), error, self.eps)
+        # In more than float64: many equal terms, as padding makes them, round alike, and float64 cases would see it.
+        return Real(self.value.sum(axes, dtype=np.longdouble).astype(np.float64), error, self.eps)
 
     def rounded(self, dtype: np.dtype) -> Real:
         """Stored in `dtype` and read again: what is off by one unit only because it lies near the middle of two."""

@@ -51,7 +51,8 @@ class Phase {
         k_(compute_kernels<C>(set)),
         storage_(storage_of<C>(set, p.dtype)),
         output_(phase_image<C>(d_inputs, storage_, p, height, width)),
-        convolution_(k_, storage_, source(conv_grad), windows(height, width), channels(p)) {}
+        convolution_(k_, storage_, source(conv_grad), windows(height, width), {p.groups, p.group_out(), p.group_in()}) {
+  }
 
   size_t scratch_bytes(int workers) const {
     Arena arena;
@@ -62,18 +63,11 @@ class Phase {
   void run(const void* filters, int workers, char* scratch, ParallelFor* parallel) const {
     Arena arena(scratch);
     const FilterLayout transposed{filters, tap_offset_, p_.group_out(), 1, p_.out_channels};
-    const FilterLayout depthwise{filters, tap_offset_, 0, 0, 1};
     const auto emit = [this](const Tile<C>& t) { output_.write(t.first, t.rows, t.channel, t.cols, {t.data, t.ld}); };
-    convolution_.run(is_depthwise(p_) ? depthwise : transposed, convolution_.carve(&arena, workers), parallel,
-                     {emit, nullptr});
+    convolution_.run(transposed, convolution_.carve(&arena, workers), parallel, {emit, nullptr});
   }
 
  private:
-  static Channels channels(const ConvBnParams& p) {
-    if (is_depthwise(p)) return {true, 1, p.groups, p.groups};
-    return {false, p.groups, p.group_out(), p.group_in()};
-  }
-
   Image<C> source(const void* conv_grad) const {
     return Image<C>(conv_grad, {{}, sizeof(C), true},
                     image_grid(DataFormat::kNHWC, p_.batch, p_.out_height, p_.out_width, p_.out_channels));

@@ -67,15 +67,21 @@ bool backward_moments_applies(const ConvBnParams& p) {
          (p.activation == Activation::kNone || needs_output(p) || p.has_output);
 }
 
-// Where memory limits the layer, and there are far more pixels than channels for S to be made from.
+// Where memory limits the layer: few inputs, much output, and far more pixels than channels for S to be made from.
 bool suits_moments(const ConvBnParams& p) {
-  constexpr int64_t kMinBytes = 8 << 20, kMinPixelsPerChannel = 16;
-  return p.algorithm == Algorithm::kAuto && !p.strict && p.pixels() * p.out_channels * 4 >= kMinBytes &&
-         p.pixels() >= kMinPixelsPerChannel * p.in_channels;
+  constexpr int64_t kMinBytes = 1 << 20, kMinPixelsPerChannel = 16;
+  if (p.algorithm != Algorithm::kAuto || p.strict || p.stride_height * p.stride_width > 1) return false;
+  return (p.in_channels <= 64 || (p.in_channels <= 128 && p.out_channels >= 4 * p.in_channels)) &&
+         p.pixels() * p.out_channels * 4 >= kMinBytes && p.pixels() >= kMinPixelsPerChannel * p.in_channels;
 }
 bool one_group(const ConvBnParams& p) { return p.groups == 1; }
 // Where the direct algorithm would fill at most half the columns of a panel.
 bool few_input_channels(const ConvBnParams& p) { return p.in_channels <= 16; }
+
+// It reads z where there is one, and recomputes it with frozen statistics.
+bool backward_depthwise_applies(const ConvBnParams& p) {
+  return depthwise_applies(p) && (!p.training || has_conv_out(p));
+}
 
 size_t no_scratch(const ConvBnParams&, const DeviceInfo&) { return 0; }
 
@@ -114,6 +120,7 @@ Kernel saving_moments(Kernel row) {
       FCB_ROW(backward_moments, kBackward, backward_moments_applies, any_problem, isa, Isa_),            \
       FCB_ROW(forward_winograd4, kForward, winograd_applies, forward_winograd<4>, isa, Isa_),            \
       FCB_ROW(forward_winograd2, kForward, winograd_applies, forward_winograd<2>, isa, Isa_),            \
+      FCB_ROW(forward_depthwise, kForward, depthwise_applies, any_problem, isa, Isa_),                   \
       FCB_ROW(forward_direct, kForward, any_problem, any_problem, isa, Isa_),                            \
       FCB_ROW(reduce_direct, kReduce, any_problem, any_problem, isa, Isa_),                              \
       FCB_ROW(dgrad_winograd4, kDgrad, winograd_applies, dgrad_winograd<4>, isa, Isa_),                  \
@@ -122,7 +129,8 @@ Kernel saving_moments(Kernel row) {
       FCB_ROW(dgrad_direct, kDgrad, any_problem, any_problem, isa, Isa_),                                \
       FCB_ROW(wgrad_winograd4, kWgrad, winograd_applies, wgrad_winograd<4>, isa, Isa_),                  \
       FCB_ROW(wgrad_winograd2, kWgrad, winograd_applies, wgrad_winograd<2>, isa, Isa_),                  \
-      FCB_ROW(wgrad_direct, kWgrad, any_problem, any_problem, isa, Isa_)
+      FCB_ROW(wgrad_direct, kWgrad, any_problem, any_problem, isa, Isa_),                                \
+      FCB_ROW(backward_depthwise, kBackward, backward_depthwise_applies, any_problem, isa, Isa_)
 
 const std::vector<Kernel>& kernel_table() {
   static const std::vector<Kernel> table = {

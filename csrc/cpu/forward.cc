@@ -5,6 +5,7 @@
 
 #include "compute_type.h"
 #include "convolve.h"
+#include "depthwise.h"
 #include "second_moments.h"
 #include "stages.h"
 #include "statistics.h"
@@ -13,7 +14,7 @@
 namespace fusedconvbn {
 namespace {
 
-// Conv: Convolution Winograd2 or Winograd4.
+// Conv: Convolution, Winograd2, Winograd4 or DepthwiseConvolution.
 template <class C, template <class> class Conv>
 class Forward {
  public:
@@ -27,7 +28,8 @@ class Forward {
         conv_out_(conv_out),
         output_(buffers.output, storage_, output_grid(p)),
         residual_(buffers.residual, storage_, output_grid(p)),
-        convolution_(k_, storage_, Image<C>(buffers.inputs, storage_, input_grid(p)), forward_windows(p), channels(p)) {
+        convolution_(k_, storage_, Image<C>(buffers.inputs, storage_, input_grid(p)), forward_windows(p),
+                     {p.groups, p.group_in(), p.group_out()}) {
     Arena arena(scratch);
     scale_ = arena.take<C>(p.out_channels);
     if (p.training) moments_ = BlockMoments<C>::carve(&arena, convolution_.blocks(), p.out_channels);
@@ -78,11 +80,6 @@ class Forward {
   }
 
  private:
-  static Channels channels(const ConvBnParams& p) {
-    if (is_depthwise(p)) return {true, 1, p.groups, p.groups};
-    return {false, p.groups, p.group_in(), p.group_out()};
-  }
-
   void convolve_and_normalize(ParallelFor* parallel) const {
     convolve(parallel, {[this](const Tile<C>& t) { normalize({t.data, t.ld}, t); }, nullptr});
   }
@@ -306,8 +303,14 @@ Status run_forward_moments(const KernelSet& set, const StageCall& call) {
   });
   return Status{};
 }
+size_t forward_depthwise_scratch(const KernelSet& set, const ConvBnParams& p, const DeviceInfo& device) {
+  return scratch_of<DepthwiseConvolution>(set, p, device);
+}
 Status run_forward_direct(const KernelSet& set, const StageCall& call) { return run_with<Convolution>(set, call); }
 Status run_forward_winograd2(const KernelSet& set, const StageCall& call) { return run_with<Winograd2>(set, call); }
 Status run_forward_winograd4(const KernelSet& set, const StageCall& call) { return run_with<Winograd4>(set, call); }
+Status run_forward_depthwise(const KernelSet& set, const StageCall& call) {
+  return run_with<DepthwiseConvolution>(set, call);
+}
 
 }  // namespace fusedconvbn

@@ -64,46 +64,6 @@ static void gemm(const GatheredRows<C>& in, const C* filters, C* tile) {
   gemm_remainder<C, kTileRows - 1>(in, first, filters, tile + first * kPanel<C>);
 }
 
-// Reads vector v of a row's panel, of which the row has in.depth channels from in.offset on.
-template <class C, bool Whole>
-FCB_INLINE Vector<C> read_channels(const C* row, int64_t v, int64_t channels) {
-  if constexpr (Whole) return load(row + v * kLanes<C>);
-  const int64_t left = channels - v * kLanes<C>;
-  return left >= kLanes<C> ? load(row + v * kLanes<C>) : left > 0 ? load_part(row + v * kLanes<C>, left) : Vector<C>{};
-}
-
-// R pixels share each load of the filters.
-template <class C, int R, bool Whole>
-static void depthwise_rows(const GatheredRows<C>& in, int64_t first, const C* filters, C* tile) {
-  Vector<C> acc[R][2] = {};
-  for (int64_t t = 0; t < in.taps; ++t, filters += kPanel<C>) {
-    const Vector<C> b0 = load(filters), b1 = load(filters + kLanes<C>);
-#pragma GCC unroll 4
-    for (int r = 0; r < R; ++r) {
-      const C* a = in.rows[t * in.row_stride + first + r] + in.offset;
-      acc[r][0] += read_channels<C, Whole>(a, 0, in.depth) * b0;
-      acc[r][1] += read_channels<C, Whole>(a, 1, in.depth) * b1;
-    }
-  }
-#pragma GCC unroll 4
-  for (int r = 0; r < R; ++r) {
-    store(tile + r * kPanel<C>, acc[r][0]);
-    store(tile + r * kPanel<C> + kLanes<C>, acc[r][1]);
-  }
-}
-
-template <class C, bool Whole>
-FCB_INLINE void depthwise_block(const GatheredRows<C>& in, const C* filters, C* tile) {
-  int64_t first = 0;
-  for (; first + 4 <= in.count; first += 4) depthwise_rows<C, 4, Whole>(in, first, filters, tile + first * kPanel<C>);
-  for (; first < in.count; ++first) depthwise_rows<C, 1, Whole>(in, first, filters, tile + first * kPanel<C>);
-}
-
-template <class C>
-static void depthwise(const GatheredRows<C>& in, const C* filters, C* tile) {
-  in.depth >= kPanel<C> ? depthwise_block<C, true>(in, filters, tile) : depthwise_block<C, false>(in, filters, tile);
-}
-
 // Asks for the next lines of `ahead`.
 template <class C>
 FCB_INLINE void fetch(Ahead<C>* ahead) {
@@ -186,21 +146,5 @@ static void add_rows(const C* tile, int64_t rows, int64_t cols, C* const* to, in
     if (!to[r]) continue;
     C* sums = to[r] + offset;
     for_vectors<C>(cols, [&](auto read, auto write, int64_t c) { write(sums + c, read(sums + c) + read(tile + c)); });
-  }
-}
-
-template <class C>
-static void depthwise_outer(const GatheredRows<C>& in, const C* dz, int64_t ld_dz, int64_t cols, C* sums) {
-  for (int64_t t = 0; t < in.taps; ++t, sums += cols) {
-    const C* const* rows = in.rows + t * in.row_stride;
-    for (int64_t c = 0; c < cols; c += kLanes<C>) {
-      const int64_t part = cols - c < kLanes<C> ? cols - c : kLanes<C>;
-      Vector<C> sum{};
-      for (int64_t r = 0; r < in.count; ++r) {
-        const C *x = rows[r] + in.offset + c, *g = dz + r * ld_dz + c;
-        sum += part == kLanes<C> ? load(x) * load(g) : load_part(x, part) * load_part(g, part);
-      }
-      store_part(sums + c, load_part(sums + c, part) + sum, part);
-    }
   }
 }

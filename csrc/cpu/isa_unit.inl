@@ -20,7 +20,10 @@ namespace {
 namespace fusedconvbn {
 namespace {
 #include "elementwise.inl"
-#include "gemm.inl"
+
+#include "gemm.inl"  // kTileRows and the panel of all that follows
+
+#include "depthwise.inl"
 #include "planes.inl"
 #include "pointwise.inl"
 #include "storage.inl"
@@ -67,6 +70,9 @@ static constexpr ComputeKernels<C> compute_kernels() {
   k.multiply_transposed_planes = multiply_transposed_planes<C>;
   k.winograd2 = winograd_kernels<C, 2>();
   k.winograd4 = winograd_kernels<C, 4>();
+  k.depthwise_copy = depthwise_copy<C>;
+  k.depthwise_spread = depthwise_spread<C>;
+  k.depthwise_fold = depthwise_fold<C>;
   k.moments = moments<C>;
   k.row_means = row_means<C>;
   k.center_rows = center_rows<C>;

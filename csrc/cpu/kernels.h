@@ -34,6 +34,16 @@ static inline Ahead<C> ahead_of(const C* const* rows, int64_t offset, int64_t co
   return {rows, offset, count, (elements + Ahead<C>::kPair - 1) / Ahead<C>::kPair, 1, 0, 0};
 }
 
+constexpr int64_t kDepthwisePanel = 32;  // channels of a row in depthwise kernels, whatever the vectors
+
+// Lines of a depthwise convolution. Tap t of column c of line l reads the row of kDepthwisePanel channels at
+// sources[l * taps + t] + offset + c * step.
+template <class C>
+struct PanelLines {
+  const C* const* sources;
+  int64_t lines, columns, taps, step, offset;
+};
+
 // y = activation((z - mean) * scale + beta + residual), for `cols` channels.
 template <class C>
 struct AffineBlock {
@@ -118,8 +128,6 @@ struct ComputeKernels {
 
   // tile[count][panel] = sum over taps and depth of rows * filters[taps][depth][panel].
   void (*gemm)(const GatheredRows<C>& rows, const C* filters, C* tile);
-  // tile[count][panel] = sum over taps of rows * filters[taps][panel], element by element; rows have depth <= panel.
-  void (*depthwise)(const GatheredRows<C>& rows, const C* filters, C* tile);
   // tile[rows][panel] += sum over depth of a[depth][outer_rows]' * b[depth][panel], rows <= outer_rows; the tile's
   // other rows may change. `ahead` may be null.
   void (*outer)(const C* a, const C* b, int64_t depth, int64_t rows, C* tile, Ahead<C>* ahead);
@@ -131,8 +139,18 @@ struct ComputeKernels {
   void (*transpose)(const C* from, int64_t ld, int64_t rows, int64_t depth, C* packed);
   // to[r][offset + c] += tile[r][c], c < cols, ld = panel; nothing where to[r] is null.
   void (*add_rows)(const C* tile, int64_t rows, int64_t cols, C* const* to, int64_t offset);
-  // sums[taps][cols] += sum over rows of rows[cols] * dz[count][cols], element by element.
-  void (*depthwise_outer)(const GatheredRows<C>& rows, const C* dz, int64_t ld_dz, int64_t cols, C* sums);
+
+  // Depthwise, on rows of kDepthwisePanel channels, element by element. The row at out + l * ld_line + c * ld_column =
+  // sum over taps of rows * filters[taps].
+  void (*depthwise)(const PanelLines<C>& in, const C* filters, C* out, int64_t ld_line, int64_t ld_column);
+  // sums[taps] += sum over lines and columns of rows * the row at dz[l] + dz_offset + c * kDepthwisePanel.
+  void (*depthwise_outer)(const PanelLines<C>& in, const C* const* dz, int64_t dz_offset, C* sums);
+  // to[rows] = the `cols` channels at from + r * ld, then zeros.
+  void (*depthwise_copy)(const C* from, int64_t ld, int64_t rows, int64_t cols, C* to);
+  // to[rows] = each of the `cols` channels of from[rows] `multiplier` times, then zeros.
+  void (*depthwise_spread)(const C* from, int64_t rows, int64_t cols, int64_t multiplier, C* to);
+  // In place: channel c < cols of a row = the sum of its channels [c * multiplier, (c + 1) * multiplier).
+  void (*depthwise_fold)(C* block, int64_t rows, int64_t cols, int64_t multiplier);
 
   // a[plane][rows][depth] * b[plane][depth][panel]; ldb is the panel, nothing is added.
   void (*multiply_planes)(const Planes<C>&);

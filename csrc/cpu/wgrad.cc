@@ -231,93 +231,19 @@ class FilterGradient {
   size_t scratch_bytes_ = 0;
 };
 
-// Element by element: the sums of a tap are one row of channels.
-template <class C>
-class DepthwiseFilterGradient {
- public:
-  DepthwiseFilterGradient(const KernelSet& set, const ConvBnParams& p, const BackwardBuffers& buffers,
-                          const void* conv_grad)
-      : p_(p),
-        k_(compute_kernels<C>(set)),
-        storage_(storage_of<C>(set, p.dtype)),
-        dz_(static_cast<const C*>(conv_grad)),
-        d_filters_(buffers.d_filters),
-        reader_(Image<C>(buffers.inputs, storage_, input_grid(p)), p.in_channels, forward_windows(p), false, kDepth,
-                kDepth) {
-    blocks_ = ceil_div(p.pixels(), kDepth);
-    ranges_ = std::clamp<int64_t>(blocks_, 1, kTasks);
-  }
-
-  size_t scratch_bytes(int workers) {
-    carve(nullptr, workers);
-    return scratch_bytes_;
-  }
-
-  void run(int workers, char* scratch, ParallelFor* parallel) {
-    carve(scratch, workers);
-    std::fill(zeros_, zeros_ + reader_.zero_elements(), C(0));
-    parallel->run(ranges_, [&](int64_t range, int worker) { accumulate(range, workers_[worker]); });
-    for (int64_t range = 1; range < ranges_; ++range)
-      for (int64_t i = 0; i < elements(); ++i) sums_[i] += sums_[range * elements() + i];
-    storage_.kernels.store(sums_, p_.out_channels, p_.taps(), p_.out_channels, d_filters_, p_.out_channels, 1, false);
-  }
-
- private:
-  int64_t elements() const { return p_.taps() * p_.out_channels; }
-
-  void carve(char* base, int workers) {
-    Arena arena(base);
-    sums_ = arena.take<C>(ranges_ * elements());
-    zeros_ = arena.take<C>(reader_.zero_elements());
-    for (int w = 0; w < workers; ++w) workers_.push_back(reader_.carve(&arena, zeros_));
-    scratch_bytes_ = arena.used();
-  }
-
-  void accumulate(int64_t range, const typename WindowReader<C>::Scratch& reader) const {
-    C* sums = sums_ + range * elements();
-    std::fill(sums, sums + elements(), C(0));
-    for (int64_t block = range * blocks_ / ranges_; block < (range + 1) * blocks_ / ranges_; ++block) {
-      const int64_t first = block * kDepth, count = std::min(kDepth, p_.pixels() - first);
-      reader_.stage(first, count, reader);
-      reader_.point(first, count, reader);
-      k_.depthwise_outer({reader.rows, kDepth, count, reader_.taps(), p_.out_channels, 0},
-                         dz_ + first * p_.out_channels, p_.out_channels, p_.out_channels, sums);
-    }
-  }
-
-  const ConvBnParams& p_;
-  const ComputeKernels<C>& k_;
-  Storage<C> storage_;
-  const C* dz_;  // [pixels][K]
-  void* d_filters_;
-  WindowReader<C> reader_;
-  int64_t blocks_, ranges_;
-  C *sums_, *zeros_;  // sums: [ranges][taps][K]
-  std::vector<typename WindowReader<C>::Scratch> workers_;
-  size_t scratch_bytes_ = 0;
-};
-
-// Calls f with the gradient that serves the problem.
-template <class F>
-auto with_gradient(const KernelSet& set, const ConvBnParams& p, const BackwardBuffers& buffers, const void* conv_grad,
-                   F f) {
-  return with_compute_type(p.dtype, [&](auto c) {
-    using C = decltype(c);
-    if (is_depthwise(p)) return f(DepthwiseFilterGradient<C>(set, p, buffers, conv_grad));
-    return f(FilterGradient<C>(set, p, buffers, conv_grad));
-  });
-}
-
 }  // namespace
 
 size_t wgrad_direct_scratch(const KernelSet& set, const ConvBnParams& p, const DeviceInfo& device) {
-  return with_gradient(set, p, {}, nullptr, [&](auto gradient) { return gradient.scratch_bytes(device.threads); });
+  return with_compute_type(
+      p.dtype, [&](auto c) { return FilterGradient<decltype(c)>(set, p, {}, nullptr).scratch_bytes(device.threads); });
 }
 
 Status run_wgrad_direct(const KernelSet& set, const StageCall& call) {
   if (call.backward->d_filters == nullptr) return Status{};
-  with_gradient(set, call.params, *call.backward, call.conv_grad,
-                [&](auto gradient) { gradient.run(call.device.threads, call.scratch, call.parallel); });
+  with_compute_type(call.params.dtype, [&](auto c) {
+    FilterGradient<decltype(c)>(set, call.params, *call.backward, call.conv_grad)
+        .run(call.device.threads, call.scratch, call.parallel);
+  });
   return Status{};
 }
 
