@@ -139,7 +139,7 @@ class _Problem:
         convolution = self.convolution
         apply = convolution.filters_shape[:2] == (3, 3) and convolution.groups == 1
         apply = apply and all(tuple(attributes[name]) == (1, 1) for name in ("strides", "dilations"))
-        pay = apply and min(convolution.filters_shape[2:]) >= 32
+        pay = apply and min(convolution.filters_shape[2:]) >= 16
         algorithm = attributes.get("algorithm", "auto")
         return max(LOSS.values()) if algorithm == "auto" and pay else LOSS.get(algorithm, 0)
 

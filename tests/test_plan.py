@@ -19,10 +19,10 @@ def plan(**options):
 
 
 def test_is_printable():
-    text = str(plan(isa="generic"))
+    text = str(plan(isa="generic", algorithm="direct"))
     assert "forward_direct_generic" in text
-    assert f"workspace {plan(isa='generic').workspace_bytes} bytes" in text
-    assert text in repr(plan(isa="generic"))
+    assert f"workspace {plan(isa='generic', algorithm='direct').workspace_bytes} bytes" in text
+    assert text in repr(plan(isa="generic", algorithm="direct"))
 
 
 @pytest.mark.parametrize("direction", ["forward", "backward"])
@@ -75,9 +75,10 @@ PAYS = ((2, 14, 14, 32), (3, 3, 32, 40), {"padding": "SAME"})
         ((2, 14, 14, 64), (3, 3, 32, 40), {"padding": "SAME"}, "direct"),  # two groups
         ((2, 14, 14, 32), (3, 1, 32, 40), {"padding": "SAME"}, "direct"),
         ((2, 14, 14, 32), (5, 5, 32, 40), {"padding": "SAME"}, "direct"),
-        ((2, 14, 14, 24), (3, 3, 24, 40), {"padding": "SAME"}, "direct"),  # too few channels for it to pay
+        ((2, 14, 14, 40), (3, 3, 40, 15), {"padding": "SAME"}, "direct"),  # too few channels for it to pay
         ((2, 14, 14, 3), (3, 3, 3, 40), {"padding": "SAME", "algorithm": "winograd2"}, "winograd2"),
-        ((1, 7, 7, 64), (3, 3, 64, 64), {"padding": "SAME"}, "direct"),  # too few pixels
+        ((1, 2, 2, 64), (3, 3, 64, 64), {"padding": "SAME"}, "direct"),  # too few pixels
+        ((32, 2, 2, 64), (3, 3, 64, 64), {"padding": "SAME"}, "winograd2"),  # most of 4x4 tiles would be empty
     ],
     ids=str,
 )
