@@ -75,8 +75,13 @@ bool suits_moments(const ConvBnParams& p) {
          p.pixels() * p.out_channels * 4 >= kMinBytes && p.pixels() >= kMinPixelsPerChannel * p.in_channels;
 }
 bool one_group(const ConvBnParams& p) { return p.groups == 1; }
-// Where the direct algorithm would fill at most half the columns of a panel.
-bool few_input_channels(const ConvBnParams& p) { return p.in_channels <= 16; }
+// Where the direct algorithm would fill at most half the columns of a panel, and a window's lines of phases are short.
+bool few_input_channels(const ConvBnParams& p) {
+  constexpr int64_t kMaxStep = 8;
+  for (int64_t step : {p.stride_height, p.stride_width, p.dilation_height, p.dilation_width})
+    if (step > kMaxStep) return false;
+  return p.in_channels <= 16;
+}
 
 // It reads z where there is one, and recomputes it with frozen statistics.
 bool backward_depthwise_applies(const ConvBnParams& p) {
