@@ -25,7 +25,8 @@ enum class DType { kFloat32, kFloat64, kFloat16, kBFloat16 };
 enum class DataFormat { kNHWC, kNCHW };
 enum class Algorithm { kAuto, kDirect, kWinograd2, kWinograd4 };
 enum class Save { kConv, kBFloat16, kRecompute };
-enum class Isa { kGeneric, kAvx2, kAvx512 };
+enum class Isa { kGeneric, kAvx2, kAvx512, kAmx };  // each has what those before it have
+constexpr Isa kIsas[] = {Isa::kGeneric, Isa::kAvx2, Isa::kAvx512, Isa::kAmx};
 
 struct Status {
   std::string message;  // empty: success
@@ -112,7 +113,7 @@ struct DeviceInfo {
   int threads = 1;          // how many run_*'s ParallelFor may run at once
 };
 
-// What this machine offers; the environment variable FUSEDCONVBN_ISA (generic, avx2, avx512) lowers it.
+// What this machine offers; the environment variable FUSEDCONVBN_ISA (generic, avx2, avx512, amx) lowers it.
 Status detect_device(int threads, DeviceInfo* device);
 
 struct Kernel;  // a row of the dispatch table (cpu/dispatch.h)

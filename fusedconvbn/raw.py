@@ -19,7 +19,7 @@ from fusedconvbn import _arguments, _load
 
 _DTYPES = ("float32", "float64", "float16", "bfloat16")  # in the order of the core's `enum class DType`
 _PADDINGS = ("VALID", "SAME", "EXPLICIT")  # of `enum class Padding`
-_ISAS = ("generic", "avx2", "avx512")
+_ISAS = ("generic", "avx2", "avx512", "amx")
 _MAX_THREADS = 1024
 
 
@@ -84,8 +84,8 @@ def plan(
         inputs_shape: [N,H,W,C] or [N,C,H,W], as `data_format` says.
         filters_shape: [kh,kw,C/groups,K].
         direction: "forward" or "backward".
-        isa: The best instruction set that may be used: "generic", "avx2" or "avx512"; None: the machine's best. The
-            environment variable FUSEDCONVBN_ISA lowers what the machine is taken to have.
+        isa: The best instruction set that may be used: "generic", "avx2", "avx512" or "amx"; None: the machine's best.
+            The environment variable FUSEDCONVBN_ISA lowers what the machine is taken to have.
         kernel: A name that `kernels()` lists, used for the stage that it serves; None: the first of each stage that
             supports the problem. The environment variable FUSEDCONVBN_KERNEL does the same.
         threads: How many threads are to run it.

@@ -11,7 +11,14 @@ from fusedconvbn import raw
 KERNELS = raw.kernels()
 CASES = op_cases()[::17]
 WINOGRAD_CASES = [replace(case, isa=None) for case in winograd_cases()[::23]]
-RUNS = [(row, case) for row in KERNELS for case in (WINOGRAD_CASES if "winograd" in row.name else CASES)]
+AMX_CASES = [case for case in op_cases() if case.dtype == "bf16" and case.groups == 1][::2]
+
+
+def cases_of(row):
+    return AMX_CASES if row.name.endswith("_amx") else WINOGRAD_CASES if "winograd" in row.name else CASES
+
+
+RUNS = [(row, case) for row in KERNELS for case in cases_of(row)]
 
 
 def test_cases_hold_each_kind():

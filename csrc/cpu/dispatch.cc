@@ -1,5 +1,7 @@
 #include "dispatch.h"
 
+#include <algorithm>
+
 #include "../reference.h"
 #include "../shape.h"
 #include "kernels.h"
@@ -19,6 +21,14 @@ bool suits_winograd(const ConvBnParams& p, int64_t height, int64_t width) {
 }
 bool forward_winograd2(const ConvBnParams& p) { return suits_winograd(p, p.out_height, p.out_width); }
 bool dgrad_winograd2(const ConvBnParams& p) { return suits_winograd(p, p.in_height, p.in_width); }
+
+// Products on AMX: lines that fit a strip, and little padding between them.
+bool amx_applies(const ConvBnParams& p) {
+  constexpr int64_t kMaxWidth = 4096, kMaxPadding = 32;
+  return p.dtype == DType::kBFloat16 && p.groups == 1 && p.out_width <= kMaxWidth &&
+         std::max({(p.filter_width - 1) * p.dilation_width, p.pad_left, p.pad_right}) <= kMaxPadding;
+}
+bool suits_amx(const ConvBnParams& p) { return p.algorithm != Algorithm::kWinograd2; }
 
 size_t no_scratch(const ConvBnParams&, const DeviceInfo&) { return 0; }
 
@@ -57,8 +67,21 @@ Status run_with(const StageCall& call) {
       FCB_ROW(dgrad_direct, kDgrad, any_problem, any_problem, isa, Isa_),                \
       FCB_ROW(wgrad_direct, kWgrad, any_problem, any_problem, isa, Isa_)
 
+// Their kernels are those of AMX: the name says it once.
+#define FCB_AMX_ROW(name, stage)               \
+  {#name,                                      \
+   Stage::stage,                               \
+   Isa::kAmx,                                  \
+   amx_applies,                                \
+   suits_amx,                                  \
+   scratch_with<&kKernelsAmx, name##_scratch>, \
+   run_with<&kKernelsAmx, run_##name>}
+
 const std::vector<Kernel>& kernel_table() {
   static const std::vector<Kernel> table = {
+#if defined(__x86_64__) && !defined(FUSEDCONVBN_NO_AMX)
+      FCB_AMX_ROW(forward_direct_amx, kForward),
+#endif
 #if defined(__x86_64__)
       FCB_ROWS(avx512, Avx512),
       FCB_ROWS(avx2, Avx2),
@@ -88,6 +111,7 @@ const char* name_of(Isa isa) {
     case Isa::kGeneric: return "generic";
     case Isa::kAvx2: return "avx2";
     case Isa::kAvx512: return "avx512";
+    case Isa::kAmx: return "amx";
   }
   return "";
 }

@@ -3,6 +3,7 @@
 #include <cstring>
 #include <vector>
 
+#include "amx_convolve.h"
 #include "compute_type.h"
 #include "convolve.h"
 #include "stages.h"
@@ -178,18 +179,21 @@ size_t scratch_of(const KernelSet& set, const ConvBnParams& p, const DeviceInfo&
   });
 }
 
+template <class C, template <class> class Conv>
+void run_as(const KernelSet& set, const StageCall& call) {
+  const Forward<C, Conv> forward(set, call.params, call.device, forward_buffers(call), conv_out_image<C>(set, call),
+                                 call.scratch);
+  if (call.backward)
+    forward.recompute(call.parallel);
+  else if (call.params.training)
+    forward.train(call.parallel);
+  else
+    forward.infer(call.parallel);
+}
+
 template <template <class> class Conv>
 Status run_with(const KernelSet& set, const StageCall& call) {
-  with_compute_type(call.params.dtype, [&](auto c) {
-    const Forward<decltype(c), Conv> forward(set, call.params, call.device, forward_buffers(call),
-                                             conv_out_image<decltype(c)>(set, call), call.scratch);
-    if (call.backward)
-      forward.recompute(call.parallel);
-    else if (call.params.training)
-      forward.train(call.parallel);
-    else
-      forward.infer(call.parallel);
-  });
+  with_compute_type(call.params.dtype, [&](auto c) { run_as<decltype(c), Conv>(set, call); });
   return Status{};
 }
 
@@ -204,6 +208,15 @@ size_t forward_winograd2_scratch(const KernelSet& set, const ConvBnParams& p, co
 Status run_forward_direct(const KernelSet& set, const StageCall& call) { return run_with<Convolution>(set, call); }
 Status run_forward_winograd2(const KernelSet& set, const StageCall& call) {
   return run_with<WinogradConvolution>(set, call);
+}
+
+size_t forward_direct_amx_scratch(const KernelSet& set, const ConvBnParams& p, const DeviceInfo& device) {
+  return Forward<float, AmxConvolution>(set, p, device, {}, conv_grad_image<float>(set, p, nullptr), nullptr)
+      .scratch_bytes();
+}
+Status run_forward_direct_amx(const KernelSet& set, const StageCall& call) {
+  run_as<float, AmxConvolution>(set, call);
+  return Status{};
 }
 
 }  // namespace fusedconvbn

@@ -65,6 +65,7 @@ class Image {
   bool direct() const { return direct_; }
   bool present() const { return data_ != nullptr; }
   const Grid& grid() const { return grid_; }
+  const void* memory() const { return data_; }
   bool rounds() const { return !storage_.is_compute_type; }
 
   // Whether blocks written in place should go past the caches: where the image will not stay in them anyway.

@@ -3,6 +3,9 @@
 // link time and run on a machine that lacks the instructions.
 #include <stdint.h>
 #if defined(__x86_64__)
+#if defined(__GNUC__) && !defined(__clang__)
+#pragma GCC diagnostic ignored "-Wmaybe-uninitialized"  // gcc 12 says so of its own intrinsics
+#endif
 #include <immintrin.h>
 #endif
 
@@ -24,6 +27,9 @@ namespace {
 #include "elementwise.inl"
 #include "storage.inl"
 #include "winograd.inl"
+#if defined(__AMX_BF16__)
+#include "amx.inl"
+#endif
 
 template <int A, class C>
 static constexpr void fill_activation(ComputeKernels<C>* k) {
@@ -57,6 +63,9 @@ static constexpr ComputeKernels<C> compute_kernels() {
   k.winograd_output = winograd_output<C>;
   k.moments = moments<C>;
   fill_activation<0>(&k);
+#if defined(__AMX_BF16__)
+  k.amx = {amx_begin, amx_end, amx_multiply, amx_pack};
+#endif
   return k;
 }
 

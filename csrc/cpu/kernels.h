@@ -58,6 +58,30 @@ struct GradientBlock {
   int64_t ld_d_residual;
 };
 
+// Rows of bfloat16 at equal distances times packed filters. Row r of tap t begins at rows + tap_offset[t] + r * stride
+// and has chunks * chunk elements; all in elements.
+struct AmxRows {
+  const uint16_t* rows;
+  int64_t stride;
+  const int64_t* tap_offset;
+  int64_t taps, chunks, chunk;
+  int64_t count;  // at least 32, or there is memory behind the last row: whole tiles are read
+};
+
+// Packed filters: [taps][chunks][2 halves of the panel][chunk / 2][16 columns][2], the last pair being the elements 2i
+// and 2i + 1 of the depth.
+struct AmxKernels {
+  // Between these a thread's tiles are set up for rows of `chunk` elements, even, at most 32.
+  void (*begin)(int64_t chunk);
+  void (*end)();
+  // tile[count][32] = the sum over taps and chunks of rows * filters.
+  void (*multiply)(const AmxRows& rows, const uint16_t* filters, float* tile);
+  // Packs a tap: element k of its depth has the columns at rows[k], column_stride apart, or is 0 where rows[k] is null;
+  // cols <= 32, the others are 0.
+  void (*pack)(const uint16_t* const* rows, int64_t column_stride, int64_t cols, int64_t chunks, int64_t chunk,
+               uint16_t* packed);
+};
+
 template <class C>
 struct ComputeKernels {
   int64_t panel;       // columns of a packed filter panel and of a tile
@@ -84,6 +108,8 @@ struct ComputeKernels {
   void (*affine[kActivationCount])(const AffineBlock<C>&);
   void (*reduce[kActivationCount][3])(const GradientBlock<C>&);  // [activation][Preactivation]
   void (*apply[kActivationCount][3])(const GradientBlock<C>&);
+
+  AmxKernels amx;  // null but for float on AMX
 };
 
 // Between memory of a data type and blocks of its compute type. Element (pixel, channel) of the memory is at
@@ -105,7 +131,7 @@ struct KernelSet {
 
 extern const KernelSet kKernelsGeneric;
 #if defined(__x86_64__)
-extern const KernelSet kKernelsAvx2, kKernelsAvx512;
+extern const KernelSet kKernelsAvx2, kKernelsAvx512, kKernelsAmx;
 #endif
 
 }  // namespace fusedconvbn

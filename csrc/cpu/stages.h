@@ -18,6 +18,7 @@ inline bool is_depthwise(const ConvBnParams& p) { return p.group_in() == 1 && p.
 // (inference) or the tile's moments (training; then merge, normalize). In a backward plan: z alone.
 FCB_STAGE(forward_direct);
 FCB_STAGE(forward_winograd2);
+FCB_STAGE(forward_direct_amx);
 
 // Gradients of gamma, beta, the moving statistics and the residual, and conv_grad for the next two stages.
 FCB_STAGE(reduce_direct);

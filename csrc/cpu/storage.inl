@@ -9,10 +9,46 @@ FCB_INLINE void to_storage(double x, double* to) { *to = x; }
 FCB_INLINE void to_storage(float x, Half* to) { *to = to_half(x); }
 FCB_INLINE void to_storage(float x, BFloat16* to) { *to = to_bfloat16(x); }
 
+// Vectors of 16-bit types; the lanes that the mask leaves out are 0, and their memory is not touched.
+#if defined(__AVX512F__)
+FCB_INLINE __m512 load_lanes(const Half* from, __mmask16 lanes) {
+  return _mm512_cvtph_ps(_mm256_maskz_loadu_epi16(lanes, from));
+}
+FCB_INLINE __m512 load_lanes(const BFloat16* from, __mmask16 lanes) {
+  return _mm512_castsi512_ps(_mm512_slli_epi32(_mm512_cvtepu16_epi32(_mm256_maskz_loadu_epi16(lanes, from)), 16));
+}
+FCB_INLINE void store_lanes(Half* to, __m512 v, __mmask16 lanes) {
+  _mm256_mask_storeu_epi16(to, lanes, _mm512_cvtps_ph(v, _MM_FROUND_TO_NEAREST_INT));
+}
+FCB_INLINE void store_lanes(BFloat16* to, __m512 v, __mmask16 lanes) {
+#if defined(__AVX512BF16__)  // subnormals become 0
+  const __m256i rounded = (__m256i)_mm512_cvtneps_pbh(v);
+#else
+  const __m512i bits = _mm512_castps_si512(v), high = _mm512_srli_epi32(bits, 16), one = _mm512_set1_epi32(1);
+  const __m512i half = _mm512_add_epi32(_mm512_set1_epi32(0x7fff), _mm512_and_si512(high, one));
+  __m512i result = _mm512_srli_epi32(_mm512_add_epi32(bits, half), 16);
+  const __mmask16 nan = _mm512_cmp_ps_mask(v, v, _CMP_UNORD_Q);
+  result = _mm512_mask_or_epi32(result, nan, high, _mm512_set1_epi32(0x40));  // as to_bfloat16()
+  const __m256i rounded = _mm512_cvtepi32_epi16(result);
+#endif
+  _mm256_mask_storeu_epi16(to, lanes, rounded);
+}
+#endif
+
+template <class T>
+constexpr bool kIsSmall = __is_same(T, Half) || __is_same(T, BFloat16);
+
 template <class C, class T>
 FCB_INLINE void row_to_compute(const T* from, int64_t count, C* to) {
   int64_t i = 0;
-#if defined(__AVX2__)
+#if defined(__AVX512F__)
+  if constexpr (kIsSmall<T>) {
+    for (; i + 16 <= count; i += 16) _mm512_storeu_ps(to + i, load_lanes(from + i, 0xffff));
+    if (i == count) return;
+    const __mmask16 lanes = static_cast<__mmask16>((1u << (count - i)) - 1);
+    return _mm512_mask_storeu_ps(to + i, lanes, load_lanes(from + i, lanes));
+  }
+#elif defined(__AVX2__)
   if constexpr (__is_same(T, Half))
     for (; i + 8 <= count; i += 8)
       _mm256_storeu_ps(to + i, _mm256_cvtph_ps(_mm_loadu_si128(reinterpret_cast<const __m128i*>(from + i))));
@@ -30,7 +66,14 @@ FCB_INLINE void stream_row(const C* from, int64_t count, T* to) {
 template <class C, class T>
 FCB_INLINE void row_to_storage(const C* from, int64_t count, T* to) {
   int64_t i = 0;
-#if defined(__AVX2__)
+#if defined(__AVX512F__)
+  if constexpr (kIsSmall<T>) {
+    for (; i + 16 <= count; i += 16) store_lanes(to + i, _mm512_loadu_ps(from + i), 0xffff);
+    if (i == count) return;
+    const __mmask16 lanes = static_cast<__mmask16>((1u << (count - i)) - 1);
+    return store_lanes(to + i, _mm512_maskz_loadu_ps(lanes, from + i), lanes);
+  }
+#elif defined(__AVX2__)
   if constexpr (__is_same(T, Half))
     for (; i + 8 <= count; i += 8)
       _mm_storeu_si128(reinterpret_cast<__m128i*>(to + i), _mm256_cvtps_ph(_mm256_loadu_ps(from + i), 0));
