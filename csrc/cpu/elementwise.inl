@@ -1,14 +1,23 @@
 // Everything that is computed element by element on a block, or summed over its rows.
 
+template <class T>
+FCB_INLINE const T* row(const void* block, int64_t r, int64_t ld) {
+  return static_cast<const T*>(block) + r * ld;
+}
+template <class T>
+FCB_INLINE T* row(void* block, int64_t r, int64_t ld) {
+  return static_cast<T*>(block) + r * ld;
+}
+
 // Calls f(read, write, column) for each vector of columns; the last one may be a part.
 template <class C, class F>
 FCB_INLINE void for_vectors(int64_t cols, F f) {
   int64_t c = 0;
   for (; c + kLanes<C> <= cols; c += kLanes<C>)
-    f([](const C* p) { return load(p); }, [](C* p, Vector<C> v) { store(p, v); }, c);
+    f([](const auto* p) { return load(p); }, [](auto* p, Vector<C> v) { store(p, v); }, c);
   if (c == cols) return;
   const int64_t part = cols - c;
-  f([part](const C* p) { return load_part(p, part); }, [part](C* p, Vector<C> v) { store_part(p, v, part); }, c);
+  f([part](const auto* p) { return load_part(p, part); }, [part](auto* p, Vector<C> v) { store_part(p, v, part); }, c);
 }
 
 // The sums over the rows of f(column vector of a row), in four parts: one would wait for each addition, and err more.
@@ -29,24 +38,28 @@ static void moments(const C* block, int64_t ld, int64_t rows, int64_t cols, C* m
   for_vectors<C>(cols, [&](auto read, auto write, int64_t c) {
     const Vector<C> count = Vector<C>{} + C(rows);
     const Vector<C> m = sum_rows<C>(rows, [&](int64_t r) { return read(block + r * ld + c); }) / count;
-    // rows times the rounding error of m; corrected by it, both results are exact to the last bits.
-    const Vector<C> rest = sum_rows<C>(rows, [&](int64_t r) { return read(block + r * ld + c) - m; });
-    const Vector<C> square = sum_rows<C>(rows, [&](int64_t r) {
+    // rest: rows times the rounding error of m; corrected by it, both results are exact to the last bits.
+    Vector<C> rest[2] = {}, square[2] = {};
+    const auto add = [&](int64_t r, int i) {
       const Vector<C> d = read(block + r * ld + c) - m;
-      return d * d;
-    });
-    const Vector<C> error = rest / count, better = m + error;
+      rest[i] += d;
+      square[i] += d * d;
+    };
+    int64_t r = 0;
+    for (; r + 2 <= rows; r += 2) add(r, 0), add(r + 1, 1);
+    if (r < rows) add(r, 0);
+    const Vector<C> all = rest[0] + rest[1], error = all / count, better = m + error;
     write(mean + c, error == error ? better : m);  // an infinite m stays: its error is NaN
-    write(squares + c, square - error * rest);
+    write(squares + c, square[0] + square[1] - error * all);
   });
 }
 
 template <class C, Activation A, bool Stream>
 FCB_INLINE void affine_block(const AffineBlock<C>& b) {
   for (int64_t r = 0; r < b.rows; ++r) {
-    const C* z = b.z + r * b.ld_z;
-    const C* residual = b.residual ? b.residual + r * b.ld_residual : nullptr;
-    C* y = b.y + r * b.ld_y;
+    const C* z = row<C>(b.z, r, b.ld_z);
+    const C* residual = b.residual ? row<C>(b.residual, r, b.ld_residual) : nullptr;
+    C* y = row<C>(b.y, r, b.ld_y);
     for_vectors<C>(b.cols, [&](auto read, auto write, int64_t c) {
       Vector<C> u = (read(z + c) - read(b.mean + c)) * read(b.scale + c) + read(b.beta + c);
       if (residual) u += read(residual + c);
@@ -65,43 +78,57 @@ static void affine(const AffineBlock<C>& b) {
   end_streaming();
 }
 
-// du and z - mean of one vector of channels.
-template <class C, Activation A, Preactivation P, class Read>
+// du of one vector of channels; T: of memory.
+template <class C, class T, Activation A, Preactivation P, class Read>
 FCB_INLINE Vector<C> gradient_of_u(const GradientBlock<C>& b, Read read, int64_t r, int64_t c, Vector<C> centered) {
-  const Vector<C> dy = read(b.dy + r * b.ld_dy + c);
+  const Vector<C> dy = read(row<T>(b.dy, r, b.ld_dy) + c);
   if constexpr (A == Activation::kNone) {
     return dy;
   } else if constexpr (P == Preactivation::kOutput) {
-    return dy * derivative_of_output<A, C>(read(b.extra + r * b.ld_extra + c));
+    return dy * derivative_of_output<A, C>(read(row<T>(b.extra, r, b.ld_extra) + c));
   } else {
     Vector<C> u = centered * read(b.scale + c) + read(b.beta + c);
-    if constexpr (P == Preactivation::kConvAndResidual) u += read(b.extra + r * b.ld_extra + c);
+    if constexpr (P == Preactivation::kConvAndResidual) u += read(row<T>(b.extra, r, b.ld_extra) + c);
     return dy * derivative<A, C>(u);
   }
 }
 
-// The sums stay in memory (L1): this pass is limited by reading dy and z.
-template <class C, Activation A, Preactivation P>
-static void reduce(const GradientBlock<C>& b) {
-  for (int64_t r = 0; r < b.rows; ++r)
-    for_vectors<C>(b.cols, [&](auto read, auto write, int64_t c) {
-      const Vector<C> centered = read(b.z + r * b.ld_z + c) - read(b.mean + c);
-      const Vector<C> du = gradient_of_u<C, A, P>(b, read, r, c, centered);
-      write(b.sum_du + c, read(b.sum_du + c) + du);
-      write(b.sum_du_z + c, read(b.sum_du_z + c) + du * centered);
-      write(b.sum_z + c, read(b.sum_z + c) + centered);
-    });
+// Rows [first, first + R) together: the sums stay in memory (L1), and are read and written once for them all.
+template <class C, class T, Activation A, Preactivation P, int R>
+FCB_INLINE void reduce_rows(const GradientBlock<C>& b, int64_t first) {
+  for_vectors<C>(b.cols, [&](auto read, auto write, int64_t c) {
+    Vector<C> sum_du = read(b.sum_du + c), sum_du_z = read(b.sum_du_z + c), sum_z = read(b.sum_z + c);
+#pragma GCC unroll 4
+    for (int64_t r = first; r < first + R; ++r) {
+      const Vector<C> centered = read(row<T>(b.z, r, b.ld_z) + c) - read(b.mean + c);
+      const Vector<C> du = gradient_of_u<C, T, A, P>(b, read, r, c, centered);
+      sum_du += du;
+      sum_du_z += du * centered;
+      sum_z += centered;
+    }
+    write(b.sum_du + c, sum_du);
+    write(b.sum_du_z + c, sum_du_z);
+    write(b.sum_z + c, sum_z);
+  });
 }
 
-template <class C, Activation A, Preactivation P>
+template <class C, class T, Activation A, Preactivation P>
+static void reduce(const GradientBlock<C>& b) {
+  int64_t r = 0;
+  for (; r + 4 <= b.rows; r += 4) reduce_rows<C, T, A, P, 4>(b, r);
+  for (; r < b.rows; ++r) reduce_rows<C, T, A, P, 1>(b, r);
+}
+
+// T: of memory, D: of the gradient of z.
+template <class C, class T, class D, Activation A, Preactivation P>
 static void apply(const GradientBlock<C>& b) {
   for (int64_t r = 0; r < b.rows; ++r)
     for_vectors<C>(b.cols, [&](auto read, auto write, int64_t c) {
-      const Vector<C> centered = read(b.z + r * b.ld_z + c) - read(b.mean + c);
-      const Vector<C> du = gradient_of_u<C, A, P>(b, read, r, c, centered);
-      if (b.d_residual) write(b.d_residual + r * b.ld_d_residual + c, du);
+      const Vector<C> centered = read(row<T>(b.z, r, b.ld_z) + c) - read(b.mean + c);
+      const Vector<C> du = gradient_of_u<C, T, A, P>(b, read, r, c, centered);
+      if (b.d_residual) write(row<T>(b.d_residual, r, b.ld_d_residual) + c, du);
       Vector<C> d_conv = read(b.slope + c) * du;
       if (b.curve) d_conv += read(b.curve + c) * centered + read(b.offset + c);
-      write(b.d_conv + r * b.ld_d_conv + c, d_conv);
+      write(row<D>(b.d_conv, r, b.ld_d_conv) + c, d_conv);
     });
 }

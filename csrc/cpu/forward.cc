@@ -49,16 +49,11 @@ class Forward {
   // Without pixels there is nothing to learn: the moving statistics stay.
   void train(ParallelFor* parallel) const {
     if (p_.pixels() == 0) return keep_moving_statistics();
-    const auto save = [this](const Tile<C>& t) {
-      conv_out_.write(t.first, t.rows, t.channel, t.cols, {t.data, t.ld});
-      // The statistics are those of z as stored.
-      if (conv_out_.rounds()) conv_out_.copy(t.first, t.rows, t.channel, t.cols, {t.data, t.ld});
-    };
     const auto measure = [this](const Tile<C>& t) {
       const int64_t at = t.block * p_.out_channels + t.channel;
       k_.moments(t.data, t.ld, t.rows, t.cols, moments_.mean + at, moments_.squares + at);
     };
-    convolve(parallel, {save, measure});
+    convolve(parallel, {[this](const Tile<C>& t) { save(t); }, measure});
     parallel->run(ceil_div(p_.out_channels, kChannelChunk), [&](int64_t chunk, int) { learn(chunk * kChannelChunk); });
     normalize_all(parallel);
   }
@@ -118,21 +113,34 @@ class Forward {
     static_cast<C*>(to)[c] = static_cast<C>(p_.momentum * old + (1 - p_.momentum) * value);
   }
 
+  // Stores z, and leaves in the tile what was stored: the statistics are of that.
+  void save(const Tile<C>& t) const {
+    if (conv_out_.in_place())
+      return conv_out_.in_place_kernels().round(t.data, t.ld, t.rows, t.cols, conv_out_.address(t.first, t.channel),
+                                                conv_out_.ld(), conv_out_.streams(t.channel, t.cols));
+    conv_out_.write(t.first, t.rows, t.channel, t.cols, {t.data, t.ld});
+    if (conv_out_.rounds()) conv_out_.copy(t.first, t.rows, t.channel, t.cols, {t.data, t.ld});
+  }
+
   // The blocks written last are still in cache and come first.
   void normalize_all(ParallelFor* parallel) const {
-    const int64_t width = conv_out_.direct() ? p_.out_channels : columns();
+    const int64_t width = conv_out_.direct() || conv_out_.in_place() ? p_.out_channels : columns();
     const int64_t chunks = ceil_div(p_.out_channels, width), blocks = ceil_div(p_.pixels(), kBlockRows);
     parallel->run(blocks * chunks, [&](int64_t task, int worker) {
       const int64_t first = (blocks - 1 - task / chunks) * kBlockRows, channel = task % chunks * width;
       const int64_t rows = std::min(kBlockRows, p_.pixels() - first);
       const int64_t cols = std::min(width, p_.out_channels - channel);
-      const Block<C> z = conv_out_.read(first, rows, channel, cols, z_[worker]);
-      normalize(z, {z_[worker], cols, first, rows, channel, cols, 0, worker});
+      const Tile<C> tile{z_[worker], cols, first, rows, channel, cols, 0, worker};
+      if (conv_out_.in_place())
+        normalize_in_place(output_.in_place_kernels().affine, conv_out_.address(first, 0), conv_out_.ld(), tile);
+      else
+        normalize(conv_out_.read(first, rows, channel, cols, z_[worker]), tile);
     });
   }
 
   // output = activation((z - mean) * scale + beta + residual), computed in the tile where it cannot be in place.
   void normalize(const Block<C>& z, const Tile<C>& t) const {
+    if (output_.in_place()) return normalize_in_place(output_.in_place_kernels().affine_of_tile, z.data, z.ld, t);
     Block<C> extra{nullptr, 0};
     if (residual_.present()) extra = residual_.read(t.first, t.rows, t.channel, t.cols, extra_[t.worker]);
     const Block<C> y = output_.target(t.first, t.channel, {t.data, t.ld});
@@ -141,6 +149,16 @@ class Forward {
                                                 static_cast<const C*>(b_.beta) + t.channel,
                                                 output_.streams(t.channel, t.cols)});
     output_.write(t.first, t.rows, t.channel, t.cols, y);
+  }
+
+  // The same where 16-bit numbers lie in rows.
+  template <class Table>
+  void normalize_in_place(const Table& table, const void* z, int64_t ld_z, const Tile<C>& t) const {
+    const void* residual = residual_.present() ? residual_.address(t.first, t.channel) : nullptr;
+    table[static_cast<int>(p_.activation)](
+        {z, ld_z, residual, residual_.ld(), output_.address(t.first, t.channel), output_.ld(), t.rows, t.cols,
+         static_cast<const C*>(b_.batch_mean) + t.channel, scale_ + t.channel,
+         static_cast<const C*>(b_.beta) + t.channel, output_.streams(t.channel, t.cols)});
   }
 
   const ConvBnParams& p_;

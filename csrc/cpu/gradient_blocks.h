@@ -33,8 +33,9 @@ class GradientBlocks {
                           : needs_residual(p) ? buffers.residual
                                               : nullptr)),
         d_residual_(image(set, buffers.d_residual)),
+        in_place_(dy_.in_place() && z_.in_place()),
         channels_(p, buffers, blocks(), arena) {
-    for (int w = 0; w < workers; ++w) scratch_.push_back(arena->take<C>(4 * kRows * kColumns));
+    for (int w = 0; w < workers; ++w) scratch_.push_back(arena->take<C>(in_place_ ? 0 : 4 * kRows * kColumns));
   }
 
   const ChannelGradients<C>& channels() const { return channels_; }
@@ -45,7 +46,7 @@ class GradientBlocks {
     channels_.prepare();
     for_each(parallel, [this](GradientBlock<C> g, int64_t first, int64_t channel, int) {
       channels_.start_sums(first / kRows, channel, &g);
-      kernel(k_.reduce)(g);
+      kernel(in_place_ ? dy_.in_place_kernels().reduce : k_.reduce)(g);
     });
     channels_.finish(parallel);
   }
@@ -53,7 +54,8 @@ class GradientBlocks {
   // Calls f for each block of pixels and chunk of channels, with everything read that u and du need.
   template <class F>
   void for_each(ParallelFor* parallel, F f) const {
-    const int64_t width = dy_.direct() ? p_.out_channels : kColumns, chunks = ceil_div(p_.out_channels, width);
+    const int64_t width = dy_.direct() || in_place_ ? p_.out_channels : kColumns,
+                  chunks = ceil_div(p_.out_channels, width);
     parallel->run(blocks() * chunks, [&](int64_t task, int worker) {
       const int64_t first = task / chunks * kRows, channel = task % chunks * width;
       const int64_t rows = std::min(kRows, p_.pixels() - first), cols = std::min(width, p_.out_channels - channel);
@@ -63,12 +65,43 @@ class GradientBlocks {
 
   // dz of a block from read() into `d_conv`, and the gradient of the residual where it is wanted.
   void apply(GradientBlock<C> g, int64_t first, int64_t channel, const Block<C>& d_conv, int worker) const {
+    if (in_place_) return apply_in_place(dy_.in_place_kernels().apply, g, first, channel, d_conv.data, d_conv.ld);
     const Block<C> d_residual = d_residual_.target(first, channel, {buffer(worker, 3), g.cols});
     channels_.set_constants(channel, &g);
     g.d_conv = d_conv.data, g.ld_d_conv = d_conv.ld;
     if (has_d_residual()) g.d_residual = d_residual.data, g.ld_d_residual = d_residual.ld;
     kernel(k_.apply)(g);
     if (has_d_residual()) d_residual_.write(first, g.rows, channel, g.cols, d_residual);
+  }
+
+  // The same where 16-bit numbers lie in rows, into whatever `table` makes.
+  template <class Table>
+  void apply_in_place(const Table& table, GradientBlock<C> g, int64_t first, int64_t channel, void* d_conv,
+                      int64_t ld_d_conv) const {
+    channels_.set_constants(channel, &g);
+    g.d_conv = d_conv, g.ld_d_conv = ld_d_conv;
+    if (has_d_residual()) g.d_residual = d_residual_.address(first, channel), g.ld_d_residual = d_residual_.ld();
+    kernel(table)(g);
+  }
+
+  // What u and du need of a block.
+  GradientBlock<C> read(int64_t first, int64_t rows, int64_t channel, int64_t cols, int worker) const {
+    GradientBlock<C> g{};
+    const auto read = [&](const Image<C>& image, int slot, const void** data, int64_t* ld) {
+      if (!image.present()) return;
+      if (in_place_) {
+        *data = image.address(first, channel), *ld = image.ld();
+      } else {
+        const Block<C> block = image.read(first, rows, channel, cols, buffer(worker, slot));
+        *data = block.data, *ld = block.ld;
+      }
+    };
+    read(dy_, 0, &g.dy, &g.ld_dy);
+    read(z_, 1, &g.z, &g.ld_z);
+    read(extra_, 2, &g.extra, &g.ld_extra);
+    g.rows = rows, g.cols = cols;
+    channels_.set_affine(channel, &g);
+    return g;
   }
 
  private:
@@ -84,21 +117,10 @@ class GradientBlocks {
 
   C* buffer(int worker, int slot) const { return scratch_[worker] + slot * kRows * kColumns; }
 
-  GradientBlock<C> read(int64_t first, int64_t rows, int64_t channel, int64_t cols, int worker) const {
-    const auto block = [&](const Image<C>& image, int slot) {
-      return image.present() ? image.read(first, rows, channel, cols, buffer(worker, slot)) : Block<C>{nullptr, 0};
-    };
-    const Block<C> dy = block(dy_, 0), z = block(z_, 1), extra = block(extra_, 2);
-    GradientBlock<C> g{};
-    g.dy = dy.data, g.ld_dy = dy.ld, g.z = z.data, g.ld_z = z.ld, g.extra = extra.data, g.ld_extra = extra.ld;
-    g.rows = rows, g.cols = cols;
-    channels_.set_affine(channel, &g);
-    return g;
-  }
-
   const ConvBnParams& p_;
   const ComputeKernels<C>& k_;
   Image<C> dy_, z_, extra_, d_residual_;
+  bool in_place_;  // 16-bit numbers that are worked on where they lie
   ChannelGradients<C> channels_;
   std::vector<C*> scratch_;  // a worker's 4 blocks [kRows][kColumns]
 };

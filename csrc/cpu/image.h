@@ -60,19 +60,27 @@ class Image {
       : data_(static_cast<char*>(const_cast<void*>(data))),
         storage_(storage),
         grid_(grid),
-        direct_(storage.is_compute_type && grid.channel_stride == 1 && grid.uniform()) {}
+        rows_(grid.channel_stride == 1 && grid.uniform()),
+        direct_(storage.is_compute_type && rows_) {}
 
   bool direct() const { return direct_; }
   bool present() const { return data_ != nullptr; }
   const Grid& grid() const { return grid_; }
   const void* memory() const { return data_; }
+  // Whether 16-bit numbers can be worked on where they lie, by in_place_kernels().
+  bool in_place() const { return rows_ && storage_.kernels.in_place.round != nullptr; }
+  const InPlaceKernels<C>& in_place_kernels() const { return storage_.kernels.in_place; }
+  char* address(int64_t first, int64_t channel) const {
+    return data_ + (first * grid_.pixel_stride + channel) * storage_.element_bytes;
+  }
+  int64_t ld() const { return grid_.pixel_stride; }
   bool rounds() const { return !storage_.is_compute_type; }
 
   // Whether blocks written in place should go past the caches: where the image will not stay in them anyway.
   bool streams(int64_t channel, int64_t cols) const {
     constexpr int64_t kInCache = 8 << 20, kLine = 64;  // bytes
     const auto aligned = [](int64_t bytes) { return bytes % kLine == 0; };
-    return direct_ && grid_.pixels() * grid_.pixel_stride * storage_.element_bytes > kInCache &&
+    return (direct_ || in_place()) && grid_.pixels() * grid_.pixel_stride * storage_.element_bytes > kInCache &&
            aligned(reinterpret_cast<intptr_t>(data_)) && aligned(grid_.pixel_stride * storage_.element_bytes) &&
            aligned(channel * storage_.element_bytes) && aligned(cols * storage_.element_bytes);
   }
@@ -101,13 +109,13 @@ class Image {
     if (direct_ && block.data == place(first, channel).data) return;
     for_runs(first, rows, channel, [&](char* memory, int64_t done, int64_t count) {
       storage_.kernels.store(block.data + done * block.ld, block.ld, count, cols, memory, grid_.pixel_stride,
-                             grid_.channel_stride, streams(channel, cols));
+                             grid_.channel_stride, direct_ && streams(channel, cols));
     });
   }
 
  private:
   Block<C> place(int64_t first, int64_t channel) const {
-    return {reinterpret_cast<C*>(data_) + first * grid_.pixel_stride + channel, grid_.pixel_stride};
+    return {reinterpret_cast<C*>(address(first, channel)), grid_.pixel_stride};
   }
 
   template <class F>
@@ -122,7 +130,7 @@ class Image {
   char* data_;
   Storage<C> storage_;
   Grid grid_;
-  bool direct_;
+  bool rows_, direct_;  // pixels are rows of channels; and that in the compute type
 };
 
 // z or its gradient as one backward stage hands it to the next: compute type, NHWC whatever the data format.

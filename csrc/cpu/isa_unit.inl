@@ -23,30 +23,49 @@ namespace {
 namespace fusedconvbn {
 namespace {
 #include "gemm.inl"
+#include "storage.inl"
 
 #include "elementwise.inl"
-#include "storage.inl"
 #include "winograd.inl"
 #if defined(__AMX_BF16__)
 #include "amx.inl"
 #endif
+
+template <int A, class C, class T, class D, class Table>
+static constexpr void fill_gradients(Table* reduces, Table* applies) {
+  if constexpr (A < kActivationCount) {
+    constexpr Activation a = static_cast<Activation>(A);
+    constexpr auto conv = Preactivation::kConv, both = Preactivation::kConvAndResidual, out = Preactivation::kOutput;
+    if (reduces) (*reduces)[A][0] = reduce<C, T, a, conv>, (*reduces)[A][1] = reduce<C, T, a, both>;
+    (*applies)[A][0] = apply<C, T, D, a, conv>, (*applies)[A][1] = apply<C, T, D, a, both>;
+    if constexpr (derivative_from_output(a)) {
+      if (reduces) (*reduces)[A][2] = reduce<C, T, a, out>;
+      (*applies)[A][2] = apply<C, T, D, a, out>;
+    }
+    fill_gradients<A + 1, C, T, D>(reduces, applies);
+  }
+}
 
 template <int A, class C>
 static constexpr void fill_activation(ComputeKernels<C>* k) {
   if constexpr (A < kActivationCount) {
     constexpr Activation a = static_cast<Activation>(A);
     k->affine[A] = affine<C, a>;
-    k->reduce[A][0] = reduce<C, a, Preactivation::kConv>;
-    k->reduce[A][1] = reduce<C, a, Preactivation::kConvAndResidual>;
-    k->apply[A][0] = apply<C, a, Preactivation::kConv>;
-    k->apply[A][1] = apply<C, a, Preactivation::kConvAndResidual>;
-    if constexpr (derivative_from_output(a)) {
-      k->reduce[A][2] = reduce<C, a, Preactivation::kOutput>;
-      k->apply[A][2] = apply<C, a, Preactivation::kOutput>;
-    }
     fill_activation<A + 1>(k);
   }
 }
+
+#if defined(__AMX_BF16__)
+static constexpr AmxKernels amx_kernels() {
+  AmxKernels k{};
+  k.begin = amx_begin;
+  k.end = amx_end;
+  k.multiply = amx_multiply;
+  k.pack = amx_pack;
+  fill_gradients<0, float, BFloat16, BFloat16>(static_cast<decltype(&k.apply)>(nullptr), &k.apply);
+  return k;
+}
+#endif
 
 template <class C>
 static constexpr ComputeKernels<C> compute_kernels() {
@@ -63,15 +82,18 @@ static constexpr ComputeKernels<C> compute_kernels() {
   k.winograd_output = winograd_output<C>;
   k.moments = moments<C>;
   fill_activation<0>(&k);
+  fill_gradients<0, C, C, C>(&k.reduce, &k.apply);
 #if defined(__AMX_BF16__)
-  k.amx = {amx_begin, amx_end, amx_multiply, amx_pack};
+  if constexpr (__is_same(C, float)) k.amx = amx_kernels();
 #endif
   return k;
 }
 
+#include "in_place.inl"
+
 template <class C, class T>
 static constexpr StorageKernels<C> storage_kernels() {
-  return {load_block<C, T>, store_block<C, T>};
+  return {load_block<C, T>, store_block<C, T>, in_place_kernels<C, T>()};
 }
 
 static constexpr KernelSet kernel_set() {

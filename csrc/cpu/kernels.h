@@ -19,14 +19,14 @@ struct GatheredRows {
   int64_t row_stride, count, taps, depth, offset;
 };
 
-// y = activation((z - mean) * scale + beta + residual), for `cols` channels.
+// y = activation((z - mean) * scale + beta + residual), for `cols` channels. The kernel says what types they point to.
 template <class C>
 struct AffineBlock {
-  const C* z;
+  const void* z;
   int64_t ld_z;
-  const C* residual;  // may be null
+  const void* residual;  // may be null
   int64_t ld_residual;
-  C* y;
+  void* y;
   int64_t ld_y;
   int64_t rows, cols;
   const C *mean, *scale, *beta;  // [cols]
@@ -36,14 +36,14 @@ struct AffineBlock {
 // How the activation's argument u is had again.
 enum class Preactivation { kConv, kConvAndResidual, kOutput };
 
-// du = dy * activation'(u), u as in AffineBlock.
+// du = dy * activation'(u), u as in AffineBlock. The kernel says what types they point to.
 template <class C>
 struct GradientBlock {
-  const C* dy;
+  const void* dy;
   int64_t ld_dy;
-  const C* z;
+  const void* z;
   int64_t ld_z;
-  const C* extra;  // residual or output, as Preactivation says
+  const void* extra;  // residual or output, as Preactivation says
   int64_t ld_extra;
   int64_t rows, cols;
   const C *mean, *scale, *beta;  // [cols]
@@ -52,9 +52,9 @@ struct GradientBlock {
   // apply: d_conv = slope * du + curve * (z - mean) + offset; d_residual = du. With frozen statistics curve is null and
   // slope * du is all: 0 * z would be NaN where z is infinite.
   const C *slope, *curve, *offset;  // [cols]
-  C* d_conv;
+  void* d_conv;
   int64_t ld_d_conv;
-  C* d_residual;  // may be null
+  void* d_residual;  // may be null
   int64_t ld_d_residual;
 };
 
@@ -74,6 +74,8 @@ struct AmxKernels {
   // Between these a thread's tiles are set up for rows of `chunk` elements, even, at most 32.
   void (*begin)(int64_t chunk);
   void (*end)();
+  // As InPlaceKernels::apply, d_conv also of bfloat16.
+  void (*apply[kActivationCount][3])(const GradientBlock<float>&);
   // tile[count][32] = the sum over taps and chunks of rows * filters.
   void (*multiply)(const AmxRows& rows, const uint16_t* filters, float* tile);
   // Packs a tap: element k of its depth has the columns at rows[k], column_stride apart, or is 0 where rows[k] is null;
@@ -112,6 +114,18 @@ struct ComputeKernels {
   AmxKernels amx;  // null but for float on AMX
 };
 
+// What is computed element by element on blocks of 16-bit numbers that lie in memory with their channels consecutive.
+// All pointers of AffineBlock and GradientBlock are to that type, but those that a kernel's comment names.
+template <class C>
+struct InPlaceKernels {
+  void (*affine[kActivationCount])(const AffineBlock<C>&);
+  void (*affine_of_tile[kActivationCount])(const AffineBlock<C>&);  // z is of C
+  void (*reduce[kActivationCount][3])(const GradientBlock<C>&);
+  void (*apply[kActivationCount][3])(const GradientBlock<C>&);  // d_conv is of C
+  // Stores a block and leaves in it what was stored.
+  void (*round)(C* block, int64_t ld, int64_t rows, int64_t cols, void* memory, int64_t ld_memory, bool stream);
+};
+
 // Between memory of a data type and blocks of its compute type. Element (pixel, channel) of the memory is at
 // pixel * pixel_stride + channel * channel_stride. `stream` as in AffineBlock.
 template <class C>
@@ -120,6 +134,7 @@ struct StorageKernels {
                int64_t ld);
   void (*store)(const C* block, int64_t ld, int64_t rows, int64_t cols, void* memory, int64_t pixel_stride,
                 int64_t channel_stride, bool stream);
+  InPlaceKernels<C> in_place;  // null where there are none
 };
 
 struct KernelSet {

@@ -9,30 +9,54 @@ FCB_INLINE void to_storage(double x, double* to) { *to = x; }
 FCB_INLINE void to_storage(float x, Half* to) { *to = to_half(x); }
 FCB_INLINE void to_storage(float x, BFloat16* to) { *to = to_bfloat16(x); }
 
-// Vectors of 16-bit types; the lanes that the mask leaves out are 0, and their memory is not touched.
+// Vectors of 16-bit types; the pointer only tells the type.
 #if defined(__AVX512F__)
-FCB_INLINE __m512 load_lanes(const Half* from, __mmask16 lanes) {
-  return _mm512_cvtph_ps(_mm256_maskz_loadu_epi16(lanes, from));
+FCB_INLINE __m512 widen(__m256i v, const Half*) { return _mm512_cvtph_ps(v); }
+FCB_INLINE __m512 widen(__m256i v, const BFloat16*) {
+  return _mm512_castsi512_ps(_mm512_slli_epi32(_mm512_cvtepu16_epi32(v), 16));
 }
-FCB_INLINE __m512 load_lanes(const BFloat16* from, __mmask16 lanes) {
-  return _mm512_castsi512_ps(_mm512_slli_epi32(_mm512_cvtepu16_epi32(_mm256_maskz_loadu_epi16(lanes, from)), 16));
-}
-FCB_INLINE void store_lanes(Half* to, __m512 v, __mmask16 lanes) {
-  _mm256_mask_storeu_epi16(to, lanes, _mm512_cvtps_ph(v, _MM_FROUND_TO_NEAREST_INT));
-}
-FCB_INLINE void store_lanes(BFloat16* to, __m512 v, __mmask16 lanes) {
+FCB_INLINE __m256i narrow(__m512 v, const Half*) { return _mm512_cvtps_ph(v, _MM_FROUND_TO_NEAREST_INT); }
+FCB_INLINE __m256i narrow(__m512 v, const BFloat16*) {
 #if defined(__AVX512BF16__)  // subnormals become 0
-  const __m256i rounded = (__m256i)_mm512_cvtneps_pbh(v);
+  return (__m256i)_mm512_cvtneps_pbh(v);
 #else
   const __m512i bits = _mm512_castps_si512(v), high = _mm512_srli_epi32(bits, 16), one = _mm512_set1_epi32(1);
   const __m512i half = _mm512_add_epi32(_mm512_set1_epi32(0x7fff), _mm512_and_si512(high, one));
   __m512i result = _mm512_srli_epi32(_mm512_add_epi32(bits, half), 16);
   const __mmask16 nan = _mm512_cmp_ps_mask(v, v, _CMP_UNORD_Q);
   result = _mm512_mask_or_epi32(result, nan, high, _mm512_set1_epi32(0x40));  // as to_bfloat16()
-  const __m256i rounded = _mm512_cvtepi32_epi16(result);
+  return _mm512_cvtepi32_epi16(result);
 #endif
-  _mm256_mask_storeu_epi16(to, lanes, rounded);
 }
+
+// The first `count` lanes.
+FCB_INLINE __mmask16 first_lanes(int64_t count) { return static_cast<__mmask16>((1u << count) - 1); }
+
+// The lanes that the mask leaves out are 0, and their memory is not touched.
+FCB_INLINE __m512 load_lanes(const float* from, __mmask16 lanes) { return _mm512_maskz_loadu_ps(lanes, from); }
+template <class T>
+FCB_INLINE __m512 load_lanes(const T* from, __mmask16 lanes) {
+  return widen(_mm256_maskz_loadu_epi16(lanes, from), from);
+}
+FCB_INLINE void store_lanes(float* to, __m512 v, __mmask16 lanes) { _mm512_mask_storeu_ps(to, lanes, v); }
+template <class T>
+FCB_INLINE void store_lanes(T* to, __m512 v, __mmask16 lanes) {
+  _mm256_mask_storeu_epi16(to, lanes, narrow(v, to));
+}
+
+// As load(), store() and their parts, of vectors of float.
+template <class T>
+FCB_INLINE Vector<float> load_16_bit(const T* from, __mmask16 lanes) {
+  return (Vector<float>)load_lanes(from, lanes);
+}
+FCB_INLINE Vector<float> load(const Half* from) { return load_16_bit(from, 0xffff); }
+FCB_INLINE Vector<float> load(const BFloat16* from) { return load_16_bit(from, 0xffff); }
+FCB_INLINE Vector<float> load_part(const Half* from, int64_t n) { return load_16_bit(from, first_lanes(n)); }
+FCB_INLINE Vector<float> load_part(const BFloat16* from, int64_t n) { return load_16_bit(from, first_lanes(n)); }
+FCB_INLINE void store(Half* to, Vector<float> v) { store_lanes(to, (__m512)v, 0xffff); }
+FCB_INLINE void store(BFloat16* to, Vector<float> v) { store_lanes(to, (__m512)v, 0xffff); }
+FCB_INLINE void store_part(Half* to, Vector<float> v, int64_t n) { store_lanes(to, (__m512)v, first_lanes(n)); }
+FCB_INLINE void store_part(BFloat16* to, Vector<float> v, int64_t n) { store_lanes(to, (__m512)v, first_lanes(n)); }
 #endif
 
 template <class T>
@@ -45,8 +69,7 @@ FCB_INLINE void row_to_compute(const T* from, int64_t count, C* to) {
   if constexpr (kIsSmall<T>) {
     for (; i + 16 <= count; i += 16) _mm512_storeu_ps(to + i, load_lanes(from + i, 0xffff));
     if (i == count) return;
-    const __mmask16 lanes = static_cast<__mmask16>((1u << (count - i)) - 1);
-    return _mm512_mask_storeu_ps(to + i, lanes, load_lanes(from + i, lanes));
+    return store_lanes(to + i, load_lanes(from + i, first_lanes(count - i)), first_lanes(count - i));
   }
 #elif defined(__AVX2__)
   if constexpr (__is_same(T, Half))
@@ -70,8 +93,7 @@ FCB_INLINE void row_to_storage(const C* from, int64_t count, T* to) {
   if constexpr (kIsSmall<T>) {
     for (; i + 16 <= count; i += 16) store_lanes(to + i, _mm512_loadu_ps(from + i), 0xffff);
     if (i == count) return;
-    const __mmask16 lanes = static_cast<__mmask16>((1u << (count - i)) - 1);
-    return store_lanes(to + i, _mm512_maskz_loadu_ps(lanes, from + i), lanes);
+    return store_lanes(to + i, load_lanes(from + i, first_lanes(count - i)), first_lanes(count - i));
   }
 #elif defined(__AVX2__)
   if constexpr (__is_same(T, Half))
