@@ -11,11 +11,13 @@ from fusedconvbn import raw
 KERNELS = raw.kernels()
 CASES = op_cases()[::17]
 WINOGRAD_CASES = [replace(case, isa=None) for case in winograd_cases()[::23]]
-AMX_CASES = [case for case in op_cases() if case.dtype == "bf16" and case.groups == 1][::2]
+AMX_CASES = [case for case in op_cases() if case.dtype == "bf16" and case.groups == 1]
 
 
 def cases_of(row):
-    return AMX_CASES if row.name.endswith("_amx") else WINOGRAD_CASES if "winograd" in row.name else CASES
+    if row.name == "backward_direct_amx":
+        return [case for case in AMX_CASES if case.training and case.data_format == "NHWC"]
+    return AMX_CASES[::2] if row.name.endswith("_amx") else WINOGRAD_CASES if "winograd" in row.name else CASES
 
 
 RUNS = [(row, case) for row in KERNELS for case in cases_of(row)]

@@ -89,3 +89,108 @@ static void amx_pack(const uint16_t* const* rows, int64_t column_stride, int64_t
       }
     }
 }
+
+// 16 x 16 elements of 32 bits.
+FCB_INLINE void amx_transpose_16(__m512i (&v)[16]) {
+  __m512i t[16];
+#pragma GCC unroll 8
+  for (int i = 0; i < 16; i += 2) {
+    t[i] = _mm512_unpacklo_epi32(v[i], v[i + 1]);
+    t[i + 1] = _mm512_unpackhi_epi32(v[i], v[i + 1]);
+  }
+#pragma GCC unroll 4
+  for (int i = 0; i < 16; i += 4) {  // v[i + j]: column j of each lane, of rows i .. i + 3
+    v[i] = _mm512_unpacklo_epi64(t[i], t[i + 2]);
+    v[i + 1] = _mm512_unpackhi_epi64(t[i], t[i + 2]);
+    v[i + 2] = _mm512_unpacklo_epi64(t[i + 1], t[i + 3]);
+    v[i + 3] = _mm512_unpackhi_epi64(t[i + 1], t[i + 3]);
+  }
+#pragma GCC unroll 4
+  for (int j = 0; j < 4; ++j) {  // the 4 x 4 matrix of lanes of each j
+    const __m512i a = _mm512_shuffle_i32x4(v[j], v[j + 4], 0x44), b = _mm512_shuffle_i32x4(v[j], v[j + 4], 0xee);
+    const __m512i c = _mm512_shuffle_i32x4(v[j + 8], v[j + 12], 0x44);
+    const __m512i d = _mm512_shuffle_i32x4(v[j + 8], v[j + 12], 0xee);
+    t[j] = _mm512_shuffle_i32x4(a, c, 0x88);
+    t[j + 4] = _mm512_shuffle_i32x4(a, c, 0xdd);
+    t[j + 8] = _mm512_shuffle_i32x4(b, d, 0x88);
+    t[j + 12] = _mm512_shuffle_i32x4(b, d, 0xdd);
+  }
+#pragma GCC unroll 16
+  for (int i = 0; i < 16; ++i) v[i] = t[i];
+}
+
+FCB_INLINE __m512i amx_row(const uint16_t* rows, int64_t stride, int64_t r, int64_t count, __mmask32 columns) {
+  return r < count ? _mm512_maskz_loadu_epi16(columns, rows + r * stride) : _mm512_setzero_si512();
+}
+
+FCB_INLINE __mmask32 amx_columns(int64_t left) { return left >= kAmxPanel ? ~0u : (1u << left) - 1; }
+
+// 32 rows by 32 columns. Unpacking pairs rows within each 16 bytes: columns 0 .. 3 of each 8 come first, then 4 .. 7.
+FCB_INLINE void amx_transpose_32(const uint16_t* rows, int64_t stride, int64_t count, __mmask32 columns, uint16_t* to,
+                                 int64_t ld) {
+  __m512i low[16], high[16];
+#pragma GCC unroll 16
+  for (int i = 0; i < 16; ++i) {
+    const __m512i even = amx_row(rows, stride, 2 * i, count, columns);
+    const __m512i odd = amx_row(rows, stride, 2 * i + 1, count, columns);
+    low[i] = _mm512_unpacklo_epi16(even, odd);
+    high[i] = _mm512_unpackhi_epi16(even, odd);
+  }
+  amx_transpose_16(low);
+  amx_transpose_16(high);
+#pragma GCC unroll 16
+  for (int i = 0; i < 16; ++i) {
+    const int64_t column = i / 4 * 8 + i % 4;
+    _mm512_storeu_si512(to + column * ld, low[i]);
+    _mm512_storeu_si512(to + (column + 4) * ld, high[i]);
+  }
+}
+
+static void amx_transpose(const uint16_t* rows, int64_t stride, int64_t count, int64_t cols, uint16_t* columns,
+                          int64_t ld) {
+  for (int64_t r = 0; r < count; r += kAmxRows)
+    for (int64_t c = 0; c < cols; c += kAmxPanel)
+      amx_transpose_32(rows + r * stride + c, stride, count - r, amx_columns(cols - c), columns + c * ld + r, ld);
+}
+
+static void amx_pairs_of_rows(const uint16_t* rows, int64_t stride, int64_t count, int64_t cols, uint16_t* panels) {
+  alignas(64) uint16_t first[32], second[32];
+  for (uint16_t i = 0; i < 32; ++i) {
+    first[i] = static_cast<uint16_t>(i / 2 + i % 2 * 32);
+    second[i] = static_cast<uint16_t>(16 + i / 2 + i % 2 * 32);
+  }
+  const __m512i left = _mm512_load_si512(first), right = _mm512_load_si512(second);
+  const int64_t depth = (count + kAmxRows - 1) / kAmxRows * kAmxRows;
+  for (int64_t r = 0; r < depth; r += 2)
+    for (int64_t c = 0; c < cols; c += kAmxPanel) {
+      const __mmask32 columns = amx_columns(cols - c);
+      const __m512i even = amx_row(rows + c, stride, r, count, columns);
+      const __m512i odd = amx_row(rows + c, stride, r + 1, count, columns);
+      uint16_t* to = panels + c * depth + r * kAmxPanel;
+      _mm512_storeu_si512(to, _mm512_permutex2var_epi16(even, left, odd));
+      _mm512_storeu_si512(to + kAmxPanel, _mm512_permutex2var_epi16(even, right, odd));
+    }
+}
+
+static void amx_outer(const uint16_t* columns, int64_t ld, const uint16_t* panel, int64_t depth, float* sums) {
+  constexpr int64_t kSumBytes = kAmxPanel * sizeof(float), kPairBytes = 2 * kAmxPanel * sizeof(uint16_t);
+  float* lower = sums + kAmxTile * kAmxPanel;
+  _tile_loadd(0, sums, kSumBytes);
+  _tile_loadd(1, sums + kAmxTile, kSumBytes);
+  _tile_loadd(2, lower, kSumBytes);
+  _tile_loadd(3, lower + kAmxTile, kSumBytes);
+  for (int64_t k = 0; k < depth; k += 32, columns += 32, panel += 32 * kAmxPanel) {
+    _tile_loadd(6, panel, kPairBytes);
+    _tile_loadd(4, columns, 2 * ld);
+    _tile_dpbf16ps(0, 4, 6);
+    _tile_loadd(7, panel + 2 * kAmxTile, kPairBytes);
+    _tile_dpbf16ps(1, 4, 7);
+    _tile_loadd(5, columns + kAmxTile * ld, 2 * ld);
+    _tile_dpbf16ps(2, 5, 6);
+    _tile_dpbf16ps(3, 5, 7);
+  }
+  _tile_stored(0, sums, kSumBytes);
+  _tile_stored(1, sums + kAmxTile, kSumBytes);
+  _tile_stored(2, lower, kSumBytes);
+  _tile_stored(3, lower + kAmxTile, kSumBytes);
+}

@@ -50,17 +50,28 @@ class AmxConvolution {
            const TileEpilogue<C>& epilogue) const {
     const int64_t strips = reader_.strips();
     if (strips == 0) return;
+    pack(filters, s, parallel);
+    const int64_t shares = std::min(panels(), ceil_div(4 * (parallel->threads() - 1) + 1, strips));
+    parallel->run(strips * shares, [&](int64_t task, int worker) {
+      const int64_t index = task / shares, share = task % shares;
+      const auto strip = reader_.strip(index);
+      run_strip(strip, reader_.read(strip, s.staged[worker]), reader_.first_chunk(index), share * panels() / shares,
+                (share + 1) * panels() / shares, s, worker, epilogue);
+    });
+  }
+
+  // The two halves of run() for a caller that has the rows: `count` positions from `first` on, in order, in rows of
+  // row_elements(). There is memory behind them for row_slack() more.
+  void pack(const FilterLayout& filters, const Scratch& s, ParallelFor* parallel) const {
     parallel->run(panels(), [&](int64_t panel, int worker) {
       pack(filters, panel, s.filter_rows[worker], s.filters + panel * panel_elements());
     });
-    const int64_t shares = std::min(panels(), ceil_div(4 * (parallel->threads() - 1) + 1, strips));
-    parallel->run(strips * shares, [&](int64_t task, int worker) {
-      const int64_t share = task % shares;
-      kernels_.amx.begin(reader_.depth().chunk);
-      run_strip(task / shares, share * panels() / shares, (share + 1) * panels() / shares, s, worker, epilogue);
-      kernels_.amx.end();
-    });
   }
+  void run_rows(const uint16_t* rows, int64_t first, int64_t count, const Scratch& s, int worker,
+                const TileEpilogue<C>& epilogue) const {
+    run_strip({first, 0, 0, count, 1, 1}, rows, 0, 0, panels(), s, worker, epilogue);
+  }
+  int64_t row_elements() const { return reader_.row_elements(); }
 
  private:
   static constexpr int64_t kChunk = AmxRowReader::kChunk;
@@ -83,18 +94,17 @@ class AmxConvolution {
     }
   }
 
-  void run_strip(int64_t index, int64_t panel_begin, int64_t panel_end, const Scratch& s, int worker,
-                 const TileEpilogue<C>& epilogue) const {
-    const auto strip = reader_.strip(index);
-    const uint16_t* rows = reader_.read(strip, s.staged[worker]);
+  void run_strip(const AmxRowReader::Strip& strip, const uint16_t* rows, int64_t first_chunk, int64_t panel_begin,
+                 int64_t panel_end, const Scratch& s, int worker, const TileEpilogue<C>& epilogue) const {
     const int64_t panels = panel_end - panel_begin, chunks = strip.chunks();
     // Either a chunk's rows stay in cache for all panels, or a panel's filters for all chunks.
     const bool by_chunk = panels * panel_elements() * 2 <= kFilterBytes;
+    kernels_.amx.begin(reader_.depth().chunk);
     for (int64_t i = 0; i < panels * chunks; ++i) {
       const int64_t chunk = by_chunk ? i / panels : i % chunks, panel = by_chunk ? i % panels : i / chunks;
-      run_tile(strip, rows, chunk * kChunk, reader_.first_chunk(index) + chunk, panel_begin + panel, s, worker,
-               epilogue);
+      run_tile(strip, rows, chunk * kChunk, first_chunk + chunk, panel_begin + panel, s, worker, epilogue);
     }
+    kernels_.amx.end();
   }
 
   void run_tile(const AmxRowReader::Strip& strip, const uint16_t* rows, int64_t row, int64_t block, int64_t panel,

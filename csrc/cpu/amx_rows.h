@@ -38,14 +38,15 @@ class AmxRowReader {
  public:
   static constexpr int64_t kChunk = 96;  // rows that are multiplied at a time: 3 times 2 tiles
 
-  AmxRowReader(const void* source, const Grid& grid, int64_t channels, const Windows& windows)
+  // Strips of about `max_rows`; 0: of what suits products with filters.
+  AmxRowReader(const void* source, const Grid& grid, int64_t channels, const Windows& windows, int64_t max_rows = 0)
       : source_(static_cast<const uint16_t*>(source)), grid_(grid), channels_(channels), windows_(windows) {
     plan_rows();
     if (windows.positions() == 0) return;
     for (const Tap& tap : windows_.taps) add_plane(tap);
     if (!flat_) set_pitch();
     const int64_t row_bytes = 2 * unit_ * static_cast<int64_t>(std::max<size_t>(1, planes_.size()));
-    const int64_t rows = std::clamp<int64_t>(kStripBytes / row_bytes / kChunk, 2, 32) * kChunk;
+    const int64_t rows = max_rows ? max_rows : std::clamp<int64_t>(kStripBytes / row_bytes / kChunk, 2, 32) * kChunk;
     lines_ = flat_ ? rows : std::clamp<int64_t>(rows / pitch_, 1, windows.height);
     for (const Tap& tap : windows_.taps) tap_offset_.push_back(flat_ ? 0 : offset(tap));
   }
@@ -88,7 +89,15 @@ class AmxRowReader {
     return {image * image_strips() + strip, (rest - strip * whole) * kChunk};
   }
 
-  bool merged() const { return merged_; }
+  // Whether positions read pixel after pixel of the source, one for one.
+  bool in_order() const { return in_order_; }
+  int64_t pitch() const { return flat_ ? windows_.width : pitch_; }
+  // Rows that read() has, those behind the last that a tap reads included.
+  int64_t read_rows(const Strip& strip) const {
+    return flat_ ? strip.rows() : static_cast<int64_t>(planes_.size()) * plane_rows() + shared_ + kSlack;
+  }
+  int64_t max_read_rows() const { return flat_ ? lines_ : read_rows(strip(0)); }
+  int64_t max_rows() const { return flat_ ? lines_ : strip(0).rows(); }
   int64_t pixel() const { return pixel_; }          // elements of a staged pixel
   const AmxDepth& depth() const { return depth_; }  // of a tap
   int64_t row_elements() const { return unit_; }    // distance of rows
@@ -96,13 +105,14 @@ class AmxRowReader {
   int64_t taps() const { return static_cast<int64_t>(windows_.taps.size()); }
 
   int64_t staged_elements() const {
-    if (windows_.positions() == 0) return 0;
+    if (windows_.positions() == 0 || taps() == 0) return 0;
     if (flat_) return (lines_ + kSlack) * unit_;
-    return (static_cast<int64_t>(planes_.size()) * plane_rows() + windows_.width + kSlack) * unit_;
+    return read_rows(strip(0)) * unit_ + depth_.elements();  // merged rows overlap
   }
 
   // The strip's rows, staged unless they can be read in place: of at least 32 rows, that whole tiles may be read.
   const uint16_t* read(const Strip& strip, uint16_t* staged) const {
+    if (taps() == 0) return staged;
     const int64_t rest = strip.rows() % kChunk;
     if (in_place_ && (rest == 0 || rest >= kSlack)) return source_ + strip.first * unit_;
     if (flat_)
@@ -128,9 +138,9 @@ class AmxRowReader {
 
   void plan_rows() {
     const auto& taps = windows_.taps;
-    const bool at_origin = taps.empty() || (taps.size() == 1 && taps[0].height == 0 && taps[0].width == 0);
-    flat_ = at_origin && (windows_.height - 1) * windows_.step_height < grid_.height &&
-            (windows_.width - 1) * windows_.step_width < grid_.width;
+    const bool at_origin = taps.size() == 1 && taps[0].height == 0 && taps[0].width == 0;
+    flat_ = taps.empty() || (at_origin && (windows_.height - 1) * windows_.step_height < grid_.height &&
+                             (windows_.width - 1) * windows_.step_width < grid_.width);
     const int64_t run = adjacent_taps();
     merged_ = !flat_ && channels_ <= kMaxMergedChannels && run > 1;
     if (merged_) {
@@ -139,9 +149,9 @@ class AmxRowReader {
       depth_ = AmxDepth(channels_);
       pixel_ = unit_ = depth_.elements();
     }
-    in_place_ = flat_ && windows_.step_height == 1 && windows_.step_width == 1 && windows_.height == grid_.height &&
-                windows_.width == grid_.width && grid_.channel_stride == 1 && grid_.uniform() &&
-                grid_.pixel_stride == unit_;
+    in_order_ = flat_ && windows_.step_height == 1 && windows_.step_width == 1 && windows_.height == grid_.height &&
+                windows_.width == grid_.width;
+    in_place_ = in_order_ && grid_.channel_stride == 1 && grid_.uniform() && grid_.pixel_stride == unit_;
   }
 
   // How many taps a filter line has, if they are adjacent pixels, and all lines alike; else 1.
@@ -196,7 +206,7 @@ class AmxRowReader {
     for (const Plane& p : planes_) columns = std::max(columns, ceil_div(grid_.width - p.width_phase, column_step()));
     const int64_t before = std::max<int64_t>(0, -left_);
     const int64_t behind = std::max<int64_t>(0, windows_.width + right_ - columns);
-    shared_ = std::min(before, behind);
+    shared_ = std::min({before, behind, right_ - left_});  // each position has a row of its own
     pitch_ = windows_.width + right_ - left_ - shared_;
   }
 
@@ -241,7 +251,8 @@ class AmxRowReader {
       else
         stage_line(strip.image * grid_.image_stride + h * grid_.line_stride, plane, to);
     }
-    std::fill(to, to + shared_ * unit_, uint16_t{0});
+    std::fill(to, to + (shared_ + kSlack) * unit_ + depth_.elements(),
+              uint16_t{0});  // the next plane, if any, comes next
   }
 
   // Pixel x of a line is source column (x + left) * step + phase, or 0 outside of the image.
@@ -259,7 +270,7 @@ class AmxRowReader {
   Grid grid_;
   int64_t channels_;
   Windows windows_;  // its taps: the merged ones
-  bool flat_ = false, in_place_ = false, merged_ = false;
+  bool flat_ = false, in_order_ = false, in_place_ = false, merged_ = false;
   AmxDepth depth_{1};
   int64_t pixel_ = 0, unit_ = 0, run_ = 1;
   static constexpr int64_t kFar = int64_t{1} << 60;

@@ -24,9 +24,14 @@ bool dgrad_winograd2(const ConvBnParams& p) { return suits_winograd(p, p.in_heig
 
 // Products on AMX: lines that fit a strip, and little padding between them.
 bool amx_applies(const ConvBnParams& p) {
-  constexpr int64_t kMaxWidth = 4096, kMaxPadding = 32;
+  constexpr int64_t kMaxWidth = 4096, kMaxPadding = 32, kMaxHeight = 64;
   return p.dtype == DType::kBFloat16 && p.groups == 1 && p.out_width <= kMaxWidth &&
+         (p.filter_height - 1) * p.dilation_height <= kMaxHeight &&
          std::max({(p.filter_width - 1) * p.dilation_width, p.pad_left, p.pad_right}) <= kMaxPadding;
+}
+// With frozen statistics the gradient of z is not rounded: the stages do that.
+bool amx_backward_applies(const ConvBnParams& p) {
+  return amx_applies(p) && p.training && p.data_format == DataFormat::kNHWC && p.pixels() > 0;
 }
 bool suits_amx(const ConvBnParams& p) { return p.algorithm != Algorithm::kWinograd2; }
 
@@ -68,11 +73,11 @@ Status run_with(const StageCall& call) {
       FCB_ROW(wgrad_direct, kWgrad, any_problem, any_problem, isa, Isa_)
 
 // Their kernels are those of AMX: the name says it once.
-#define FCB_AMX_ROW(name, stage)               \
+#define FCB_AMX_ROW(name, stage, applies)      \
   {#name,                                      \
    Stage::stage,                               \
    Isa::kAmx,                                  \
-   amx_applies,                                \
+   applies,                                    \
    suits_amx,                                  \
    scratch_with<&kKernelsAmx, name##_scratch>, \
    run_with<&kKernelsAmx, run_##name>}
@@ -80,7 +85,8 @@ Status run_with(const StageCall& call) {
 const std::vector<Kernel>& kernel_table() {
   static const std::vector<Kernel> table = {
 #if defined(__x86_64__) && !defined(FUSEDCONVBN_NO_AMX)
-      FCB_AMX_ROW(forward_direct_amx, kForward),
+      FCB_AMX_ROW(forward_direct_amx, kForward, amx_applies),
+      FCB_AMX_ROW(backward_direct_amx, kBackward, amx_backward_applies),
 #endif
 #if defined(__x86_64__)
       FCB_ROWS(avx512, Avx512),

@@ -109,7 +109,7 @@ class Image {
     if (direct_ && block.data == place(first, channel).data) return;
     for_runs(first, rows, channel, [&](char* memory, int64_t done, int64_t count) {
       storage_.kernels.store(block.data + done * block.ld, block.ld, count, cols, memory, grid_.pixel_stride,
-                             grid_.channel_stride, direct_ && streams(channel, cols));
+                             grid_.channel_stride, streams(channel, cols));
     });
   }
 

@@ -2,14 +2,6 @@
 // channels (a cache line) at a time.
 
 #if defined(__AVX512F__)
-template <class T>
-FCB_INLINE __m512i narrow(__m512 low, __m512 high, const T* type) {
-#if defined(__AVX512BF16__)
-  if constexpr (__is_same(T, BFloat16)) return (__m512i)_mm512_cvtne2ps_pbh(high, low);
-#endif
-  return _mm512_inserti64x4(_mm512_castsi256_si512(narrow(low, type)), narrow(high, type), 1);
-}
-
 // 32 channels as two vectors, of which the last may be missing in part.
 struct Lanes {
   __mmask16 half[2];

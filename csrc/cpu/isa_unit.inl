@@ -62,6 +62,9 @@ static constexpr AmxKernels amx_kernels() {
   k.end = amx_end;
   k.multiply = amx_multiply;
   k.pack = amx_pack;
+  k.transpose = amx_transpose;
+  k.pairs = amx_pairs_of_rows;
+  k.outer = amx_outer;
   fill_gradients<0, float, BFloat16, BFloat16>(static_cast<decltype(&k.apply)>(nullptr), &k.apply);
   return k;
 }

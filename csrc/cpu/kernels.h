@@ -82,6 +82,15 @@ struct AmxKernels {
   // cols <= 32, the others are 0.
   void (*pack)(const uint16_t* const* rows, int64_t column_stride, int64_t cols, int64_t chunks, int64_t chunk,
                uint16_t* packed);
+
+  // For the gradient by the filters, rows are the depth; both fill up to a multiple of 32 of them with 0.
+  // columns[cols][ld] = the transposed rows[count][stride]; cols is rounded up to a multiple of 32, the others
+  // undefined.
+  void (*transpose)(const uint16_t* rows, int64_t stride, int64_t count, int64_t cols, uint16_t* columns, int64_t ld);
+  // Panels of 32 columns of rows[count][stride], each [depth / 2][32][2]: as filters.
+  void (*pairs)(const uint16_t* rows, int64_t stride, int64_t count, int64_t cols, uint16_t* panels);
+  // sums[32][32] += columns[32][ld] * panel[depth / 2][32][2]; depth is a multiple of 32, as `chunk` was in begin().
+  void (*outer)(const uint16_t* columns, int64_t ld, const uint16_t* panel, int64_t depth, float* sums);
 };
 
 template <class C>

@@ -30,6 +30,9 @@ FCB_STAGE(dgrad_winograd2);
 // The gradient by the filters: products of input and conv_grad panels, over fixed ranges of pixels.
 FCB_STAGE(wgrad_direct);
 
+// The whole of backward for bfloat16 on AMX.
+FCB_STAGE(backward_direct_amx);
+
 #undef FCB_STAGE
 
 }  // namespace fusedconvbn
