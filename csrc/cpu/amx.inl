@@ -25,14 +25,26 @@ static void amx_end() { _tile_release(); }
 constexpr int64_t kAmxRows = 32, kAmxPanel = 32;  // of the 2 x 2 tiles
 constexpr int64_t kAmxTile = 16;
 
-// 32 rows from `first` on.
-FCB_INLINE void amx_multiply_rows(const AmxRows& in, int64_t first, const uint16_t* filters, float* tile) {
-  const int64_t row_bytes = in.stride * 2, half = in.chunk * kAmxTile;
-  constexpr int64_t kTileBytes = kAmxPanel * sizeof(float);
+FCB_INLINE void amx_zero() {
   _tile_zero(0);
   _tile_zero(1);
   _tile_zero(2);
   _tile_zero(3);
+}
+
+// The accumulators as [32][32].
+FCB_INLINE void amx_store(float* tile) {
+  constexpr int64_t kTileBytes = kAmxPanel * sizeof(float);
+  _tile_stored(0, tile, kTileBytes);
+  _tile_stored(1, tile + kAmxTile, kTileBytes);
+  _tile_stored(2, tile + kAmxTile * kAmxPanel, kTileBytes);
+  _tile_stored(3, tile + kAmxTile * kAmxPanel + kAmxTile, kTileBytes);
+}
+
+// 32 rows from `first` on.
+FCB_INLINE void amx_multiply_rows(const AmxRows& in, int64_t first, const uint16_t* filters, float* tile) {
+  const int64_t row_bytes = in.stride * 2, half = in.chunk * kAmxTile;
+  amx_zero();
   for (int64_t t = 0; t < in.taps; ++t) {
     const uint16_t* rows = in.rows + in.tap_offset[t] + first * in.stride;
     for (int64_t j = 0; j < in.chunks; ++j, rows += in.chunk, filters += 2 * half) {
@@ -46,10 +58,7 @@ FCB_INLINE void amx_multiply_rows(const AmxRows& in, int64_t first, const uint16
       _tile_dpbf16ps(3, 5, 7);
     }
   }
-  _tile_stored(0, tile, kTileBytes);
-  _tile_stored(1, tile + kAmxTile, kTileBytes);
-  _tile_stored(2, tile + kAmxTile * kAmxPanel, kTileBytes);
-  _tile_stored(3, tile + kAmxTile * kAmxPanel + kAmxTile, kTileBytes);
+  amx_store(tile);
 }
 
 // The last 32 rows end with the last row: some are computed twice rather than any read behind it.
@@ -65,29 +74,6 @@ FCB_INLINE __m512i amx_pairs(const uint16_t* even, const uint16_t* odd, __mmask1
   const __m512i low = _mm512_cvtepu16_epi32(_mm256_maskz_loadu_epi16(even ? columns : 0, even));
   const __m512i high = _mm512_cvtepu16_epi32(_mm256_maskz_loadu_epi16(odd ? columns : 0, odd));
   return _mm512_or_si512(low, _mm512_slli_epi32(high, 16));
-}
-
-// 16 columns that lie apart.
-FCB_INLINE void amx_gather(const uint16_t* row, int64_t column_stride, int64_t cols, uint16_t* packed) {
-  for (int64_t c = 0; c < kAmxTile; ++c) packed[2 * c] = row && c < cols ? row[c * column_stride] : 0;
-}
-
-static void amx_pack(const uint16_t* const* rows, int64_t column_stride, int64_t cols, int64_t chunks, int64_t chunk,
-                     uint16_t* packed) {
-  for (int64_t j = 0; j < chunks; ++j, rows += chunk)
-    for (int64_t c = 0; c < kAmxPanel; c += kAmxTile) {
-      const int64_t width = cols <= c ? 0 : cols - c < kAmxTile ? cols - c : kAmxTile, skipped = c * column_stride;
-      for (int64_t k = 0; k < chunk; k += 2, packed += 2 * kAmxTile) {
-        const uint16_t *even = rows[k] ? rows[k] + skipped : nullptr,
-                       *odd = rows[k + 1] ? rows[k + 1] + skipped : nullptr;
-        if (column_stride == 1) {
-          _mm512_storeu_si512(packed, amx_pairs(even, odd, static_cast<__mmask16>((1u << width) - 1)));
-        } else {
-          amx_gather(even, column_stride, width, packed);
-          amx_gather(odd, column_stride, width, packed + 1);
-        }
-      }
-    }
 }
 
 // 16 x 16 elements of 32 bits.
@@ -117,6 +103,44 @@ FCB_INLINE void amx_transpose_16(__m512i (&v)[16]) {
   }
 #pragma GCC unroll 16
   for (int i = 0; i < 16; ++i) v[i] = t[i];
+}
+
+// 16 columns that lie apart, each of consecutive elements from `first` on: whole pairs of them.
+FCB_INLINE void amx_pack_columns(const uint16_t* first, int64_t column_stride, int64_t cols, int64_t depth,
+                                 int64_t chunk, uint16_t* packed) {
+  const __mmask32 mask = depth >= 32 ? ~0u : (1u << depth) - 1;
+  __m512i v[16];
+#pragma GCC unroll 16
+  for (int c = 0; c < 16; ++c)
+    v[c] = _mm512_maskz_loadu_epi16(c < cols ? mask : 0, c < cols ? first + c * column_stride : first);
+  amx_transpose_16(v);
+#pragma GCC unroll 16
+  for (int k = 0; k < 16; ++k)
+    if (k < chunk / 2) _mm512_storeu_si512(packed + k * 2 * kAmxTile, v[k]);
+}
+
+FCB_INLINE void amx_pack_rows(const uint16_t* const* rows, int64_t skipped, int64_t cols, int64_t chunk,
+                              uint16_t* packed) {
+  const __mmask16 columns = static_cast<__mmask16>((1u << cols) - 1);
+  for (int64_t k = 0; k < chunk; k += 2, packed += 2 * kAmxTile) {
+    const uint16_t *even = rows[k] ? rows[k] + skipped : nullptr, *odd = rows[k + 1] ? rows[k + 1] + skipped : nullptr;
+    _mm512_storeu_si512(packed, amx_pairs(even, odd, columns));
+  }
+}
+
+static void amx_pack(const uint16_t* const* rows, int64_t column_stride, int64_t cols, int64_t chunks, int64_t chunk,
+                     uint16_t* packed) {
+  for (int64_t j = 0; j < chunks; ++j, rows += chunk) {
+    int64_t depth = 0;  // consecutive elements, of columns that lie apart
+    while (depth < chunk && rows[depth]) ++depth;
+    for (int64_t c = 0; c < kAmxPanel; c += kAmxTile, packed += chunk * kAmxTile) {
+      const int64_t width = cols <= c ? 0 : cols - c < kAmxTile ? cols - c : kAmxTile, skipped = c * column_stride;
+      if (column_stride == 1)
+        amx_pack_rows(rows, skipped, width, chunk, packed);
+      else
+        amx_pack_columns(depth && width ? rows[0] + skipped : nullptr, column_stride, width, depth, chunk, packed);
+    }
+  }
 }
 
 FCB_INLINE __m512i amx_row(const uint16_t* rows, int64_t stride, int64_t r, int64_t count, __mmask32 columns) {
@@ -172,13 +196,8 @@ static void amx_pairs_of_rows(const uint16_t* rows, int64_t stride, int64_t coun
     }
 }
 
-static void amx_outer(const uint16_t* columns, int64_t ld, const uint16_t* panel, int64_t depth, float* sums) {
-  constexpr int64_t kSumBytes = kAmxPanel * sizeof(float), kPairBytes = 2 * kAmxPanel * sizeof(uint16_t);
-  float* lower = sums + kAmxTile * kAmxPanel;
-  _tile_loadd(0, sums, kSumBytes);
-  _tile_loadd(1, sums + kAmxTile, kSumBytes);
-  _tile_loadd(2, lower, kSumBytes);
-  _tile_loadd(3, lower + kAmxTile, kSumBytes);
+FCB_INLINE void amx_outer_piece(const uint16_t* columns, int64_t ld, const uint16_t* panel, int64_t depth) {
+  constexpr int64_t kPairBytes = 2 * kAmxPanel * sizeof(uint16_t);
   for (int64_t k = 0; k < depth; k += 32, columns += 32, panel += 32 * kAmxPanel) {
     _tile_loadd(6, panel, kPairBytes);
     _tile_loadd(4, columns, 2 * ld);
@@ -189,8 +208,20 @@ static void amx_outer(const uint16_t* columns, int64_t ld, const uint16_t* panel
     _tile_dpbf16ps(2, 5, 6);
     _tile_dpbf16ps(3, 5, 7);
   }
-  _tile_stored(0, sums, kSumBytes);
-  _tile_stored(1, sums + kAmxTile, kSumBytes);
-  _tile_stored(2, lower, kSumBytes);
-  _tile_stored(3, lower + kAmxTile, kSumBytes);
+}
+
+static void amx_outer(const AmxPieces& in, bool add, float* sums) {
+  constexpr int64_t kSumBytes = kAmxPanel * sizeof(float);
+  float* lower = sums + kAmxTile * kAmxPanel;
+  if (add) {
+    _tile_loadd(0, sums, kSumBytes);
+    _tile_loadd(1, sums + kAmxTile, kSumBytes);
+    _tile_loadd(2, lower, kSumBytes);
+    _tile_loadd(3, lower + kAmxTile, kSumBytes);
+  } else {
+    amx_zero();
+  }
+  for (int64_t i = 0; i < in.pieces; ++i)
+    amx_outer_piece(in.columns + i * in.columns_step, in.ld, in.panel + i * in.panel_step, in.depth);
+  amx_store(sums);
 }

@@ -80,13 +80,14 @@ class AmxBackward {
       const int64_t stride = dgrad_.row_elements();
       uint16_t* dz = strip_dz_[worker];
       std::fill(dz, dz + (wgrad_.reader().max_rows() + kSlack) * stride, uint16_t{0});
-      if (b_.d_filters) wgrad_.start(range, 0, 1, wgrad_scratch_);
-      for (int64_t strip = wgrad_.first_strip(range); strip < wgrad_.first_strip(range + 1); ++strip) {
-        const auto s = wgrad_.reader().strip(strip);
-        apply(s.first, s.rows(), dz, stride, worker);
-        if (b_.d_inputs) dgrad_.run_rows(dz, s.first, s.rows(), dgrad_scratch_, worker, store);
-        if (b_.d_filters) wgrad_.add(range, strip, dz, stride, 0, 1, wgrad_scratch_, worker);
-      }
+      const auto make = [&](int64_t index) {
+        const auto strip = wgrad_.reader().strip(index);
+        apply(strip.first, strip.rows(), dz, stride, worker);
+        if (b_.d_inputs) dgrad_.run_rows(dz, strip.first, strip.rows(), dgrad_scratch_, worker, store);
+        return dz;
+      };
+      if (b_.d_filters) return wgrad_.accumulate(range, 0, 1, stride, make, wgrad_scratch_, worker);
+      for (int64_t strip = wgrad_.first_strip(range); strip < wgrad_.first_strip(range + 1); ++strip) make(strip);
     });
   }
 
@@ -96,13 +97,11 @@ class AmxBackward {
     if (!b_.d_filters) return;
     const int64_t parts = wgrad_.parts(parallel->threads()), pitch = wgrad_.reader().pitch();
     parallel->run(wgrad_.ranges() * parts, [&](int64_t task, int worker) {
-      const int64_t range = task / parts, part = task % parts;
-      wgrad_.start(range, part, parts, wgrad_scratch_);
-      for (int64_t strip = wgrad_.first_strip(range); strip < wgrad_.first_strip(range + 1); ++strip) {
+      const auto dz_of = [&](int64_t strip) {
         const int64_t first = wgrad_.reader().strip(strip).first, row = first / p_.out_width * pitch;
-        wgrad_.add(range, strip, dz_ + (row + first % p_.out_width) * p_.out_channels, p_.out_channels, part, parts,
-                   wgrad_scratch_, worker);
-      }
+        return dz_ + (row + first % p_.out_width) * p_.out_channels;
+      };
+      wgrad_.accumulate(task / parts, task % parts, parts, p_.out_channels, dz_of, wgrad_scratch_, worker);
     });
   }
 

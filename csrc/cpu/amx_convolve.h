@@ -19,7 +19,11 @@ class AmxConvolution {
         depth_(channels.depth),
         cols_(channels.cols),
         filter_taps_(static_cast<int64_t>(windows.taps.size())),
-        reader_(source.memory(), source.grid(), channels.depth, windows) {}
+        reader_(source.memory(), source.grid(), channels.depth, windows) {
+    // Filters that fit no cache are read once for a group of strips.
+    if (2 * panels() * panel_elements() > kFilterBytes)
+      group_ = std::clamp<int64_t>(kGroupBytes / (2 * reader_.max_read_rows() * reader_.row_elements()), 1, kMaxGroup);
+  }
 
   struct Scratch {
     uint16_t* filters;                          // [panels][panel_elements]
@@ -40,7 +44,7 @@ class AmxConvolution {
     s.filters = arena->take<uint16_t>(panels() * panel_elements());
     for (int w = 0; w < workers; ++w) {
       s.filter_rows.push_back(arena->take<const uint16_t*>(reader_.depth().elements()));
-      s.staged.push_back(arena->take<uint16_t>(reader_.staged_elements()));
+      s.staged.push_back(arena->take<uint16_t>(group_ * reader_.staged_elements()));
       s.tile.push_back(arena->take<C>(kChunk * kernels_.panel));
     }
     return s;
@@ -51,12 +55,18 @@ class AmxConvolution {
     const int64_t strips = reader_.strips();
     if (strips == 0) return;
     pack(filters, s, parallel);
-    const int64_t shares = std::min(panels(), ceil_div(4 * (parallel->threads() - 1) + 1, strips));
-    parallel->run(strips * shares, [&](int64_t task, int worker) {
-      const int64_t index = task / shares, share = task % shares;
-      const auto strip = reader_.strip(index);
-      run_strip(strip, reader_.read(strip, s.staged[worker]), reader_.first_chunk(index), share * panels() / shares,
-                (share + 1) * panels() / shares, s, worker, epilogue);
+    const int64_t groups = ceil_div(strips, group_);
+    const int64_t shares = std::min(panels(), ceil_div(4 * (parallel->threads() - 1) + 1, groups));
+    parallel->run(groups * shares, [&](int64_t task, int worker) {
+      const int64_t begin = task / shares * group_, share = task % shares;
+      Rows rows[kMaxGroup];
+      const int64_t count = std::min(group_, strips - begin);
+      for (int64_t i = 0; i < count; ++i) {
+        rows[i].strip = reader_.strip(begin + i);
+        rows[i].data = reader_.read(rows[i].strip, s.staged[worker] + i * reader_.staged_elements());
+        rows[i].first_chunk = reader_.first_chunk(begin + i);
+      }
+      run_rows(rows, count, share * panels() / shares, (share + 1) * panels() / shares, s, worker, epilogue);
     });
   }
 
@@ -69,11 +79,18 @@ class AmxConvolution {
   }
   void run_rows(const uint16_t* rows, int64_t first, int64_t count, const Scratch& s, int worker,
                 const TileEpilogue<C>& epilogue) const {
-    run_strip({first, 0, 0, count, 1, 1}, rows, 0, 0, panels(), s, worker, epilogue);
+    const Rows strip{{first, 0, 0, count, 1, 1}, rows, 0};
+    run_rows(&strip, 1, 0, panels(), s, worker, epilogue);
   }
   int64_t row_elements() const { return reader_.row_elements(); }
 
  private:
+  struct Rows {
+    AmxRowReader::Strip strip;
+    const uint16_t* data;
+    int64_t first_chunk;
+  };
+
   static constexpr int64_t kChunk = AmxRowReader::kChunk;
 
   int64_t panels() const { return ceil_div(cols_, kernels_.panel); }
@@ -94,29 +111,35 @@ class AmxConvolution {
     }
   }
 
-  void run_strip(const AmxRowReader::Strip& strip, const uint16_t* rows, int64_t first_chunk, int64_t panel_begin,
-                 int64_t panel_end, const Scratch& s, int worker, const TileEpilogue<C>& epilogue) const {
-    const int64_t panels = panel_end - panel_begin, chunks = strip.chunks();
-    // Either a chunk's rows stay in cache for all panels, or a panel's filters for all chunks.
-    const bool by_chunk = panels * panel_elements() * 2 <= kFilterBytes;
+  // Either a chunk's rows stay in cache for all panels, or a panel's filters for all chunks.
+  void run_rows(const Rows* rows, int64_t count, int64_t panel_begin, int64_t panel_end, const Scratch& s, int worker,
+                const TileEpilogue<C>& epilogue) const {
     kernels_.amx.begin(reader_.depth().chunk);
-    for (int64_t i = 0; i < panels * chunks; ++i) {
-      const int64_t chunk = by_chunk ? i / panels : i % chunks, panel = by_chunk ? i % panels : i / chunks;
-      run_tile(strip, rows, chunk * kChunk, first_chunk + chunk, panel_begin + panel, s, worker, epilogue);
+    if (2 * (panel_end - panel_begin) * panel_elements() <= kFilterBytes) {
+      for (int64_t i = 0; i < count; ++i)
+        for (int64_t chunk = 0; chunk < rows[i].strip.chunks(); ++chunk)
+          for (int64_t panel = panel_begin; panel < panel_end; ++panel)
+            run_tile(rows[i], chunk, panel, s, worker, epilogue);
+    } else {
+      for (int64_t panel = panel_begin; panel < panel_end; ++panel)
+        for (int64_t i = 0; i < count; ++i)
+          for (int64_t chunk = 0; chunk < rows[i].strip.chunks(); ++chunk)
+            run_tile(rows[i], chunk, panel, s, worker, epilogue);
     }
     kernels_.amx.end();
   }
 
-  void run_tile(const AmxRowReader::Strip& strip, const uint16_t* rows, int64_t row, int64_t block, int64_t panel,
-                const Scratch& s, int worker, const TileEpilogue<C>& epilogue) const {
-    const int64_t end = std::min(row + kChunk, strip.rows()), stride = reader_.row_elements();
+  void run_tile(const Rows& rows, int64_t chunk, int64_t panel, const Scratch& s, int worker,
+                const TileEpilogue<C>& epilogue) const {
+    const AmxRowReader::Strip& strip = rows.strip;
+    const int64_t row = chunk * kChunk, end = std::min(row + kChunk, strip.rows()), stride = reader_.row_elements();
     C* data = s.tile[worker];
-    kernels_.amx.multiply({rows + row * stride, stride, reader_.tap_offset().data(), reader_.taps(),
+    kernels_.amx.multiply({rows.data + row * stride, stride, reader_.tap_offset().data(), reader_.taps(),
                            reader_.depth().chunks, reader_.depth().chunk, end - row},
                           s.filters + panel * panel_elements(), data);
     const int64_t column = panel * kernels_.panel, ld = kernels_.panel;
     const int64_t first = strip.first + strip.positions_before(row), line = row / strip.pitch;
-    Tile<C> tile{data, ld, first, 0, column, std::min(ld, cols_ - column), block, worker};
+    Tile<C> tile{data, ld, first, 0, column, std::min(ld, cols_ - column), rows.first_chunk + chunk, worker};
     // The positions of each line close up: a flat strip is one run.
     const int64_t runs = strip.pitch == strip.width ? 1 : ceil_div(end, strip.pitch) - line;
     for (int64_t i = 0; i < runs; ++i) {
@@ -131,11 +154,13 @@ class AmxConvolution {
     if (epilogue.finish) epilogue.finish(tile);
   }
 
-  static constexpr int64_t kFilterBytes = 1 << 20;
+  static constexpr int64_t kFilterBytes = 1 << 20, kGroupBytes = 1 << 20;  // halves of L2
+  static constexpr int64_t kMaxGroup = 16;
 
   const ComputeKernels<C>& kernels_;
   int64_t depth_, cols_, filter_taps_;
   AmxRowReader reader_;
+  int64_t group_ = 1;  // strips of a task
 };
 
 }  // namespace fusedconvbn

@@ -96,6 +96,7 @@ class AmxRowReader {
   int64_t read_rows(const Strip& strip) const {
     return flat_ ? strip.rows() : static_cast<int64_t>(planes_.size()) * plane_rows() + shared_ + kSlack;
   }
+  bool equal_strips() const { return strips() > 0 && (flat_ || windows_.height % lines_ == 0); }
   int64_t max_read_rows() const { return flat_ ? lines_ : read_rows(strip(0)); }
   int64_t max_rows() const { return flat_ ? lines_ : strip(0).rows(); }
   int64_t pixel() const { return pixel_; }          // elements of a staged pixel

@@ -2,24 +2,6 @@
 // channels (a cache line) at a time.
 
 #if defined(__AVX512F__)
-// 32 channels as two vectors, of which the last may be missing in part.
-struct Lanes {
-  __mmask16 half[2];
-  __mmask32 all() const { return half[0] | static_cast<__mmask32>(half[1]) << 16; }
-};
-FCB_INLINE Lanes lanes_of(int64_t count) {
-  const uint32_t all = count >= 32 ? ~0u : (1u << count) - 1;
-  return {{static_cast<__mmask16>(all), static_cast<__mmask16>(all >> 16)}};
-}
-
-template <class T>
-FCB_INLINE void store_32(T* to, __m512i both, const Lanes& lanes, bool stream) {
-  if (stream)
-    _mm512_stream_si512(reinterpret_cast<__m512i*>(to), both);
-  else
-    _mm512_mask_storeu_epi16(to, lanes.all(), both);
-}
-
 // Channels [c, c + 32) of rows [first, end). Z: of z, T: of memory.
 template <Activation A, class Z, class T>
 FCB_INLINE void affine_columns(const AffineBlock<float>& b, int64_t c, int64_t first, int64_t end) {
@@ -56,18 +38,8 @@ static void affine_in_place(const AffineBlock<float>& b) {
 template <class T>
 static void round_block(float* block, int64_t ld, int64_t rows, int64_t cols, void* memory, int64_t ld_memory,
                         bool stream) {
-  for (int64_t c = 0; c < cols; c += 32) {
-    const Lanes lanes = lanes_of(cols - c);
-    for (int64_t r = 0; r < rows; ++r) {
-      float* from = block + r * ld + c;
-      T* to = row<T>(memory, r, ld_memory) + c;
-      const __m512i both = narrow(load_lanes(from, lanes.half[0]), load_lanes(from + 16, lanes.half[1]), to);
-      store_32(to, both, lanes, stream);
-      store_lanes(from, widen(_mm512_castsi512_si256(both), to), lanes.half[0]);
-      store_lanes(from + 16, widen(_mm512_extracti64x4_epi64(both, 1), to), lanes.half[1]);
-    }
-  }
-  if (stream) end_streaming();
+  store_lines(block, ld, rows, cols, static_cast<T*>(memory), ld_memory, stream,
+              [](float* from, __m256i v, auto lanes) { store_lanes(from, widen(v, static_cast<T*>(nullptr)), lanes); });
 }
 
 template <int A, class T>

@@ -68,6 +68,16 @@ struct AmxRows {
   int64_t count;  // at least 32, or there is memory behind the last row: whole tiles are read
 };
 
+// The depth of a product in pieces: a piece is `depth` rows, a multiple of 32, and lies so many elements behind the
+// last.
+struct AmxPieces {
+  const uint16_t* columns;
+  int64_t ld, columns_step;
+  const uint16_t* panel;
+  int64_t panel_step;
+  int64_t pieces, depth;
+};
+
 // Packed filters: [taps][chunks][2 halves of the panel][chunk / 2][16 columns][2], the last pair being the elements 2i
 // and 2i + 1 of the depth.
 struct AmxKernels {
@@ -78,8 +88,8 @@ struct AmxKernels {
   void (*apply[kActivationCount][3])(const GradientBlock<float>&);
   // tile[count][32] = the sum over taps and chunks of rows * filters.
   void (*multiply)(const AmxRows& rows, const uint16_t* filters, float* tile);
-  // Packs a tap: element k of its depth has the columns at rows[k], column_stride apart, or is 0 where rows[k] is null;
-  // cols <= 32, the others are 0.
+  // Packs a tap: element k of its depth has the columns at rows[k], or is 0 where rows[k] is null; cols <= 32, the
+  // others are 0. Either columns are consecutive, or column_stride apart and rows[k] consecutive.
   void (*pack)(const uint16_t* const* rows, int64_t column_stride, int64_t cols, int64_t chunks, int64_t chunk,
                uint16_t* packed);
 
@@ -89,8 +99,8 @@ struct AmxKernels {
   void (*transpose)(const uint16_t* rows, int64_t stride, int64_t count, int64_t cols, uint16_t* columns, int64_t ld);
   // Panels of 32 columns of rows[count][stride], each [depth / 2][32][2]: as filters.
   void (*pairs)(const uint16_t* rows, int64_t stride, int64_t count, int64_t cols, uint16_t* panels);
-  // sums[32][32] += columns[32][ld] * panel[depth / 2][32][2]; depth is a multiple of 32, as `chunk` was in begin().
-  void (*outer)(const uint16_t* columns, int64_t ld, const uint16_t* panel, int64_t depth, float* sums);
+  // sums[32][32] = or += the sum over pieces of columns[32][ld] * panel[depth / 2][32][2], as set up by begin(32).
+  void (*outer)(const AmxPieces& pieces, bool add, float* sums);
 };
 
 template <class C>

@@ -88,31 +88,55 @@ FCB_INLINE __m512i narrow(__m512 low, __m512 high, const T* type) {
 #endif
   return _mm512_inserti64x4(_mm512_castsi256_si512(narrow(low, type)), narrow(high, type), 1);
 }
+
+// 32 channels as two vectors, of which the last may be missing in part.
+struct Lanes {
+  __mmask16 half[2];
+  __mmask32 all() const { return half[0] | static_cast<__mmask32>(half[1]) << 16; }
+};
+FCB_INLINE Lanes lanes_of(int64_t count) {
+  const uint32_t all = count >= 32 ? ~0u : (1u << count) - 1;
+  return {{static_cast<__mmask16>(all), static_cast<__mmask16>(all >> 16)}};
+}
+
+template <class T>
+FCB_INLINE void store_32(T* to, __m512i both, const Lanes& lanes, bool stream) {
+  if (stream)
+    _mm512_stream_si512(reinterpret_cast<__m512i*>(to), both);
+  else
+    _mm512_mask_storeu_epi16(to, lanes.all(), both);
+}
+
+// Stores rows of channels a cache line at a time, and calls kept(from, 16 numbers as stored, which of them are).
+template <class C, class T, class F>
+FCB_INLINE void store_lines(C* block, int64_t ld, int64_t rows, int64_t cols, T* memory, int64_t ld_memory, bool stream,
+                            F kept) {
+  for (int64_t c = 0; c < cols; c += 32) {
+    const Lanes lanes = lanes_of(cols - c);
+    for (int64_t r = 0; r < rows; ++r) {
+      C* from = block + r * ld + c;
+      T* to = memory + r * ld_memory + c;
+      const __m512i both = narrow(load_lanes(from, lanes.half[0]), load_lanes(from + 16, lanes.half[1]), to);
+      store_32(to, both, lanes, stream);
+      kept(from, _mm512_castsi512_si256(both), lanes.half[0]);
+      kept(from + 16, _mm512_extracti64x4_epi64(both, 1), lanes.half[1]);
+    }
+  }
+  if (stream) end_streaming();
+}
 #endif
 
-// A whole aligned row past the caches; 16-bit numbers only with AVX-512.
+// A whole aligned row past the caches; only memory of the compute type.
 template <class C, class T>
 FCB_INLINE void stream_row(const C* from, int64_t count, T* to) {
   if constexpr (__is_same(T, C))
     for (int64_t i = 0; i < count; i += kLanes<C>) stream(to + i, load(from + i));
-#if defined(__AVX512F__)
-  if constexpr (kIsSmall<T>)
-    for (int64_t i = 0; i < count; i += 32)
-      _mm512_stream_si512(reinterpret_cast<__m512i*>(to + i),
-                          narrow(_mm512_loadu_ps(from + i), _mm512_loadu_ps(from + i + 16), to));
-#endif
 }
 
 template <class C, class T>
 FCB_INLINE void row_to_storage(const C* from, int64_t count, T* to) {
   int64_t i = 0;
-#if defined(__AVX512F__)
-  if constexpr (kIsSmall<T>) {
-    for (; i + 16 <= count; i += 16) store_lanes(to + i, _mm512_loadu_ps(from + i), 0xffff);
-    if (i == count) return;
-    return store_lanes(to + i, load_lanes(from + i, first_lanes(count - i)), first_lanes(count - i));
-  }
-#elif defined(__AVX2__)
+#if defined(__AVX2__)
   if constexpr (__is_same(T, Half))
     for (; i + 8 <= count; i += 8)
       _mm_storeu_si128(reinterpret_cast<__m128i*>(to + i), _mm256_cvtps_ph(_mm256_loadu_ps(from + i), 0));
@@ -140,6 +164,11 @@ template <class C, class T>
 static void store_block(const C* block, int64_t ld, int64_t rows, int64_t cols, void* memory, int64_t pixel_stride,
                         int64_t channel_stride, bool streaming) {
   T* to = static_cast<T*>(memory);
+#if defined(__AVX512F__)
+  if constexpr (kIsSmall<T>)
+    if (channel_stride == 1)
+      return store_lines(block, ld, rows, cols, to, pixel_stride, streaming, [](const C*, __m256i, __mmask16) {});
+#endif
   if (streaming) {
     for (int64_t r = 0; r < rows; ++r) stream_row(block + r * ld, cols, to + r * pixel_stride);
     return end_streaming();
