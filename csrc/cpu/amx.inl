@@ -111,8 +111,7 @@ FCB_INLINE void amx_pack_columns(const uint16_t* first, int64_t column_stride, i
   const __mmask32 mask = depth >= 32 ? ~0u : (1u << depth) - 1;
   __m512i v[16];
 #pragma GCC unroll 16
-  for (int c = 0; c < 16; ++c)
-    v[c] = _mm512_maskz_loadu_epi16(c < cols ? mask : 0, c < cols ? first + c * column_stride : first);
+  for (int c = 0; c < 16; ++c) v[c] = _mm512_maskz_loadu_epi16(c < cols ? mask : 0, first + c * column_stride);
   amx_transpose_16(v);
 #pragma GCC unroll 16
   for (int k = 0; k < 16; ++k)
@@ -128,17 +127,35 @@ FCB_INLINE void amx_pack_rows(const uint16_t* const* rows, int64_t skipped, int6
   }
 }
 
+// The same element by element: of merged taps.
+FCB_INLINE void amx_pack_elements(const uint16_t* const* rows, int64_t skipped, int64_t column_stride, int64_t cols,
+                                  int64_t chunk, uint16_t* packed) {
+  for (int64_t k = 0; k < chunk; ++k)
+    for (int64_t c = 0; c < kAmxTile; ++c)
+      packed[(k / 2 * kAmxTile + c) * 2 + k % 2] = rows[k] && c < cols ? rows[k][skipped + c * column_stride] : 0;
+}
+
+// How many of the rows point to consecutive elements, the others being null; -1: they do not.
+FCB_INLINE int64_t amx_consecutive(const uint16_t* const* rows, int64_t chunk) {
+  int64_t depth = 0;
+  while (depth < chunk && rows[depth] && rows[depth] == rows[0] + depth) ++depth;
+  for (int64_t k = depth; k < chunk; ++k)
+    if (rows[k]) return -1;
+  return depth;
+}
+
 static void amx_pack(const uint16_t* const* rows, int64_t column_stride, int64_t cols, int64_t chunks, int64_t chunk,
                      uint16_t* packed) {
   for (int64_t j = 0; j < chunks; ++j, rows += chunk) {
-    int64_t depth = 0;  // consecutive elements, of columns that lie apart
-    while (depth < chunk && rows[depth]) ++depth;
+    const int64_t depth = amx_consecutive(rows, chunk);
     for (int64_t c = 0; c < kAmxPanel; c += kAmxTile, packed += chunk * kAmxTile) {
       const int64_t width = cols <= c ? 0 : cols - c < kAmxTile ? cols - c : kAmxTile, skipped = c * column_stride;
       if (column_stride == 1)
         amx_pack_rows(rows, skipped, width, chunk, packed);
+      else if (depth <= 0 || width == 0)
+        amx_pack_elements(rows, skipped, column_stride, width, chunk, packed);
       else
-        amx_pack_columns(depth && width ? rows[0] + skipped : nullptr, column_stride, width, depth, chunk, packed);
+        amx_pack_columns(rows[0] + skipped, column_stride, width, depth, chunk, packed);
     }
   }
 }

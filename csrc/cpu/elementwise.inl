@@ -1,5 +1,7 @@
 // Everything that is computed element by element on a block, or summed over its rows.
 
+constexpr int64_t kFetchBytes = 8192;
+
 template <class T>
 FCB_INLINE const T* row(const void* block, int64_t r, int64_t ld) {
   return static_cast<const T*>(block) + r * ld;
@@ -7,6 +9,12 @@ FCB_INLINE const T* row(const void* block, int64_t r, int64_t ld) {
 template <class T>
 FCB_INLINE T* row(void* block, int64_t r, int64_t ld) {
   return static_cast<T*>(block) + r * ld;
+}
+
+// Asks for what is read some 8 KiB later in blocks of whole rows: the hardware stops foreseeing at each page.
+template <class T>
+FCB_INLINE void fetch_ahead(const void* block, int64_t r, int64_t ld, int64_t c) {
+  __builtin_prefetch(row<T>(block, r, ld) + c + kFetchBytes / static_cast<int64_t>(sizeof(T)));
 }
 
 // Calls f(read, write, column) for each vector of columns; the last one may be a part.
@@ -100,6 +108,8 @@ FCB_INLINE void reduce_rows(const GradientBlock<C>& b, int64_t first) {
     Vector<C> sum_du = read(b.sum_du + c), sum_du_z = read(b.sum_du_z + c), sum_z = read(b.sum_z + c);
 #pragma GCC unroll 4
     for (int64_t r = first; r < first + R; ++r) {
+      fetch_ahead<T>(b.z, r, b.ld_z, c);
+      fetch_ahead<T>(b.dy, r, b.ld_dy, c);
       const Vector<C> centered = read(row<T>(b.z, r, b.ld_z) + c) - read(b.mean + c);
       const Vector<C> du = gradient_of_u<C, T, A, P>(b, read, r, c, centered);
       sum_du += du;
@@ -124,6 +134,8 @@ template <class C, class T, class D, Activation A, Preactivation P>
 static void apply(const GradientBlock<C>& b) {
   for (int64_t r = 0; r < b.rows; ++r)
     for_vectors<C>(b.cols, [&](auto read, auto write, int64_t c) {
+      fetch_ahead<T>(b.z, r, b.ld_z, c);
+      fetch_ahead<T>(b.dy, r, b.ld_dy, c);
       const Vector<C> centered = read(row<T>(b.z, r, b.ld_z) + c) - read(b.mean + c);
       const Vector<C> du = gradient_of_u<C, T, A, P>(b, read, r, c, centered);
       if (b.d_residual) write(row<T>(b.d_residual, r, b.ld_d_residual) + c, du);

@@ -89,7 +89,7 @@ struct AmxKernels {
   // tile[count][32] = the sum over taps and chunks of rows * filters.
   void (*multiply)(const AmxRows& rows, const uint16_t* filters, float* tile);
   // Packs a tap: element k of its depth has the columns at rows[k], or is 0 where rows[k] is null; cols <= 32, the
-  // others are 0. Either columns are consecutive, or column_stride apart and rows[k] consecutive.
+  // others are 0.
   void (*pack)(const uint16_t* const* rows, int64_t column_stride, int64_t cols, int64_t chunks, int64_t chunk,
                uint16_t* packed);
 
