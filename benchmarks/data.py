@@ -9,6 +9,7 @@ import ml_dtypes
 import numpy as np
 
 from benchmarks.implementations import TRAIN_STEP
+from benchmarks.networks import Weights
 from benchmarks.problem import Problem
 
 DTYPES = {"float16": np.float16, "bfloat16": ml_dtypes.bfloat16, "float32": np.float32, "float64": np.float64}
@@ -19,11 +20,7 @@ class Data:
     """One copy's tensors in the problem's type, [K] vectors in the type of its statistics."""
 
     inputs: np.ndarray
-    filters: np.ndarray  # [kh,kw,C/groups,K], scaled so that the convolution's output has variance 1
-    gamma: np.ndarray
-    beta: np.ndarray
-    moving_mean: np.ndarray
-    moving_variance: np.ndarray
+    weights: Weights  # filters scaled so that the convolution's output has variance 1
     residual: np.ndarray | None
     output_gradient: np.ndarray | None
 
@@ -47,11 +44,13 @@ def make_data(problem: Problem, copy: int = 0) -> Data:
     filters = normal([1], case.filter_shape, wide) / math.sqrt(fan_in)
     return Data(
         inputs=normal([0, copy], case.input_shape(problem.batch), dtype),
-        filters=filters.astype(DTYPES[dtype]),
-        gamma=1 + 0.1 * vector(2),
-        beta=0.1 * vector(3),
-        moving_mean=0.1 * vector(4),
-        moving_variance=0.5 + np.abs(vector(5)),
+        weights=Weights(
+            filters=filters.astype(DTYPES[dtype]),
+            gamma=1 + 0.1 * vector(2),
+            beta=0.1 * vector(3),
+            moving_mean=0.1 * vector(4),
+            moving_variance=0.5 + np.abs(vector(5)),
+        ),
         residual=normal([6, copy], shape, dtype) if case.residual else None,
         output_gradient=normal([7, copy], shape, dtype) if problem.mode == TRAIN_STEP else None,
     )

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import importlib
+import importlib.util
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -25,8 +26,12 @@ class Implementation:
     what: str
     modes: tuple[str, ...] = _STATIC
     default_modes: tuple[str, ...] = _STATIC  # measured in these unless --baseline chooses
+    networks: bool = True  # computes what a layer computes, so that networks can be made of it
+    default_networks: bool = False  # measured in whole networks unless --baseline chooses
     jit: bool = False  # compiled by XLA
     frozen: bool = False  # its variables become constants
+    worker: str = ""  # a measured.Measured in a process without TensorFlow, as "module:Class"
+    packages: tuple[str, ...] = ()  # what a peer needs
 
     def load(self) -> Callable[..., Any]:
         """The function that `layer` names."""
@@ -48,17 +53,29 @@ BASELINES = (
         "the raw graph with its variables turned into constants, called through a tf.function",
         modes=(INFERENCE,),
         default_modes=(INFERENCE,),
+        default_networks=True,
+        frozen=True,
+    ),
+    Implementation(
+        "folded",
+        "benchmarks.layers:folded",
+        "batch norm folded by hand into the filters: conv2d + bias_add (+ add + activation), frozen",
+        modes=(INFERENCE,),
+        default_modes=(),
+        default_networks=True,
         frozen=True,
     ),
     Implementation(
         "raw",
         "benchmarks.layers:raw",
         "tf.nn.conv2d + fused_batch_norm (+ add + activation) in one tf.function, tf.Variables, grappler on",
+        default_networks=True,
     ),
     Implementation(
         "keras",
         "benchmarks.layers:keras_layers",
         "Keras 3 Conv2D or DepthwiseConv2D + BatchNormalization (+ Add) + Activation under one tf.function",
+        default_networks=True,
     ),
     Implementation(
         "moments",
@@ -73,6 +90,7 @@ BASELINES = (
         "tf.nn.conv2d + two fused_batch_norm subgraphs, one for each mode, under tf.cond",
         modes=(RUN_TIME_SWITCH,),
         default_modes=(RUN_TIME_SWITCH,),
+        networks=False,
     ),
     Implementation(
         "xla",
@@ -82,21 +100,86 @@ BASELINES = (
         jit=True,
     ),
     Implementation(
+        "kernels",
+        "",
+        "fusedconvbn's own kernels called bare, without TensorFlow: a ratio of 1.0 is an op that costs nothing",
+        default_modes=(),
+        networks=False,
+        worker="benchmarks.kernel_calls:MeasuredKernels",
+    ),
+    Implementation(
         "conv",
         "benchmarks.layers:bare_conv",
         'tf.nn.conv2d alone, the reference line: "batch norm for free" is a ratio of 1.0',
         modes=MODES,
         default_modes=MODES,
+        networks=False,
     ),
 )
 
 
-def choose(mode: str, names: Sequence[str] | None) -> list[Implementation]:
-    """The baselines called `names`, or the default ones of `mode`; a ValueError where a name does not fit."""
-    known = {baseline.name: baseline for baseline in BASELINES if mode in baseline.modes}
-    if names is None:
-        return [baseline for baseline in known.values() if mode in baseline.default_modes]
+_PEER = "benchmarks.peers.engine:MeasuredPeer"  # `layer` is its engine
+
+PEERS = (
+    Implementation(
+        "onnxruntime",
+        "benchmarks.peers.onnxruntime_engine:OnnxRuntime",
+        "ONNX Runtime, CPU provider, all graph optimizations, bound memory",
+        worker=_PEER,
+        packages=("onnx", "onnxruntime"),
+    ),
+    Implementation(
+        "openvino",
+        "benchmarks.peers.openvino_engine:OpenVino",
+        "OpenVINO, CPU plugin, one stream, NHWC images",
+        worker=_PEER,
+        packages=("onnx", "openvino"),
+    ),
+    Implementation(
+        "torch",
+        "benchmarks.peers.torch_engine:Torch",
+        "PyTorch, traced, frozen, optimized for inference, channels_last",
+        worker=_PEER,
+        packages=("torch",),
+    ),
+    Implementation(
+        "ncnn",
+        "benchmarks.peers.ncnn_engine:Ncnn",
+        "ncnn, one Convolution with activation, an image a call; batch norm folded by hand",
+        networks=False,
+        worker=_PEER,
+        packages=("ncnn",),
+    ),
+)
+
+
+def choose_peers(mode: str, names: Sequence[str], network: bool) -> list[Implementation]:
+    """The peers called `names`; a ValueError where one does not fit or its package is not installed."""
+    known = {peer.name: peer for peer in PEERS if peer.networks or not network}
+    if names and mode != INFERENCE:
+        raise ValueError(f"--peer is for --mode {INFERENCE}. Received: --mode {mode}")
     for name in names:
         if name not in known:
-            raise ValueError(f"--baseline must be of {', '.join(known)} for --mode {mode}. Received: {name!r}")
+            raise ValueError(f"--peer must be of {', '.join(known)}{' for a network' * network}. Received: {name!r}")
+        missing = [package for package in known[name].packages if importlib.util.find_spec(package) is None]
+        if missing:
+            raise ValueError(
+                f"--peer {name} needs {' and '.join(missing)}, not installed here: pip install {' '.join(missing)}, or "
+                "all peers with pip install -e '.[peers]' in the clone"
+            )
+    return [known[name] for name in dict.fromkeys(names)]
+
+
+def choose(mode: str, names: Sequence[str] | None, network: bool = False) -> list[Implementation]:
+    """The baselines called `names`, or the default ones of `mode` for layers or for whole networks; a ValueError where
+    a name does not fit.
+    """
+    fitting = (each for each in BASELINES if mode in each.modes and (each.networks or not network))
+    known = {baseline.name: baseline for baseline in fitting}
+    if names is None:
+        return [each for each in known.values() if (each.default_networks if network else mode in each.default_modes)]
+    for name in names:
+        if name not in known:
+            what = f"--mode {mode}" + (" of a network" if network else "")
+            raise ValueError(f"--baseline must be of {', '.join(known)} for {what}. Received: {name!r}")
     return [known[name] for name in dict.fromkeys(names)]

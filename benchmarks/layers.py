@@ -6,10 +6,11 @@ import dataclasses
 from collections.abc import Callable, Sequence
 from typing import Any
 
-import numpy as np
 import tensorflow as tf
 
 from benchmarks.cases import Case
+from benchmarks.folding import fold
+from benchmarks.networks import Weights
 from benchmarks.problem import EPSILON, MOMENTUM, Problem
 
 ACTIVATIONS: dict[str | None, Callable[[tf.Tensor], tf.Tensor]] = {
@@ -25,18 +26,6 @@ ACTIVATIONS: dict[str | None, Callable[[tf.Tensor], tf.Tensor]] = {
 
 
 @dataclasses.dataclass(frozen=True)
-class Weights:
-    """Initial values; filters in the problem's type, [K] vectors in the type of its statistics."""
-
-    filters: np.ndarray
-    gamma: np.ndarray
-    beta: np.ndarray
-    moving_mean: np.ndarray
-    moving_variance: np.ndarray
-    switch: tf.Variable | None = None  # training (true) or inference, in run-time-switch
-
-
-@dataclasses.dataclass(frozen=True)
 class Layer:
     """A layer ready to be called in a graph."""
 
@@ -44,6 +33,7 @@ class Layer:
     trainable: Sequence[tf.Variable]  # filters, gamma, beta
     moving: Sequence[tf.Variable] = ()  # mean, variance
     unbiased: bool = False  # the moving variance follows the n/(n-1) rule
+    result: str = "output"  # what forward returns, by its name in the reference
 
 
 class _Variables:
@@ -186,8 +176,19 @@ def moments(problem: Problem, weights: Weights) -> list[Layer]:
 def bare_conv(problem: Problem, weights: Weights) -> list[Layer]:
     """The convolution alone."""
     filters = tf.Variable(weights.filters.reshape(stock_shape(problem.case)))
-    layer = Layer(lambda inputs, residual: convolve(problem.case, inputs, filters), [filters])
+    layer = Layer(lambda inputs, residual: convolve(problem.case, inputs, filters), [filters], result="conv_output")
     return [layer] * problem.copies
+
+
+def folded(problem: Problem, weights: Weights) -> list[Layer]:
+    """What one gets who folds batch norm by hand."""
+    kernel, offset = fold(weights)
+    filters, bias = tf.Variable(kernel.reshape(stock_shape(problem.case))), tf.Variable(offset)
+
+    def forward(inputs: tf.Tensor, residual: tf.Tensor | None) -> tf.Tensor:
+        return _finish(problem.case, tf.nn.bias_add(convolve(problem.case, inputs, filters), bias), residual)
+
+    return [Layer(forward, [filters, bias])] * problem.copies
 
 
 def keras_layers(problem: Problem, weights: Weights) -> list[Layer]:

@@ -11,7 +11,7 @@ from typing import Any
 
 import fusedconvbn
 
-_PACKAGES = ("tensorflow", "tensorflow-cpu", "keras", "numpy")
+_PACKAGES = ("tensorflow", "tensorflow-cpu", "keras", "numpy", "onnxruntime", "openvino", "torch", "ncnn")
 _ISAS = ("avx2", "fma", "avx512f", "avx512_bf16", "avx512_fp16", "amx_bf16")
 _ROOT = pathlib.Path(__file__).parent.parent
 

@@ -6,7 +6,8 @@ import dataclasses
 import math
 
 from benchmarks.cases import Case
-from benchmarks.implementations import RUN_TIME_SWITCH, TRAIN_STEP
+from benchmarks.implementations import INFERENCE, RUN_TIME_SWITCH, TRAIN_STEP
+from benchmarks.networks import outline
 
 EPSILON, MOMENTUM = 1e-3, 0.99  # Keras's defaults, for everybody
 
@@ -24,11 +25,17 @@ class Problem:
     training: bool  # in run-time-switch: the position of the switch
     algorithm: str = "auto"
     save: str = "conv"
+    copies: int = 1  # layers in one graph, each with inputs of its own
 
     @property
-    def copies(self) -> int:
-        """Layers in one graph, each with inputs of its own: a call of a tf.function costs 0.1-0.45 ms by itself."""
-        return 8 if self.batch == 1 else 1
+    def times(self) -> int:
+        """How often the network holds it."""
+        return self.case.times
+
+    @property
+    def spec(self) -> str:
+        """What --shape takes."""
+        return self.case.spec()
 
     @property
     def name(self) -> str:
@@ -47,7 +54,53 @@ class Problem:
         return self.case.forward_flops(self.batch) * (3 if self.mode == TRAIN_STEP else 1)
 
 
-def problems_of(case: Case, mode: str, **common: object) -> list[Problem]:
+@dataclasses.dataclass(frozen=True)
+class NetworkProblem:
+    """A whole network in a mode."""
+
+    name: str
+    image: int  # height and width
+    width: float  # share of the network's channels
+    batch: int
+    dtype: str
+    mode: str
+    algorithm: str = "auto"
+    save: str = "conv"
+
+    copies = times = 1
+
+    @property
+    def training(self) -> bool:
+        return self.mode != INFERENCE
+
+    @property
+    def spec(self) -> str:
+        return f"{self.image}x{self.image}x3 width={self.width:g}"
+
+    @property
+    def cases(self) -> list[Case]:
+        """Its convolutions."""
+        return outline(self.name, self.image, self.width).cases
+
+    @property
+    def flops(self) -> int:
+        """Of the convolutions, direct, and of the classifier; three times as many in a training step."""
+        notes = outline(self.name, self.image, self.width)
+        forward = sum(case.forward_flops(self.batch) for case in notes.cases) + self.batch * notes.dense_flops
+        return forward * (3 if self.mode == TRAIN_STEP else 1)
+
+    def layer(self, case: Case) -> Problem:
+        """One of its convolutions."""
+        return Problem(case, self.batch, self.dtype, self.mode, self.training, self.algorithm, self.save)
+
+
+AnyProblem = Problem | NetworkProblem
+
+_COPIES_OF_ONE_IMAGE = 8  # a call of a tf.function costs 0.1-0.45 ms by itself
+
+
+def problems_of(case: Case, mode: str, batch: int, **common: object) -> list[Problem]:
     """The problems that `mode` makes of a layer: one, or one for each position of the run-time switch."""
-    positions = {"inference": (False,), RUN_TIME_SWITCH: (True, False)}.get(mode, (True,))
-    return [Problem(case, mode=mode, training=training, **common) for training in positions]  # type: ignore[arg-type]
+    positions = {INFERENCE: (False,), RUN_TIME_SWITCH: (True, False)}.get(mode, (True,))
+    copies = _COPIES_OF_ONE_IMAGE if batch == 1 else 1
+    return [Problem(case, batch, mode=mode, training=training, copies=copies, **common) for training in positions]  # type: ignore[arg-type]

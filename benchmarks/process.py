@@ -1,7 +1,8 @@
 """An object in a process of its own: one implementation cannot disturb another one's caches, threads or memory.
 
 The processes are forks of a server that has imported TensorFlow and run nothing of it, so one starts in a third of a
-second and begins with the memory of an import.
+second and begins with the memory of an import. What needs no TensorFlow gets a fresh process, whose libraries find the
+environment variables that they read when they are loaded.
 """
 
 from __future__ import annotations
@@ -13,16 +14,22 @@ import os
 import pathlib
 import sys
 import traceback
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from multiprocessing.connection import Connection
 from typing import Any
 
 _ENVIRONMENT = {"TF_CPP_MIN_LOG_LEVEL": "2", "KERAS_BACKEND": "tensorflow"}
 _PRELOAD = ["tensorflow"]
+SMALL_PAGES = {"NUMPY_MADVISE_HUGEPAGE": "0"}  # NumPy's large arrays have huge pages, TensorFlow's tensors have not
 _STDERR = 2  # the descriptor that TensorFlow's C++ logs to
 _NOISE = ("Graph execution error", "Detected at node", "File ", "[Op:", "[[{{node")  # around a TensorFlow error's text
 _ERROR_LENGTH = 500  # characters
 _LOG_TAIL = 2000  # characters of a dead process's log that an error shows
+
+
+def library_environment(threads: int) -> dict[str, str]:
+    """What a fresh process's libraries read: their number of threads, pages as TensorFlow's."""
+    return {**SMALL_PAGES, "OMP_NUM_THREADS": str(threads), "MKL_NUM_THREADS": str(threads)}
 
 
 class WorkerError(RuntimeError):
@@ -34,15 +41,25 @@ class WorkerError(RuntimeError):
 
 
 class Worker:
-    """A proxy of `factory(*arguments)`, "module:Class", that lives in a process of its own."""
+    """A proxy of `factory(*arguments)`, "module:Class", that lives in a process of its own.
 
-    def __init__(self, factory: str, arguments: tuple, log: pathlib.Path, timeout: float):
-        context = multiprocessing.get_context("forkserver")
+    With `fresh`, that is a new process with these environment variables, else a fork of the server.
+    """
+
+    def __init__(
+        self,
+        factory: str,
+        arguments: tuple,
+        log: pathlib.Path,
+        timeout: float,
+        fresh: Mapping[str, str] | None = None,
+    ):
+        context = multiprocessing.get_context("forkserver" if fresh is None else "spawn")
         context.set_forkserver_preload(_PRELOAD)
         self._connection, other = context.Pipe()
         self._log, self._timeout = log, timeout
         self._process = context.Process(target=_serve, args=(other, factory, arguments, log), daemon=True)
-        with _quietly(log):  # the first one starts the server
+        with _quietly(log, fresh or {}):  # the first one starts the server
             self._process.start()
         other.close()
 
@@ -87,12 +104,12 @@ def _redirect_stderr(log: pathlib.Path) -> None:
 
 
 @contextlib.contextmanager
-def _quietly(log: pathlib.Path) -> Iterator[None]:
-    """What starts inside has our environment, and writes its errors to the log."""
+def _quietly(log: pathlib.Path, environment: Mapping[str, str]) -> Iterator[None]:
+    """What starts inside has our environment and this one, and writes its errors to the log."""
     saved, before = os.dup(_STDERR), dict(os.environ)
     sys.stderr.flush()
     _redirect_stderr(log)
-    os.environ.update(_ENVIRONMENT)
+    os.environ.update({**_ENVIRONMENT, **environment})
     try:
         yield
     finally:

@@ -57,9 +57,10 @@ def _away_from_kinks(problem: Problem, u: tf.Tensor, gradient: tf.Tensor) -> tf.
 
 def expected(problem: Problem, data: Data) -> dict[str, np.ndarray]:
     """Every result of the problem by name, and the `output_gradient` that a training step begins with."""
+    w = data.weights
     x, filters, gamma, beta, old_mean, old_variance = (
         tf.constant(np.asarray(value, np.float64))
-        for value in (data.inputs, data.filters, data.gamma, data.beta, data.moving_mean, data.moving_variance)
+        for value in (data.inputs, w.filters, w.gamma, w.beta, w.moving_mean, w.moving_variance)
     )
     with tf.GradientTape() as of_conv:
         of_conv.watch([x, filters])

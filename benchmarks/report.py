@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import dataclasses
+import functools
 from collections.abc import Sequence
 from typing import Any
 
@@ -10,15 +12,18 @@ from rich.console import Group, RenderableType
 from rich.markup import escape
 from rich.table import Table
 
+from benchmarks.hardware import Limits
 from benchmarks.implementations import OURS, Implementation
+from benchmarks.roofline import Bound, bound
 from benchmarks.session import OK, WRONG, Outcome, Row
-from benchmarks.statistics import geometric_mean, median, round_ratios, spread
+from benchmarks.statistics import bootstrap_interval, geometric_mean, median, round_ratios, spread
 
 SCHEMA = 1  # of the JSON file
+INTERVAL = 0.9  # probability that a layer's ratio lies in its interval
 _MIB = 1 << 20
 
 
-def _outcome(outcome: Outcome, row: Row, peak: float) -> dict[str, Any]:
+def _outcome(outcome: Outcome, row: Row, peak: float, limit: Bound | None) -> dict[str, Any]:
     result: dict[str, Any] = {"status": outcome.status}
     if outcome.status != OK:
         return result | {"detail": outcome.detail}
@@ -33,22 +38,30 @@ def _outcome(outcome: Outcome, row: Row, peak: float) -> dict[str, Any]:
         "peak_fraction": flops / peak,
         **outcome.memory,
     }
+    if limit:
+        result["limit_fraction"] = limit.seconds / seconds
     if outcome is not ours and ours.status == OK:
         ratios = round_ratios(outcome.samples, ours.samples)
-        result |= {"ratio": median(ratios), "ratio_iqr": spread(ratios)}
+        result |= {
+            "ratio": median(ratios),
+            "ratio_iqr": spread(ratios),
+            "ratio_interval": bootstrap_interval(ratios, INTERVAL),
+        }
     return result
 
 
-def _layer(row: Row, peak: float) -> dict[str, Any]:
+def _layer(row: Row, peak: float, limits: Limits | None) -> dict[str, Any]:
     problem = row.problem
+    limit = bound(problem, limits) if limits else None
     return {
         "name": problem.name,
         "peak_gflops": row.peak_flops / 1e9,
-        "shape": problem.case.spec(),
-        "times": problem.case.times,
+        "shape": problem.spec,
+        "times": problem.times,
         "copies": problem.copies,
         "gflop": problem.flops / 1e9,
-        "implementations": {name: _outcome(outcome, row, peak) for name, outcome in row.outcomes.items()},
+        **({"limit_ms": limit.seconds * 1e3, "limited_by": limit.by} if limit else {}),
+        "implementations": {name: _outcome(outcome, row, peak, limit) for name, outcome in row.outcomes.items()},
     }
 
 
@@ -74,6 +87,20 @@ def _summary(name: str, what: str, layers: Sequence[dict[str, Any]]) -> dict[str
     return result
 
 
+def _limits(rows: Sequence[Row]) -> Limits | None:
+    """The best of the run."""
+    found = [row.limits for row in rows if row.limits]
+    return functools.reduce(Limits.best, found) if found else None
+
+
+def _described(limits: Limits) -> dict[str, Any]:
+    bandwidths = [
+        {"bytes": size, **{f"{name}_gb": value / 1e9 for name, value in dataclasses.asdict(each).items()}}
+        for size, each in limits.bandwidths.items()
+    ]
+    return {"gflops": limits.flops / 1e9, "bandwidths": bandwidths}
+
+
 def make_report(
     rows: Sequence[Row],
     implementations: Sequence[Implementation],
@@ -83,12 +110,14 @@ def make_report(
 ) -> dict[str, Any]:
     """Everything that was measured and where."""
     peak = max(row.peak_flops for row in rows)
-    layers = [_layer(row, peak) for row in rows]
+    limits = _limits(rows)
+    layers = [_layer(row, peak, limits) for row in rows]
     return {
         "schema": SCHEMA,
         "settings": settings,
         "machine": machine | rows[0].device,
-        "peak": {"what": peak_what, "gflops": peak / 1e9},
+        "peak": {"what": limits.what if limits else peak_what, "gflops": peak / 1e9},
+        **({"limits": _described(limits)} if limits else {}),
         "layers": layers,
         "summary": {each.name: _summary(each.name, each.what, layers) for each in implementations},
     }
@@ -110,32 +139,50 @@ def succeeded(report: dict[str, Any]) -> bool:
     return all(result["status"] == OK or (result["status"] != WRONG and name != OURS.name) for name, result in outcomes)
 
 
-def _cell(result: dict[str, Any]) -> str:
+def too_slow(report: dict[str, Any], fail_below: float) -> list[str]:
+    """One line for each layer whose ratio to a baseline is below `fail_below`, the whole of its interval."""
+    return [
+        f"{layer['name']}: {result['ratio']:.3f}x as fast as {name}, {INTERVAL:.0%} interval "
+        f"{_interval(result)}, is below {fail_below:g}"
+        for layer in report["layers"]
+        for name, result in layer["implementations"].items()
+        if "ratio" in result and result["ratio_interval"][1] < fail_below
+    ]
+
+
+def _interval(result: dict[str, Any]) -> str:
+    return "-".join(f"{end:.3f}" for end in result["ratio_interval"])
+
+
+def _cell(result: dict[str, Any], gate: bool) -> str:
     if result["status"] != OK:
         return f"[bold red]{result['status'].upper()}[/]" if result["status"] == WRONG else "[dim]failed[/]"
     time = f"{result['median_ms']:.3f}"
     if "ratio" not in result:
         return time
     color = "green" if result["ratio"] >= 1 else "yellow"
-    return f"{time} [{color}]{result['ratio']:.2f}x[/]"
+    interval = f" [dim]{_interval(result)}[/]" if gate else ""
+    return f"{time} [{color}]{result['ratio']:.2f}x[/]{interval}"
 
 
 def _own_cells(result: dict[str, Any]) -> list[str]:
     if result["status"] != OK:
-        return [_cell(result), "", "", ""]
+        return [_cell(result, gate=False), *[""] * 4]
     return [
         f"{result['median_ms']:.3f}",
         f"{result['iqr_ms']:.3f}",
         f"{result['gflops']:.1f}",
         f"{result['peak_fraction']:.0%}",
+        f"{result['limit_fraction']:.0%}" if "limit_fraction" in result else "",
     ]
 
 
 def _layer_table(report: dict[str, Any]) -> Table:
     baselines = [name for name in report["summary"] if name != OURS.name]
+    gate = report["settings"].get("fail_below") is not None
     table = Table(box=box.SIMPLE_HEAD, title="milliseconds a layer; 1.50x: fusedconvbn is 1.5 times as fast")
     table.add_column("layer", no_wrap=True)
-    for heading in ("times", "GFLOP", OURS.name, "IQR", "GFLOP/s", "of peak", *baselines):
+    for heading in ("times", "GFLOP", OURS.name, "IQR", "GFLOP/s", "of peak", "of limit", "limit", *baselines):
         table.add_column(heading, justify="right", no_wrap=True)
     for layer in report["layers"]:
         results = layer["implementations"]
@@ -144,7 +191,8 @@ def _layer_table(report: dict[str, Any]) -> Table:
             str(layer["times"]),
             f"{layer['gflop']:.3f}",
             *_own_cells(results[OURS.name]),
-            *(_cell(results[name]) for name in baselines),
+            f"{layer['limit_ms']:.3f} {layer['limited_by']}" if "limit_ms" in layer else "",
+            *(_cell(results[name], gate) for name in baselines),
         )
     return table
 

@@ -1,12 +1,8 @@
-"""`python -m benchmarks.run`: the command line. docs/benchmarks.md says how the numbers are made."""
+"""`python -m benchmarks.run`. docs/benchmarks.md says how the numbers are made."""
 
 from __future__ import annotations
 
-import argparse
-import importlib.util
 import json
-import pathlib
-import re
 import sys
 from collections.abc import Sequence
 from typing import Any
@@ -15,197 +11,71 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
 from benchmarks import machine
-from benchmarks.cases import Case, parse_shape, read_suite, suites
-from benchmarks.implementations import BASELINES, INFERENCE, MODES, OURS, Implementation, choose
-from benchmarks.problem import DTYPES, Problem, problems_of
+from benchmarks.options import Run, described, parse
 from benchmarks.process import WorkerError
-from benchmarks.report import make_report, problems_found, succeeded, tables
-from benchmarks.session import Row, Settings, measure, steps
+from benchmarks.report import make_report, problems_found, succeeded, tables, too_slow
+from benchmarks.session import Row, measure, steps
 from fusedconvbn import _load
-from fusedconvbn._arguments import ALGORITHMS, SAVES
 
 EXIT_OK, EXIT_WRONG, EXIT_USAGE = 0, 1, 2
-_QUICK_LAYERS = 3
-_FEWEST_ELEMENTS = 8  # a channel of a training batch: below, its gradients are differences of nearly equal numbers
 _BUSY = 0.5  # load average a core from which timings are not to be trusted
-_DEFAULTS = {"rounds": 7, "sample_ms": 100.0}
-_QUICK = {"rounds": 3, "sample_ms": 10.0}
-_PEAK_SIZE = {False: 2048, True: 512}  # by --quick
 
 
-def _positive(text: str) -> int:
-    if not re.fullmatch(r"0*[1-9]\d{0,8}", text):
-        raise argparse.ArgumentTypeError(f"must be a positive integer. Received: {text!r}")
-    return int(text)
-
-
-def _positive_number(text: str) -> float:
-    if not re.fullmatch(r"\d*\.?\d+", text) or not float(text):
-        raise argparse.ArgumentTypeError(f"must be a positive number. Received: {text!r}")
-    return float(text)
-
-
-def _shape(text: str) -> Case:
-    try:
-        return parse_shape(text)
-    except ValueError as error:
-        raise argparse.ArgumentTypeError(str(error)) from None
-
-
-def _parser() -> argparse.ArgumentParser:
-    names = ", ".join(baseline.name for baseline in BASELINES)
-    parser = argparse.ArgumentParser(
-        prog="python -m benchmarks.run",
-        description="Checks fusedconvbn.fused_conv_bn against a float64 reference, then times it against stock "
-        "TensorFlow doing the same work. Exit code: 0, or 1 if a result was wrong or fusedconvbn failed, 2 for a wrong "
-        "command line.",
-    )
-    what = parser.add_mutually_exclusive_group(required=True)
-    what.add_argument("--suite", choices=suites(), help="the layers of a network")
-    what.add_argument(
-        "--shape",
-        action="append",
-        type=_shape,
-        metavar="'INPUT FILTER [KEY=VALUE ...]'",
-        help="one layer, as '56x56x64 3x3x128 stride=2 padding=same groups=1 activation=relu residual=yes'; repeatable",
-    )
-    parser.add_argument("--mode", choices=MODES, default=INFERENCE)
-    parser.add_argument("--batch", type=_positive, default=16)
-    parser.add_argument("--dtype", choices=DTYPES, default="float32", help="16-bit types: Keras runs its mixed policy")
-    parser.add_argument("--threads", type=_positive, default=machine.cores(), help="of one op (default: all cores)")
-    parser.add_argument(
-        "--device", choices=("auto", "cpu", "gpu"), default="auto", help="auto: the GPU where there is one to use"
-    )
-    parser.add_argument(
-        "--baseline", action="append", metavar="NAME", help=f"{names}; repeatable (default: those of the mode, no xla)"
-    )
-    parser.add_argument("--algorithm", choices=ALGORITHMS, default="auto", help="of fusedconvbn")
-    parser.add_argument("--save", choices=SAVES, default="conv", help="of fusedconvbn, for backward")
-    parser.add_argument("--rounds", type=_positive, help=f"interleaved (default: {_DEFAULTS['rounds']})")
-    parser.add_argument(
-        "--sample-ms", type=_positive_number, help=f"length of one sample (default: {_DEFAULTS['sample_ms']:.0f})"
-    )
-    parser.add_argument(
-        "--quick", action="store_true", help=f"the {_QUICK_LAYERS} smallest layers, few and short rounds: a smoke test"
-    )
-    parser.add_argument("--timeout", type=_positive_number, default=1800.0, help="seconds that one step may take")
-    parser.add_argument("--json", type=pathlib.Path, metavar="FILE", help="write everything measured")
-    parser.add_argument("--plot", type=pathlib.Path, metavar="FILE.png", help="write a chart of the ratios")
-    return parser
-
-
-def _cases(options: argparse.Namespace) -> list[Case]:
-    cases = read_suite(options.suite) if options.suite else options.shape
-    if options.quick:
-        smallest = sorted(cases, key=lambda case: case.forward_flops(1))[:_QUICK_LAYERS]
-        return [case for case in cases if case in smallest]
-    return cases
-
-
-def _check_options(parser: argparse.ArgumentParser, options: argparse.Namespace, cases: Sequence[Case]) -> None:
-    """What argparse cannot see; ends with exit code 2."""
-    for case in cases:
-        elements = options.batch * case.out_height * case.out_width
-        if options.mode != INFERENCE and elements < _FEWEST_ELEMENTS:
-            parser.error(
-                f"--batch x output height x width must be at least {_FEWEST_ELEMENTS} in training, or the statistics "
-                f"mean nothing. Received: {elements} for {case.spec()!r}"
-            )
-    for option, path in (("--json", options.json), ("--plot", options.plot)):
-        if path is not None and not path.absolute().parent.is_dir():
-            parser.error(f"{option}: its folder must exist. Received: {path}")
-    if options.plot is not None and options.plot.suffix != ".png":
-        parser.error(f"--plot must be a .png file. Received: {options.plot}")
-    if options.plot is not None and importlib.util.find_spec("matplotlib") is None:
-        parser.error("--plot needs matplotlib: pip install matplotlib")
-
-
-def _settings(options: argparse.Namespace) -> Settings:
-    defaults = _QUICK if options.quick else _DEFAULTS
-    return Settings(
-        threads=options.threads,
-        device=options.device,
-        rounds=options.rounds or defaults["rounds"],
-        sample_seconds=(options.sample_ms or defaults["sample_ms"]) / 1e3,
-        peak_size=_PEAK_SIZE[options.quick],
-        timeout=options.timeout,
-    )
-
-
-def _described(options: argparse.Namespace, settings: Settings) -> dict[str, Any]:
-    """The options as the JSON file holds them."""
-    names = ("mode", "batch", "dtype", "threads", "algorithm", "save", "quick")
-    return {
-        "what": options.suite or "shapes",
-        **{name: getattr(options, name) for name in names},
-        "rounds": settings.rounds,
-        "sample_ms": settings.sample_seconds * 1e3,
-    }
-
-
-def _warn_if_busy(console: Console, described: dict[str, Any]) -> None:
-    load = described["load_average"]
-    if load > _BUSY * described["cores"]:
+def _warn_if_busy(console: Console, found: dict[str, Any]) -> None:
+    load = found["load_average"]
+    if load > _BUSY * found["cores"]:
         console.print(f"[yellow]warning: the load average is {load:.1f}: something else runs here, and timings suffer")
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Runs the command line; returns the exit code."""
-    parser = _parser()
-    options = parser.parse_args(arguments)
-    cases = _cases(options)
-    _check_options(parser, options, cases)
-    try:
-        implementations = [OURS, *choose(options.mode, options.baseline)]
-    except ValueError as error:
-        parser.error(str(error))
-    settings = _settings(options)
-    common = {name: getattr(options, name) for name in ("batch", "dtype", "algorithm", "save")}
-    problems = [problem for case in cases for problem in problems_of(case, options.mode, **common)]
-
+    run = parse(arguments)
     errors = Console(stderr=True)
     if not _load.LIBRARY.exists():
         errors.print("error: this clone is not built: run `make build`", style="red", highlight=False)
         return EXIT_WRONG
-    described = machine.describe()
-    _warn_if_busy(errors, described)
+    found = machine.describe()
+    _warn_if_busy(errors, found)
     try:
-        rows = _measure(problems, implementations, settings, errors)
+        rows = _measure(run, errors)
     except WorkerError as error:
-        errors.print(f"error: {error}", style="red", markup=False, highlight=False, soft_wrap=True)
+        _print_errors(errors, [f"error: {error}"])
         return EXIT_WRONG
-    size = settings.peak_size
-    peak_what = f"the fastest tf.matmul of {size}x{size} {options.dtype} matrices, same threads and device, this run"
-    report = make_report(rows, implementations, _described(options, settings), described, peak_what)
-    return _deliver(report, options, errors)
+    square = f"{run.settings.peak_size}x{run.settings.peak_size} {run.options.dtype} matrices"
+    peak_what = f"the fastest tf.matmul of {square}, same threads and device, this run"
+    report = make_report(rows, run.implementations, described(run.options, run.settings), found, peak_what)
+    return _deliver(report, run, errors)
 
 
-def _measure(
-    problems: Sequence[Problem], implementations: Sequence[Implementation], settings: Settings, console: Console
-) -> list[Row]:
+def _measure(run: Run, console: Console) -> list[Row]:
     """measure() under a progress bar."""
+    work = (run.problems, run.implementations, run.settings)
     doing_column = TextColumn("{task.description}", markup=False)
     columns = (BarColumn(), MofNCompleteColumn(), TimeRemainingColumn(), doing_column)
     with Progress(*columns, console=console, transient=True) as progress:
-        task = progress.add_task("starting", total=steps(problems, implementations, settings))
-        return measure(
-            problems, implementations, settings, lambda doing: progress.update(task, advance=1, description=doing)
-        )
+        task = progress.add_task("starting", total=steps(*work))
+        return measure(*work, lambda doing: progress.update(task, advance=1, description=doing))
 
 
-def _deliver(report: dict[str, Any], options: argparse.Namespace, errors: Console) -> int:
+def _deliver(report: dict[str, Any], run: Run, errors: Console) -> int:
     """Prints and writes the report."""
+    options = run.options
     console = Console(width=None if sys.stdout.isatty() else 200)  # a file wants whole lines
     console.print(tables(report))
-    for line in problems_found(report):
-        errors.print(line, style="red", markup=False, highlight=False, soft_wrap=True)
+    slow = too_slow(report, options.fail_below) if options.fail_below is not None else []
+    _print_errors(errors, [*problems_found(report), *slow])
     if options.json:
         options.json.write_text(json.dumps(report, indent=1) + "\n", encoding="utf-8")
     if options.plot:
         from benchmarks.plot import save_plot
 
         save_plot(report, options.plot)
-    return EXIT_OK if succeeded(report) else EXIT_WRONG
+    return EXIT_OK if succeeded(report) and not slow else EXIT_WRONG
+
+
+def _print_errors(console: Console, lines: Sequence[str]) -> None:
+    for line in lines:
+        console.print(line, style="red", markup=False, highlight=False, soft_wrap=True)
 
 
 if __name__ == "__main__":

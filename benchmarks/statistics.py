@@ -19,6 +19,13 @@ def spread(samples: Sequence[float]) -> float:
     return float(high - low)
 
 
+def bootstrap_interval(samples: Sequence[float], level: float = 0.9, resamples: int = 2000) -> tuple[float, float]:
+    """Where the median lies with this probability: quantiles of the medians of samples drawn again, with return."""
+    drawn = np.random.default_rng(0).choice(np.asarray(samples, np.float64), (resamples, len(samples)))
+    low, high = np.quantile(np.median(drawn, axis=1), [(1 - level) / 2, (1 + level) / 2])
+    return float(low), float(high)
+
+
 def round_ratios(baseline: Sequence[float], ours: Sequence[float]) -> list[float]:
     """How many times faster ours was, round by round."""
     return [theirs / own for theirs, own in zip(baseline, ours, strict=True)]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 import pathlib
 import time
 from collections.abc import Callable
@@ -14,13 +15,14 @@ from tensorflow.python.framework import convert_to_constants, kernels
 
 from benchmarks.data import DTYPES, Data, make_data, normal
 from benchmarks.implementations import RUN_TIME_SWITCH, TRAIN_STEP, Implementation
-from benchmarks.layers import Layer, Weights
+from benchmarks.layers import Layer
+from benchmarks.measured import Call, Measured, Naming, file_type
 from benchmarks.memory import GpuMemory, HostMemory
 from benchmarks.problem import Problem
 from benchmarks.reference import expected
 from fusedconvbn import _load
 
-Tensors = list[list[tf.Tensor]]  # inputs, residuals, output gradients: one of each a copy
+Tensors = list[Any]  # the arguments of a function; of layers: inputs, residuals, output gradients, one of each a copy
 
 
 def _has_gpu_kernel() -> bool:
@@ -71,7 +73,7 @@ class Reference(Machine):
         """Writes each expected result to folder/NAME.npy."""
         folder.mkdir()
         for name, value in expected(problem, make_data(problem)).items():
-            np.save(folder / f"{name}.npy", value.astype(_file_type(problem)))
+            np.save(folder / f"{name}.npy", value.astype(file_type(problem)))
 
     def peak_flops(self, dtype: str, size: int) -> float:
         """FLOP/s of the fastest of five products of square matrices."""
@@ -86,69 +88,29 @@ class Reference(Machine):
         return time.perf_counter() - start
 
 
-class Measured(Machine):
-    """One implementation of one problem."""
+class MeasuredInTensorFlow(Machine, Measured):
+    """One implementation, on the machine's device."""
 
     def __init__(self, threads: int, device: str, implementation: Implementation):
-        super().__init__(threads, device)
+        Measured.__init__(self)
+        Machine.__init__(self, threads, device)
         self._implementation = implementation
-        self._call: Callable[[], list[tf.Tensor]] = list
-        self._copies = 1
-        self._memory: dict[str, int] = {}
 
-    def prepare(self, problem: Problem, expected: pathlib.Path, results: pathlib.Path) -> list[str]:
-        """Builds the graph, runs it once and writes the first copy's results to results/NAME.npy: their names."""
-        layer = self._build(problem, expected)
-        named = _name_results(problem, layer, self._measure_memory())
-        results.mkdir()
-        for name, value in named.items():
-            np.save(results / f"{name}.npy", value.numpy().astype(_file_type(problem), copy=False))
-        if self.memory.steady:
-            self._measure_memory()
-        return list(named)
 
-    def _build(self, problem: Problem, expected: pathlib.Path) -> Layer:
+class MeasuredLayer(MeasuredInTensorFlow):
+    """One layer."""
+
+    def build(self, problem: Problem, expected: pathlib.Path) -> tuple[Call, Naming]:
         data = [make_data(problem, copy) for copy in range(problem.copies)]
         if problem.mode == TRAIN_STEP:  # this one is zero at kinks
             gradient = np.load(expected / "output_gradient.npy").astype(DTYPES[problem.dtype])
             data[0] = dataclasses.replace(data[0], output_gradient=gradient)
-        first = data[0]
         switch = tf.Variable(problem.training) if problem.mode == RUN_TIME_SWITCH else None
-        weights = Weights(first.filters, first.gamma, first.beta, first.moving_mean, first.moving_variance, switch)
-        layers = self._implementation.load()(problem, weights)
+        layers = self._implementation.load()(problem, dataclasses.replace(data[0].weights, switch=switch))
         tensors = _tensors(data)
-        function = _function(self._implementation, problem, layers, tensors)
-        self._copies = problem.copies
-        self._call = lambda: function(*tensors)
-        return layers[0]
-
-    def _measure_memory(self) -> list[tf.Tensor]:
-        """The results of a call; keeps what it needed on top of inputs, variables and the traced graph."""
-        self.memory.reset()
-        before = self.memory.used()
-        outputs = self._call()
-        self.synchronize(outputs)
-        peak = self.memory.peak()
-        self._memory = {"peak_bytes": peak, "working_bytes": max(0, peak - before)}
-        return outputs
-
-    def sample(self, repeats: int) -> float:
-        """Seconds a layer, the mean of so many calls."""
-        outputs: list[tf.Tensor] = []
-        start = time.perf_counter()
-        for _ in range(repeats):
-            del outputs  # a network would not hold them twice
-            outputs = self._call()
-        self.synchronize(outputs)
-        return (time.perf_counter() - start) / (repeats * self._copies)
-
-    def memory_of_a_call(self) -> dict[str, int]:
-        """Bytes: the peak, and how far it is above what there was before."""
-        return self._memory
-
-
-def _file_type(problem: Problem) -> type:
-    return np.float64 if problem.dtype == "float64" else np.float32
+        body = _step if problem.mode == TRAIN_STEP else _forward
+        call = compiled(self._implementation, functools.partial(body, layers), tensors)
+        return call, lambda outputs: _name_results(problem, layers[0], outputs)
 
 
 def _tensors(data: list[Data]) -> Tensors:
@@ -158,30 +120,33 @@ def _tensors(data: list[Data]) -> Tensors:
     return [[tf.raw_ops.DeepCopy(x=value) for value in column if value is not None] for column in columns]
 
 
-def _function(
-    implementation: Implementation, problem: Problem, layers: list[Layer], tensors: Tensors
-) -> Callable[..., list[tf.Tensor]]:
-    """One tf.function over all copies, returning a flat list of everything that the mode computes."""
+def _forward(
+    layers: list[Layer], inputs: list[tf.Tensor], residuals: list[tf.Tensor], gradients: list[tf.Tensor]
+) -> list[tf.Tensor]:
+    residuals = residuals or [None] * len(layers)
+    return [layer.forward(x, r) for layer, x, r in zip(layers, inputs, residuals, strict=True)]
 
-    def forward(inputs: list[tf.Tensor], residuals: list[tf.Tensor], gradients: list[tf.Tensor]) -> list[tf.Tensor]:
-        residuals = residuals or [None] * len(layers)
-        return [layer.forward(x, r) for layer, x, r in zip(layers, inputs, residuals, strict=True)]
 
-    def step(inputs: list[tf.Tensor], residuals: list[tf.Tensor], gradients: list[tf.Tensor]) -> list[tf.Tensor]:
-        results = []
-        for i, layer in enumerate(layers):
-            sources = [inputs[i], *layer.trainable, *residuals[i : i + 1]]
-            with tf.GradientTape(watch_accessed_variables=False) as tape:
-                tape.watch(sources)
-                y = layer.forward(inputs[i], residuals[i] if residuals else None)
-            found = tape.gradient(y, sources, gradients[i])
-            results += [y, *(gradient for gradient in found if gradient is not None)]  # a bare conv has fewer
-        return results
+def _step(
+    layers: list[Layer], inputs: list[tf.Tensor], residuals: list[tf.Tensor], gradients: list[tf.Tensor]
+) -> list[tf.Tensor]:
+    results = []
+    for i, layer in enumerate(layers):
+        sources = [inputs[i], *layer.trainable, *residuals[i : i + 1]]
+        with tf.GradientTape(watch_accessed_variables=False) as tape:
+            tape.watch(sources)
+            y = layer.forward(inputs[i], residuals[i] if residuals else None)
+        found = tape.gradient(y, sources, gradients[i])
+        results += [y, *(gradient for gradient in found if gradient is not None)]  # a bare conv has fewer
+    return results
 
-    body = step if problem.mode == TRAIN_STEP else forward
+
+def compiled(implementation: Implementation, body: Callable[..., list[tf.Tensor]], tensors: Tensors) -> Call:
+    """`body` as one tf.function, called with `tensors`: a flat list of everything that the mode computes."""
     function = tf.function(body, jit_compile=implementation.jit or None, autograph=False)
     function.get_concrete_function(*tensors)  # traces
-    return _freeze(function, tensors) if implementation.frozen else function
+    chosen = _freeze(function, tensors) if implementation.frozen else function
+    return lambda: chosen(*tensors)
 
 
 def _freeze(function: Any, tensors: Tensors) -> Callable[..., list[tf.Tensor]]:
@@ -192,9 +157,9 @@ def _freeze(function: Any, tensors: Tensors) -> Callable[..., list[tf.Tensor]]:
 
 def _name_results(problem: Problem, layer: Layer, outputs: list[tf.Tensor]) -> dict[str, tf.Tensor]:
     """The first copy's results by the names of the reference; of a bare convolution, its output."""
-    if not layer.moving:
-        return {"conv_output": outputs[0]}
-    results = {"output": outputs[0]}
+    results = {layer.result: outputs[0]}
+    if layer.result != "output":
+        return results
     if problem.mode == TRAIN_STEP:
         names = ["d_inputs", "d_filters", "d_gamma", "d_beta"] + ["d_residual"] * problem.case.residual
         results |= dict(zip(names, outputs[1:], strict=False))  # behind these come the other copies' results

@@ -25,6 +25,9 @@ enum class DType { kFloat32, kFloat64, kFloat16, kBFloat16 };
 enum class DataFormat { kNHWC, kNCHW };
 enum class Algorithm { kAuto, kDirect, kWinograd2, kWinograd4 };
 enum class Save { kConv, kBFloat16, kRecompute };
+// What forward in training leaves in conv_out for backward: nothing, z, or the second moments of the inputs, from which
+// backward needs no z (cpu/gram.h).
+enum class Saved { kNothing, kConv, kMoments };
 enum class Isa { kGeneric, kAvx2, kAvx512, kAmx };  // each has what those before it have
 constexpr Isa kIsas[] = {Isa::kGeneric, Isa::kAvx2, Isa::kAvx512, Isa::kAmx};
 
@@ -51,6 +54,10 @@ struct ConvBnParams {
   double epsilon = 1e-3, momentum = 0.99;
   Algorithm algorithm = Algorithm::kAuto;
   Save save = Save::kConv;
+  // Backward, in training: what forward's plan said that it saves, and whether y is at hand though not required.
+  Saved saved = Saved::kConv;
+  bool has_output = false;
+  bool strict = false;  // kAuto takes no algorithm that errs more than the direct one; plan_*() sets it
 
   int64_t pixels() const { return batch * out_height * out_width; }  // elements a channel
   int64_t group_in() const { return in_channels / groups; }
@@ -73,7 +80,7 @@ struct ForwardBuffers {
   void* new_moving_variance = nullptr;    // stat [K]
   void* batch_mean = nullptr;             // stat [K]: the mean that was subtracted (training: of the batch)
   void* inv_std = nullptr;                // stat [K]: 1 / sqrt(variance + epsilon), of the same statistics
-  void* conv_out = nullptr;               // data, shape of output: z; required in training, unused in inference
+  void* conv_out = nullptr;               // data, of conv_out_shape(params, plan.saved); unused for kNothing
 };
 
 // Gradients that are null are not computed; d_gamma .. d_moving_variance are always written.
@@ -88,10 +95,10 @@ struct BackwardBuffers {
   const void* moving_mean = nullptr;
   const void* moving_variance = nullptr;
   const void* residual = nullptr;     // data; required if needs_residual(params)
-  const void* output = nullptr;       // data; required if needs_output(params)
+  const void* output = nullptr;       // data; required if needs_output(params) or params.has_output
   const void* batch_mean = nullptr;   // stat [K], as forward wrote it; ignored in inference
   const void* inv_std = nullptr;      // stat [K], as forward wrote it; ignored in inference
-  const void* conv_out = nullptr;     // data; required in training, else z is recomputed from inputs and filters
+  const void* conv_out = nullptr;     // what forward saved; without z, it is recomputed from inputs and filters
   void* d_inputs = nullptr;           // data, shape of inputs
   void* d_filters = nullptr;          // data, shape of filters
   void* d_gamma = nullptr;            // stat [K]
@@ -107,6 +114,9 @@ inline bool needs_output(const ConvBnParams& p) { return p.has_residual && deriv
 inline bool needs_residual(const ConvBnParams& p) {
   return p.has_residual && p.activation != Activation::kNone && !derivative_from_output(p.activation);
 }
+
+// Whether backward finds z in conv_out.
+inline bool has_conv_out(const ConvBnParams& p) { return p.training && p.saved == Saved::kConv; }
 
 struct DeviceInfo {
   Isa isa = Isa::kGeneric;  // the best that may be used
@@ -124,13 +134,18 @@ struct Plan {
   ConvBnParams params;
   DeviceInfo device;
   std::vector<const Kernel*> stages;  // in the order of execution
+  Saved saved = Saved::kNothing;      // forward: what it leaves in conv_out
   size_t workspace_bytes = 0;         // 64-byte aligned
   size_t conv_grad_bytes = 0;         // of them, at the start: the gradient of z, handed from stage to stage
   std::string describe() const;
 };
 
+// Empty where nothing is saved; else the output's shape or, for kMoments, [C + 2, C].
+std::vector<int64_t> conv_out_shape(const ConvBnParams& params, Saved saved);
+
 // force_kernel: the name of a row (raw.kernels() lists them), used for each stage that it serves; empty: the first row
-// of each stage that supports the problem. The environment variable FUSEDCONVBN_KERNEL does the same.
+// of each stage that supports the problem. The environment variable FUSEDCONVBN_KERNEL does the same;
+// FUSEDCONVBN_STRICT=1 sets params.strict.
 Status plan_forward(const ConvBnParams& params, const DeviceInfo& device, const std::string& force_kernel, Plan* plan);
 Status plan_backward(const ConvBnParams& params, const DeviceInfo& device, const std::string& force_kernel, Plan* plan);
 

@@ -10,7 +10,6 @@ namespace fusedconvbn {
 namespace {
 
 constexpr size_t kAlignment = 64;
-constexpr char kForwardReference[] = "forward_reference";
 
 size_t align(size_t bytes) { return (bytes + kAlignment - 1) / kAlignment * kAlignment; }
 
@@ -20,6 +19,12 @@ size_t output_elements(const ConvBnParams& p) { return static_cast<size_t>(p.pix
 // Workspace of a backward plan in stages: [conv_grad][scratch of the stage]. A recomputed z lies where its gradient
 // will.
 size_t conv_grad_bytes(const ConvBnParams& p) { return align(output_elements(p) * compute_bytes(p)); }
+
+Saved saved_by(const Kernel& forward, const ConvBnParams& p) {
+  if (!p.training) return Saved::kNothing;
+  if (forward.saves == Saved::kMoments) return Saved::kMoments;
+  return p.save == Save::kConv ? Saved::kConv : Saved::kNothing;
+}
 
 Status forced_name(const std::string& argument, std::string* name) {
   const char* environment = std::getenv("FUSEDCONVBN_KERNEL");
@@ -33,8 +38,30 @@ Status forced_name(const std::string& argument, std::string* name) {
   return Status::error("kernel must be one of " + known + ". Received: " + *name);
 }
 
+// Reads FUSEDCONVBN_STRICT.
+Status read_strict(bool* strict) {
+  const char* environment = std::getenv("FUSEDCONVBN_STRICT");
+  const std::string value = environment ? environment : "";
+  *strict = value == "1";
+  if (*strict || value.empty() || value == "0") return Status{};
+  return Status::error("FUSEDCONVBN_STRICT must be 0 or 1. Received: " + value);
+}
+
+// A plan without stages, and the name of the forced row.
+Status begin(const ConvBnParams& params, const DeviceInfo& device, const std::string& force_kernel, Plan* plan,
+             std::string* forced) {
+  if (Status s = validate(params); !s.ok()) return s;
+  *plan = Plan{params, device, {}};
+  if (Status s = read_strict(&plan->params.strict); !s.ok()) return s;
+  return forced_name(force_kernel, forced);
+}
+
 bool usable(const Kernel& kernel, const ConvBnParams& params, const DeviceInfo& device) {
   return kernel.isa <= device.isa && kernel.supports(params);
+}
+
+bool serves(const Kernel& kernel, Stage stage) {
+  return kernel.stage == stage || (stage == Stage::kRecompute && kernel.stage == Stage::kForward && kernel.recomputes);
 }
 
 // The forced row if it serves this stage, else the first that suits the problem.
@@ -42,7 +69,7 @@ Status choose(Stage stage, const ConvBnParams& params, const DeviceInfo& device,
               const Kernel** chosen) {
   *chosen = nullptr;
   for (const Kernel& kernel : kernel_table()) {
-    if (kernel.stage != stage) continue;
+    if (!serves(kernel, stage)) continue;
     if (forced == kernel.name && !usable(kernel, params, device))
       return Status::error("kernel " + forced + " does not support this problem or this machine (" +
                            name_of(device.isa) + ")");
@@ -76,23 +103,20 @@ bool backward_in_one(const ConvBnParams& params, const DeviceInfo& device, const
 }  // namespace
 
 Status plan_forward(const ConvBnParams& params, const DeviceInfo& device, const std::string& force_kernel, Plan* plan) {
-  if (Status s = validate(params); !s.ok()) return s;
   std::string forced;
-  if (Status s = forced_name(force_kernel, &forced); !s.ok()) return s;
-  *plan = Plan{params, device, {}, 0, 0};
-  return add_stages({Stage::kForward}, forced, plan);
+  if (Status s = begin(params, device, force_kernel, plan, &forced); !s.ok()) return s;
+  if (Status s = add_stages({Stage::kForward}, forced, plan); !s.ok()) return s;
+  plan->saved = saved_by(*plan->stages[0], params);
+  return Status{};
 }
 
 Status plan_backward(const ConvBnParams& params, const DeviceInfo& device, const std::string& force_kernel,
                      Plan* plan) {
-  if (Status s = validate(params); !s.ok()) return s;
   std::string forced;
-  if (Status s = forced_name(force_kernel, &forced); !s.ok()) return s;
-  *plan = Plan{params, device, {}, 0, 0};
+  if (Status s = begin(params, device, force_kernel, plan, &forced); !s.ok()) return s;
   if (backward_in_one(params, device, forced)) return add_stages({Stage::kBackward}, forced, plan);
   std::vector<Stage> stages = {Stage::kReduce, Stage::kDgrad, Stage::kWgrad};
-  if (!params.training) stages.insert(stages.begin(), Stage::kForward);
-  if (forced == kForwardReference) forced.clear();  // it computes no z alone
+  if (!has_conv_out(params)) stages.insert(stages.begin(), Stage::kRecompute);
   plan->conv_grad_bytes = conv_grad_bytes(params);
   return add_stages(stages, forced, plan);
 }
@@ -106,17 +130,25 @@ Status run_cpu(const Plan& plan, const ForwardBuffers& buffers, void* workspace,
 }
 
 Status run_cpu(const Plan& plan, const BackwardBuffers& buffers, void* workspace, ParallelFor* parallel) {
-  if (plan.params.training && buffers.conv_out == nullptr && plan.params.pixels() > 0)
+  const bool saved = plan.params.training && plan.params.saved != Saved::kNothing;
+  if (saved && buffers.conv_out == nullptr && plan.params.pixels() > 0)
     return Status::error("conv_out must be what forward saved in training. Received: none");
   StageCall call{plan.params, plan.device};
   call.backward = &buffers;
   call.conv_grad = workspace;
-  call.conv_out = plan.params.training ? buffers.conv_out : workspace;
+  call.conv_out = plan.stages.at(0)->stage == Stage::kForward ? workspace : buffers.conv_out;
   call.scratch = static_cast<char*>(workspace) + plan.conv_grad_bytes;
   call.parallel = parallel;
   for (const Kernel* kernel : plan.stages)
     if (Status s = kernel->run(call); !s.ok()) return s;
   return Status{};
+}
+
+std::vector<int64_t> conv_out_shape(const ConvBnParams& params, Saved saved) {
+  if (saved == Saved::kNothing) return {};
+  if (saved == Saved::kMoments) return {params.in_channels + 2, params.in_channels};
+  const auto shape = output_shape(params);
+  return {shape.begin(), shape.end()};
 }
 
 std::string Plan::describe() const {

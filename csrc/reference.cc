@@ -133,20 +133,19 @@ struct Moments {
   double mean = 0, variance = 0;
 };
 
-// Of channel k of z as stored.
+// Of channel k of z as stored. A running sum of equal signs errs by up to its length, too much for doubles in double.
 template <class T>
 Moments batch_moments(const Problem& problem, const void* z, int64_t k) {
   const ConvBnParams& p = problem.p;
   const double count = static_cast<double>(p.pixels());
-  Moments m;
-  for_each_pixel(p, [&](int64_t n, int64_t h, int64_t w) { m.mean += load<T>(z, problem.output(n, h, w, k)); });
-  m.mean /= count;
+  long double mean = 0, variance = 0;
+  for_each_pixel(p, [&](int64_t n, int64_t h, int64_t w) { mean += load<T>(z, problem.output(n, h, w, k)); });
+  mean /= count;
   for_each_pixel(p, [&](int64_t n, int64_t h, int64_t w) {
-    const double difference = load<T>(z, problem.output(n, h, w, k)) - m.mean;
-    m.variance += difference * difference;
+    const long double difference = load<T>(z, problem.output(n, h, w, k)) - mean;
+    variance += difference * difference;
   });
-  m.variance /= count;
-  return m;
+  return {static_cast<double>(mean), static_cast<double>(variance / count)};
 }
 
 template <class T, class Stat>
@@ -156,11 +155,12 @@ void forward_channel(const Problem& problem, const ForwardBuffers& b, int64_t k)
     return convolve<T>(problem, b.inputs, b.filters, n, h, w, k);
   };
   const double old_mean = load<Stat>(b.moving_mean, k), old_variance = load<Stat>(b.moving_variance, k);
+  void* conv_out = b.conv_out != nullptr ? b.conv_out : b.output;  // where z is not saved, y lies there in the end
   Moments used{old_mean, old_variance}, updated = used;
   if (uses_batch_statistics(p)) {
     for_each_pixel(
-        p, [&](int64_t n, int64_t h, int64_t w) { store<T>(z_at(n, h, w), b.conv_out, problem.output(n, h, w, k)); });
-    used = batch_moments<T>(problem, b.conv_out, k);
+        p, [&](int64_t n, int64_t h, int64_t w) { store<T>(z_at(n, h, w), conv_out, problem.output(n, h, w, k)); });
+    used = batch_moments<T>(problem, conv_out, k);
     updated.mean = p.momentum * old_mean + (1 - p.momentum) * used.mean;
     updated.variance = p.momentum * old_variance + (1 - p.momentum) * used.variance * variance_correction(p);
   }
@@ -174,7 +174,7 @@ void forward_channel(const Problem& problem, const ForwardBuffers& b, int64_t k)
   const Function activation = activation_function(p.activation, AllActivations{});
   for_each_pixel(p, [&](int64_t n, int64_t h, int64_t w) {
     const int64_t at = problem.output(n, h, w, k);
-    const double z = p.training ? load<T>(b.conv_out, at) : z_at(n, h, w);
+    const double z = p.training ? load<T>(conv_out, at) : z_at(n, h, w);
     const double residual = p.has_residual ? load<T>(b.residual, at) : 0;
     store<T>(activation(gamma * (z - used.mean) * inv_std + beta + residual), b.output, at);
   });
@@ -219,7 +219,7 @@ Channel channel_of(const ConvBnParams& p, const BackwardBuffers& b, int64_t k) {
 // z as forward stored it: in training it was rounded to T before anything used it.
 template <class T>
 double conv_out_at(const Problem& problem, const BackwardBuffers& b, int64_t n, int64_t h, int64_t w, int64_t k) {
-  if (b.conv_out != nullptr) return load<T>(b.conv_out, problem.output(n, h, w, k));
+  if (problem.p.training && problem.p.saved == Saved::kConv) return load<T>(b.conv_out, problem.output(n, h, w, k));
   const double z = convolve<T>(problem, b.inputs, b.filters, n, h, w, k);
   if (!problem.p.training) return z;
   T stored;

@@ -151,22 +151,20 @@ Status validate(const ConvBnParams& p) {
     return Status::error("epsilon must be a finite number, at least 0. Received: " + std::to_string(p.epsilon));
   if (!(p.momentum >= 0 && p.momentum <= 1))
     return Status::error("momentum must be a number from 0 to 1. Received: " + std::to_string(p.momentum));
-  if (p.algorithm == Algorithm::kWinograd4)
-    return Status::error(
-        "algorithm must be \"auto\", \"direct\" or \"winograd2\"; F(4x4) kernels are not there yet. Received: "
-        "\"winograd4\"");
-  if (p.algorithm == Algorithm::kWinograd2 && !winograd2_applies(p))
+  const bool winograd = p.algorithm == Algorithm::kWinograd2 || p.algorithm == Algorithm::kWinograd4;
+  if (winograd && !winograd_applies(p))
     return Status::error(
         "algorithm must be \"auto\" or \"direct\" unless the filters are 3x3 with strides, dilations and groups of 1. "
-        "Received: \"winograd2\", " +
-        sizes + ", " + text(p.groups) + " groups");
-  if (p.save != Save::kConv)
-    return Status::error("save must be \"conv\"; the other modes are not there yet. Received: " +
-                         std::string(p.save == Save::kBFloat16 ? "\"bfloat16\"" : "\"recompute\""));
+        "Received: " +
+        std::string(p.algorithm == Algorithm::kWinograd2 ? "\"winograd2\", " : "\"winograd4\", ") + sizes + ", " +
+        text(p.groups) + " groups");
+  if (p.save == Save::kBFloat16)
+    return Status::error(
+        "save must be \"conv\" or \"recompute\"; the other mode is not there yet. Received: \"bfloat16\"");
   return Status{};
 }
 
-bool winograd2_applies(const ConvBnParams& p) {
+bool winograd_applies(const ConvBnParams& p) {
   return p.filter_height == 3 && p.filter_width == 3 && p.stride_height == 1 && p.stride_width == 1 &&
          p.dilation_height == 1 && p.dilation_width == 1 && p.groups == 1;
 }

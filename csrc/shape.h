@@ -35,8 +35,8 @@ Status resolve(const ConvArguments& arguments, ConvBnParams* params);
 // Checks sizes that resolve() has set, and the other fields; plan_*() begins with it.
 Status validate(const ConvBnParams& params);
 
-// Whether Winograd's F(2x2, 3x3) can compute the problem.
-bool winograd2_applies(const ConvBnParams& params);
+// Whether Winograd's algorithms, F(2x2, 3x3) and F(4x4, 3x3), can compute the problem.
+bool winograd_applies(const ConvBnParams& params);
 
 // Shape of the output in the order of data_format.
 std::array<int64_t, 4> output_shape(const ConvBnParams& params);

@@ -33,6 +33,12 @@ def _number(op: Any, name: str) -> float:
     return float(str(np.float32(op.get_attr(name))))
 
 
+def _may_save_moments(op: Any) -> bool:
+    """Whether forward may save moments of the inputs (csrc/cpu/second_moments.h): backward then wants the output."""
+    filters = op.inputs[1].shape
+    return filters.is_fully_defined() and filters[:2] == (1, 1) and filters[3] >= 2 * filters[2]
+
+
 @tf.RegisterGradient("FusedConvBN")
 def _gradient(op: Any, *upstream: tf.Tensor | None) -> list[tf.Tensor | None]:
     """Gradients of inputs, filters, gamma, beta, moving_mean, moving_variance, (residual), training.
@@ -50,7 +56,7 @@ def _gradient(op: Any, *upstream: tf.Tensor | None) -> list[tf.Tensor | None]:
         *upstream,
         *primary,
         residual=[] if linear or from_output else residual,
-        output=[output] if residual and from_output else [],
+        output=[output] if from_output and (residual or _may_save_moments(op)) else [],
         batch_mean=batch_mean,
         inv_std=inv_std,
         conv_out=conv_out,

@@ -81,10 +81,11 @@ def fused_conv_bn(
         activation: None, "relu", "relu6", "leaky_relu" (slope 0.2), "elu" (alpha 1), "silu", "hard_swish" or "gelu"
             (the exact one).
         training: A bool, or a scalar bool tensor, which decides when the op runs.
-        algorithm: "auto", "direct", or "winograd2" for 3x3 filters with strides, dilations and groups of 1;
-            "winograd4" has no kernels yet.
-        save: What training keeps for the gradient: "conv", the convolution's result; "bfloat16" and "recompute" have no
-            kernels yet.
+        algorithm: "auto", "direct", or "winograd2" or "winograd4" for 3x3 filters with strides, dilations and groups
+            of 1.
+        save: What training may keep for the gradient: "conv", the convolution's result (or less, where the gradient is
+            as fast with it); "recompute", nothing as large: the gradient computes the convolution again; "bfloat16" has
+            no kernels yet.
         name: Of the op.
 
     Returns:

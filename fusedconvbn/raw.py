@@ -20,6 +20,7 @@ from fusedconvbn import _arguments, _load
 _DTYPES = ("float32", "float64", "float16", "bfloat16")  # in the order of the core's `enum class DType`
 _PADDINGS = ("VALID", "SAME", "EXPLICIT")  # of `enum class Padding`
 _ISAS = ("generic", "avx2", "avx512", "amx")
+_SAVED = ("nothing", "conv", "moments")  # of `enum class Saved`
 _MAX_THREADS = 1024
 
 
@@ -31,7 +32,7 @@ class ForwardResult(NamedTuple):
     moving_variance: np.ndarray  # [K]
     batch_mean: np.ndarray  # [K]: the mean that was subtracted
     inv_std: np.ndarray  # [K]: 1 / sqrt(variance + epsilon)
-    conv_out: np.ndarray | None  # in training: the convolution, shape and dtype of output
+    conv_out: np.ndarray | None  # in training: what `backward` starts from, see `forward`
 
 
 class BackwardResult(NamedTuple):
@@ -75,8 +76,8 @@ def plan(
     inputs_shape: Any, filters_shape: Any, *, dtype: Any = "float32", strides: Any = 1, dilations: Any = 1,
     padding: Any = "VALID", data_format: str = "NHWC", activation: str | None = None, residual: bool = False,
     training: bool = False, epsilon: float = 1e-3, momentum: float = 0.99, unbiased_moving_variance: bool = False,
-    algorithm: str = "auto", save: str = "conv", direction: str = "forward", isa: str | None = None,
-    kernel: str | None = None, threads: int = 1,
+    algorithm: str = "auto", save: str = "conv", direction: str = "forward", saved: str = "conv",
+    isa: str | None = None, kernel: str | None = None, threads: int = 1,
 ) -> Any:  # fmt: skip
     """Which kernels would run, without running them: a printable object.
 
@@ -84,6 +85,8 @@ def plan(
         inputs_shape: [N,H,W,C] or [N,C,H,W], as `data_format` says.
         filters_shape: [kh,kw,C/groups,K].
         direction: "forward" or "backward".
+        saved: Backward, in training: what the forward plan's `saved` was, "conv", "moments" or "nothing". With
+            "moments", the output is taken to be at hand.
         isa: The best instruction set that may be used: "generic", "avx2", "avx512" or "amx"; None: the machine's best.
             The environment variable FUSEDCONVBN_ISA lowers what the machine is taken to have.
         kernel: A name that `kernels()` lists, used for the stage that it serves; None: the first of each stage that
@@ -92,15 +95,18 @@ def plan(
         dtype, strides, ... save: As in `forward`; `residual` says whether there is one.
 
     Returns:
-        An object with `kernels`, a list of names in the order of execution, `workspace_bytes` and `str()`.
+        An object with `kernels`, a list of names in the order of execution, `workspace_bytes`, `str()` and, of
+        forward, `conv_out_shape` and `saved`: what it leaves for backward in training.
     """
+    if saved not in _SAVED:
+        _arguments.refuse(ValueError, "saved", "one of " + ", ".join(map(repr, _SAVED)), saved)
     if direction not in ("forward", "backward"):
         _arguments.refuse(ValueError, "direction", "'forward' or 'backward'", direction)
     params = _params(
         inputs_shape, filters_shape, dtype=dtype, strides=strides, dilations=dilations, padding=padding,
         data_format=data_format, activation=activation, residual=_arguments.flag("residual", residual),
         training=training, epsilon=epsilon, momentum=momentum, unbiased_moving_variance=unbiased_moving_variance,
-        algorithm=algorithm, save=save,
+        algorithm=algorithm, save=save, saved=saved, has_output=saved == "moments",
     )  # fmt: skip
     return _plan(params, direction == "backward", isa, kernel, threads)
 
@@ -122,7 +128,11 @@ def forward(
         strides, dilations: An int or (height, width).
         padding: "SAME", "VALID" or [(top, bottom), (left, right)].
         training: Whether mean and variance are those of the batch, and moving statistics updated.
+        save: "conv" or "recompute": whether `conv_out` may hold the convolution.
         isa, kernel, threads: As in `plan`.
+
+    In training `conv_out` is one of: the convolution, of the output's shape and dtype; the second moments of the
+    inputs, [C + 2, C] (scatter, mean, what the mean lost in rounding), where backward needs no more than these; None.
 
     Results have the same bits whatever the number of threads.
     """
@@ -137,9 +147,10 @@ def forward(
     image = params.output_shape
     residual = data.image("residual", residual, image)
     chosen = _plan(params, False, isa, kernel, threads)
-    output, conv_out = data.empty(image), data.empty(image) if training else None
+    output = data.empty(image)
+    conv_out = data.empty(chosen.conv_out_shape) if chosen.conv_out_shape else None
     results = [data.empty_vector() for _ in range(4)]
-    _load.core().forward(chosen, data.inputs, data.filters, *statistics, residual, output, *results, conv_out)
+    _load.core().forward(chosen, data.inputs, data.filters, *statistics, residual, output, *results, conv_out, None)
     return ForwardResult(output, *results, conv_out)
 
 
@@ -157,7 +168,8 @@ def backward(
     Args:
         output_gradient: Gradient of the output, of its shape and dtype.
         inputs, ... residual: As in `forward`.
-        output: What `forward` returned; only read with a residual and an activation of relu, relu6, leaky_relu or elu.
+        output: What `forward` returned; required with a residual and an activation of relu, relu6, leaky_relu or elu.
+            Without it, these activations make the convolution be recomputed where conv_out holds moments.
         batch_mean, inv_std, conv_out: What `forward` returned; read in training only.
         moving_mean_gradient, moving_variance_gradient: [K], stat: gradients of the returned moving statistics; None: 0.
         needs_inputs, needs_filters: Whether to compute these gradients.
@@ -168,7 +180,7 @@ def backward(
         data.inputs.shape, data.filters.shape, dtype=data.dtype.name, strides=strides, dilations=dilations,
         padding=padding, data_format=data_format, activation=activation, residual=residual is not None,
         training=training, epsilon=epsilon, momentum=momentum, unbiased_moving_variance=unbiased_moving_variance,
-        algorithm=algorithm, save=save,
+        algorithm=algorithm, save=save, saved=_saved(conv_out), has_output=output is not None,
     )  # fmt: skip
     image = params.output_shape
     output_gradient = data.image("output_gradient", output_gradient, image, required=True)
@@ -177,7 +189,8 @@ def backward(
     statistics = data.vectors(gamma=gamma, beta=beta, moving_mean=moving_mean, moving_variance=moving_variance)
     residual = data.image("residual", residual, image)
     output = data.image("output", output, image, required=params.needs_output)
-    saved = data.saved(image, batch_mean, inv_std, conv_out) if training else [None, None, None]
+    kept = params.conv_out_shape if save != "recompute" or conv_out is not None else None
+    saved = data.saved(kept, batch_mean, inv_std, conv_out) if training else [None, None, None]
     chosen = _plan(params, True, isa, kernel, threads)
     results = BackwardResult(
         data.empty(data.inputs.shape) if _arguments.flag("needs_inputs", needs_inputs) else None,
@@ -187,7 +200,7 @@ def backward(
     )
     _load.core().backward(
         chosen, output_gradient, g_mean, g_variance, data.inputs, data.filters, *statistics, residual, output, *saved,
-        *results,
+        *results, None,
     )  # fmt: skip
     return results
 
@@ -196,7 +209,7 @@ def _params(
     inputs_shape: Any, filters_shape: Any, *, strides: Any, dilations: Any, padding: Any, data_format: Any,
     dtype: Any = "float32", activation: Any = None, residual: bool = False, training: Any = False,
     epsilon: Any = 1e-3, momentum: Any = 0.99, unbiased_moving_variance: Any = False, algorithm: Any = "auto",
-    save: Any = "conv",
+    save: Any = "conv", saved: str = "conv", has_output: bool = False,
 ) -> Any:  # fmt: skip
     """The core's description of the problem, all of it checked."""
     kind, explicit = _arguments.padding(padding)
@@ -217,7 +230,14 @@ def _params(
         momentum=_arguments.momentum(momentum),
         algorithm=_arguments.ALGORITHMS.index(_arguments.algorithm(algorithm)),
         save=_arguments.SAVES.index(_arguments.save(save)),
+        saved=_SAVED.index(saved),
+        has_output=has_output,
     )
+
+
+def _saved(conv_out: Any) -> str:
+    """What this array, a result of `forward`, holds: each kind has a rank of its own."""
+    return "nothing" if conv_out is None else "moments" if np.ndim(conv_out) == 2 else "conv"
 
 
 def _plan(params: Any, backward: bool, isa: Any, kernel: Any, threads: Any) -> Any:
@@ -262,9 +282,9 @@ class _Data:
         return np.zeros(self.channels, self.stat_dtype) if value is None else self.vectors(**{name: value})[0]
 
     def saved(self, shape: Any, batch_mean: Any, inv_std: Any, conv_out: Any) -> list[np.ndarray | None]:
-        """What forward must have returned in training."""
+        """What forward must have returned in training; `shape` is conv_out's, None if it may be missing."""
         vectors = self.vectors(batch_mean=batch_mean, inv_std=inv_std)
-        return [*vectors, self.image("conv_out", conv_out, shape, required=True)]
+        return [*vectors, None if shape is None else self.image("conv_out", conv_out, shape, required=True)]
 
     def image(self, name: str, value: Any, shape: Any, required: bool = False) -> np.ndarray | None:
         """A contiguous array of the output's shape and the inputs' dtype; None if there is none."""

@@ -1,8 +1,9 @@
 """The one list of problems that every test of the op runs over.
 
 `raw_cases()` covers every pair of levels of the factors below (and, as (dtype, layout, ISA) and (channels, groups) are
-factors of their own, many triples and quintuples); `op_cases()` does so without the ISA, `winograd_cases()` for what
-Winograd's kernels can do. Sizes are those that break kernels: prime, one off a tile, smaller than any tile.
+factors of their own, many triples and quintuples); `op_cases()` does so without the ISA; `winograd_cases()`,
+`depthwise_cases()` and `expanding_cases()` for what Winograd's kernels, depthwise ones and those by moments can do.
+Sizes are those that break kernels: prime, one off a tile, smaller than any tile.
 """
 
 from __future__ import annotations
@@ -71,6 +72,7 @@ class Case:
     epsilon: float = 1e-3
     momentum: float = 0.9
     algorithm: str = "auto"
+    inputs_mean: float = 0.0
 
     def __str__(self) -> str:
         """The test id."""
@@ -81,6 +83,7 @@ class Case:
             f"d{_digits(self.dilations)}", padding, self.activation or "linear", "res" if self.residual else "nores",
             ("unbiased" if self.unbiased else "train") if self.training else "infer", self.isa,
             None if self.algorithm == "auto" else self.algorithm,
+            f"mean{self.inputs_mean:g}" if self.inputs_mean else None,
         ]  # fmt: skip
         return "-".join(part for part in parts if part)
 
@@ -172,12 +175,12 @@ class Arrays:
 
 
 def arrays(case: Case) -> Arrays:
-    """Random arguments of a case, the same at every call: z of mean near 0 and variance near 1, gamma of both signs."""
+    """Random arguments of a case, the same at every call: z of variance near 1, gamma of both signs."""
     rng = case.random()
     dtype, stat, channels = case.numpy_dtype, case.stat_dtype, case.out_channels
     fan_in = case.kernel[0] * case.kernel[1] * case.in_channels // case.groups
     return Arrays(
-        inputs=rng.standard_normal(case.inputs_shape).astype(dtype),
+        inputs=(rng.standard_normal(case.inputs_shape) + case.inputs_mean).astype(dtype),
         filters=(rng.standard_normal(case.filters_shape) / np.sqrt(fan_in)).astype(dtype),
         gamma=(rng.uniform(0.3, 2, channels) * rng.choice([-1, 1, 1], channels)).astype(stat),
         beta=rng.standard_normal(channels).astype(stat),
@@ -199,6 +202,7 @@ LAYERS = {
     "channels_first": Case(data_format="NCHW", batch=2, height=23, width=25, in_channels=20, out_channels=80,
                            dilations=(2, 2), activation="elu"),
     "float64": Case(dtype="f64", batch=2, height=31, width=29, in_channels=33, out_channels=65, padding="VALID"),
+    "wide": Case(batch=2, height=21, width=25, kernel=(1, 1), in_channels=284, out_channels=525, activation="relu6"),
 }  # fmt: skip
 # Inputs or outputs of more than 8 MiB, in rows of whole cache lines: these, their gradients and z are written past the
 # caches where they begin at a cache line.
@@ -227,7 +231,27 @@ FACTORS: dict[str, Sequence[Any]] = {
 }
 WINOGRAD = {
     "channels": tuple(channels for channels in CHANNELS if channels[2] == 1),
-    "kernel": ((3, 3),), "strides": ((1, 1),), "dilations": ((1, 1),), "remainder": (0,), "algorithm": ("winograd2",),
+    "kernel": ((3, 3),), "strides": ((1, 1),), "dilations": ((1, 1),), "remainder": (0,),
+    "algorithm": ("winograd2", "winograd4"),
+}  # fmt: skip
+
+# 1x1 filters with at least twice as many outputs as inputs: what the second moments of the inputs can serve.
+EXPANDING = {
+    "target": tuple(itertools.product(("f32", "f64"), ("NHWC",), ISAS)),
+    "channels": ((1, 2, 1), (1, 33, 1), (3, 8, 1), (3, 64, 1), (8, 16, 1), (12, 24, 1), (16, 70, 1), (31, 64, 1),
+                 (33, 96, 1), (48, 100, 1)),
+    "kernel": ((1, 1),), "padding": ("SAME", "VALID"), "activation": (None, "relu", "relu6", "leaky_relu", "elu"),
+    "mode": ("training", "unbiased"),
+    "output": (*OUTPUTS, (2, 25, 28)),
+}  # fmt: skip
+DEPTHWISE = {
+    # Around panels of 32 channels; multipliers that divide a panel, that do not, that fill one.
+    "channels": ((2, 2, 2), (3, 3, 3), (16, 16, 16), (31, 31, 31), (32, 32, 32), (33, 33, 33), (96, 96, 96),
+                 (3, 6, 3), (8, 16, 8), (17, 51, 17), (6, 42, 6), (3, 96, 3)),
+    "strides": (*STRIDES, (2, 1), (4, 5)),
+    # Besides those of OUTPUTS: several groups of lines, strips of columns, both, bands of lines.
+    "output": ((1, 1, 1), (2, 1, 1), (1, 3, 4), (5, 1, 5), (2, 6, 4), (1, 8, 12), (1, 1, 97), (2, 7, 7), (3, 5, 13),
+               (1, 17, 17), (1, 3, 193), (2, 37, 5), (17, 2, 3)),
 }  # fmt: skip
 
 
@@ -241,11 +265,11 @@ def _from_levels(levels: dict[str, Any]) -> Case:
         residual=levels["residual"], training=levels["mode"] != "inference", unbiased=levels["mode"] == "unbiased",
         algorithm=levels["algorithm"],
     )  # fmt: skip
-    height, width = (_input_size(case, axis, levels["output"][1 + axis], levels["remainder"]) for axis in (0, 1))
+    height, width = (input_size(case, axis, levels["output"][1 + axis], levels["remainder"]) for axis in (0, 1))
     return replace(case, height=height, width=width)
 
 
-def _input_size(case: Case, axis: int, output: int, remainder: int) -> int:
+def input_size(case: Case, axis: int, output: int, remainder: int) -> int:
     """The input size that gives `output` window positions, with `remainder` rows to spare where the stride allows."""
     span = (output - 1) * case.strides[axis] + min(remainder, case.strides[axis] - 1)
     if case.padding == "SAME":
@@ -319,3 +343,15 @@ def op_cases() -> list[Case]:
 def winograd_cases() -> list[Case]:
     """Dense 3x3 convolutions of stride 1, by the algorithm that `algorithm` names, each for one ISA."""
     return covering({**FACTORS, **WINOGRAD}, limit=16_000_000)
+
+
+@functools.cache
+def expanding_cases() -> list[Case]:
+    """Training of 1x1 convolutions with few inputs and many outputs, each for one ISA."""
+    return covering({**FACTORS, **EXPANDING}, limit=16_000_000)
+
+
+@functools.cache
+def depthwise_cases() -> list[Case]:
+    """Convolutions of groups of one input channel, each for one ISA."""
+    return covering({**FACTORS, **DEPTHWISE})

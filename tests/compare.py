@@ -41,9 +41,9 @@ def assert_close(actual: np.ndarray, expected: Expected, name: str = "result", d
 
 
 def _assert_same_where(actual_mask, expected_mask, actual, expected, what: str) -> None:
-    wrong = np.argwhere(actual_mask != expected_mask)
-    if len(wrong):
-        index = tuple(map(int, wrong[0]))
+    wrong = actual_mask != expected_mask
+    if wrong.any():
+        index = tuple(map(int, np.argwhere(wrong)[0]))
         raise AssertionError(
             f"{what} at {actual_mask.sum()} places, expected at {expected_mask.sum()}; first difference at {index}: "
             f"{actual[index]}, expected {expected[index]}"

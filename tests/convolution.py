@@ -1,4 +1,4 @@
-"""The convolution and its two gradients in float64 NumPy, a matrix product a tap. NHWC, groups, any padding."""
+"""The convolution and its two gradients in NumPy, in the type of the arrays: a matrix product a tap. NHWC."""
 
 from __future__ import annotations
 
@@ -51,20 +51,20 @@ class Convolution:
         return np.moveaxis(image.reshape(-1, self.groups, image.shape[-1] // self.groups), 1, 0)
 
     def _ungrouped(self, grouped: np.ndarray) -> np.ndarray:
-        return np.moveaxis(grouped, 0, 1).reshape(*self.output_shape[:3], -1)
+        return np.moveaxis(grouped, 0, 1).reshape(*self.output_shape[:3], self.groups * grouped.shape[2])
 
     def _filters_of(self, filters: np.ndarray, tap: tuple[int, int]) -> np.ndarray:
         """One tap as [groups, in_channels / groups, out_channels / groups]."""
         return np.moveaxis(filters[tap].reshape(filters.shape[2], self.groups, -1), 1, 0)
 
     def forward(self, inputs: np.ndarray, filters: np.ndarray) -> np.ndarray:
-        padded, result = self._padded(inputs), np.zeros(self.output_shape)
+        padded, result = self._padded(inputs), np.zeros(self.output_shape, inputs.dtype)
         for tap, pixels in self._taps():
             result += self._ungrouped(self._grouped(padded[pixels]) @ self._filters_of(filters, tap))
         return result
 
     def inputs_gradient(self, gradient: np.ndarray, filters: np.ndarray) -> np.ndarray:
-        padded, grouped = self._padded(np.zeros(self.inputs_shape)), self._grouped(gradient)
+        padded, grouped = self._padded(np.zeros(self.inputs_shape, gradient.dtype)), self._grouped(gradient)
         for tap, pixels in self._taps():
             padded[pixels] += self._ungrouped(grouped @ np.swapaxes(self._filters_of(filters, tap), 1, 2))
         (top, _), (left, _) = self.pads
@@ -72,7 +72,7 @@ class Convolution:
 
     def filters_gradient(self, gradient: np.ndarray, inputs: np.ndarray) -> np.ndarray:
         padded, grouped = self._padded(inputs), self._grouped(gradient)
-        result = np.zeros(self.filters_shape)
+        result = np.zeros(self.filters_shape, inputs.dtype)
         for tap, pixels in self._taps():
             product = np.swapaxes(self._grouped(padded[pixels]), 1, 2) @ grouped  # [groups, C / groups, K / groups]
             result[tap] = np.moveaxis(product, 0, 1).reshape(self.filters_shape[2:])

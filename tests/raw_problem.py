@@ -14,10 +14,13 @@ from fusedconvbn import raw
 
 
 class Problem:
-    """A case, its arguments and upstream gradients, and what the oracle makes of them."""
+    """A case, its arguments and upstream gradients, and what the oracle makes of them.
 
-    def __init__(self, case: Case, arguments: Arrays | None = None):
-        self.case = case
+    `recomputes`: whether backward computes z again, so that its bounds hold forward's errors too.
+    """
+
+    def __init__(self, case: Case, arguments: Arrays | None = None, recomputes: bool = False):
+        self.case, self.recomputes = case, recomputes
         self.arguments = arguments or arrays(case)
 
     @cached_property
@@ -44,10 +47,25 @@ class Problem:
             saved["inv_std"] = self.forward.inv_std.value.astype(stat)
         return saved
 
+    @property
+    def moments(self) -> np.ndarray:
+        """What forward saves in place of z where it works by the moments of the inputs: scatter, mean, its rest.
+
+        An empty batch has none.
+        """
+        if not self.arguments.inputs.size:
+            return np.full((self.case.in_channels + 2, self.case.in_channels), np.nan, self.case.numpy_dtype)
+        strides = self.case.strides
+        pixels = self.arguments.inputs[:, :: strides[0], :: strides[1]].reshape(-1, self.case.in_channels)
+        mean = pixels.astype(np.float64).mean(0)
+        centered = pixels - mean
+        rounded = mean.astype(self.case.numpy_dtype)
+        return np.vstack([centered.T @ centered, rounded, mean - rounded]).astype(self.case.numpy_dtype)
+
     @cached_property
     def backward(self) -> reference.Backward:
         saved = None
-        if self.case.training:
+        if self.case.training and not self.recomputes:
             saved = reference.Saved(*(self.saved[name] for name in reference.Saved._fields))
         return reference.backward(
             self.upstream[0], *self.arguments, moving_mean_gradient=self.upstream[1],
@@ -55,12 +73,16 @@ class Problem:
         )  # fmt: skip
 
     def run_forward(self, **options: Any) -> raw.ForwardResult:
-        return raw.forward(*self.arguments, **self.case.attributes, **options)
+        return raw.forward(*self.arguments, **{**self.case.attributes, **options})
 
-    def run_backward(self, **options: Any) -> raw.BackwardResult:
+    def run_backward(self, conv_out: str = "conv", **options: Any) -> raw.BackwardResult:
+        """`conv_out`: what forward is to have saved, as `raw.plan` names it."""
+        saved = self.saved
+        if conv_out != "conv":
+            saved = {**saved, "conv_out": self.moments if conv_out == "moments" else None}
         return raw.backward(
-            self.upstream[0], *self.arguments, **self.saved, moving_mean_gradient=self.upstream[1],
-            moving_variance_gradient=self.upstream[2], **self.case.attributes, **options,
+            self.upstream[0], *self.arguments, **saved, moving_mean_gradient=self.upstream[1],
+            moving_variance_gradient=self.upstream[2], **{**self.case.attributes, **options},
         )  # fmt: skip
 
     def check_forward(self, result: raw.ForwardResult) -> None:
@@ -68,14 +90,18 @@ class Problem:
         assert_close(result.output, self.forward.output, "output", image)
         for name in ("moving_mean", "moving_variance", "batch_mean", "inv_std"):
             assert_close(getattr(result, name), getattr(self.forward, name), name, stat)
-        if self.case.training:
+        if self.case.training and result.conv_out is not None and result.conv_out.ndim == 2:
+            size = np.abs(self.moments).max()
+            np.testing.assert_allclose(result.conv_out[:-1], self.moments[:-1], rtol=1e-5, atol=1e-5 * size)
+        elif self.case.training and result.conv_out is not None:
             assert_close(result.conv_out, self.forward.conv_out, "conv_out", image)
         else:
-            assert result.conv_out is None
+            assert result.conv_out is None or self.case.training
 
-    def check_backward(self, result: raw.BackwardResult) -> None:
+    def check_backward(self, result: raw.BackwardResult, needs_inputs: bool = True, needs_filters: bool = True) -> None:
+        needs = {"inputs": needs_inputs, "filters": needs_filters}
         for name, expected in self.backward._asdict().items():
-            actual = getattr(result, name)
+            actual, expected = getattr(result, name), expected if needs.get(name, True) else None
             if expected is None or actual is None:
                 assert expected is actual, name
                 continue

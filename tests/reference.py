@@ -6,7 +6,8 @@
 
 Every result is an `Expected`: a value and, per element, how far from it a correct implementation may lie that
 accumulates in float32 (float64 for float64 inputs) and rounds its results to their types. A sum of K products p_i may
-err by 4 sqrt(K) eps sqrt(sum p_i^2), the rest is propagation of errors (tests/uncertain.py).
+err by 4 sqrt(K) eps sqrt(sum p_i^2), by LOSS times that where transforms may be used, the rest is propagation of errors
+(tests/uncertain.py).
 """
 
 from __future__ import annotations
@@ -14,6 +15,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Any, NamedTuple
 
 import ml_dtypes
@@ -22,6 +24,7 @@ from compare import Expected
 from convolution import Convolution
 from uncertain import Real, bilinear
 
+LOSS = {"winograd2": 1, "winograd4": 3}  # of accuracy, by the transforms of an algorithm
 BLOCK_ROWS = 96  # pixels that an implementation may add up one after the other in its computing type
 
 
@@ -60,8 +63,8 @@ class Saved(NamedTuple):
 def forward(inputs, filters, gamma, beta, moving_mean, moving_variance, residual=None, **attributes: Any) -> Forward:
     """Takes what `raw.forward` takes; `attributes` are `Case.attributes`."""
     problem = _Problem(inputs, filters, gamma, beta, moving_mean, moving_variance, residual, attributes)
-    statistics = problem.statistics()
-    z = problem.conv_out()
+    statistics = problem.statistics
+    z = problem.conv_out
     new_mean, new_variance = problem.moving_statistics(statistics)
     output = problem.activate(problem.argument(z, statistics))
     kinks = problem.near_kink(problem.argument(problem.conv_out_again(), statistics))
@@ -98,8 +101,9 @@ def backward(
     convolution = problem.convolution
     taps = np.prod(convolution.filters_shape[:2])
     terms = taps * problem.group_out
-    d_inputs = bilinear(convolution.inputs_gradient, terms, dz, problem.filters, problem.by_transforms)
-    d_filters = bilinear(convolution.filters_gradient, problem.count, dz, problem.inputs)
+    d_inputs = bilinear(convolution.inputs_gradient, terms, dz, problem.filters, problem.by_transforms(dz, axis=3))
+    mixed = problem.by_transforms_over_pixels(problem.inputs, dz)
+    d_filters = bilinear(convolution.filters_gradient, problem.count, dz, problem.inputs, mixed)
     return Backward(
         problem.image(d_inputs), d_filters.expected(problem.dtype), problem.vector(d_gamma), problem.vector(d_beta),
         problem.vector(d_mean), problem.vector(d_variance), None if residual is None else problem.image(du),
@@ -122,16 +126,39 @@ class _Problem:
         self.epsilon, self.momentum = attributes["epsilon"], attributes["momentum"]
         self.unbiased, self.training = attributes["unbiased_moving_variance"], attributes["training"]
         self.activation = ACTIVATIONS[attributes["activation"]]
-        self.by_transforms = attributes.get("algorithm", "auto").startswith("winograd")
         self.inputs, self.filters = self.exact_image(inputs), self.exact(filters)
         self.gamma, self.beta = self.exact(gamma), self.exact(beta)
         self.moving_mean, self.moving_variance = self.exact(moving_mean), self.exact(moving_variance)
         self.residual = None if residual is None else self.exact_image(residual)
         geometry = {name: attributes[name] for name in ("strides", "dilations", "padding")}
         self.convolution = Convolution(self.inputs.value.shape, self.filters.value.shape, **geometry)
+        self.loss = self.transforms_loss(attributes)
         self.count = int(np.prod(self.convolution.output_shape[:3]))
         self.group_out = self.filters.value.shape[3] // self.convolution.groups
         self.uses_batch = self.training and self.count > 0
+
+    def transforms_loss(self, attributes) -> float:
+        """Of `LOSS`, 0 where the algorithm has no transforms. "auto" may use the worst of them where they apply."""
+        convolution = self.convolution
+        apply = convolution.filters_shape[:2] == (3, 3) and convolution.groups == 1
+        apply = apply and all(tuple(attributes[name]) == (1, 1) for name in ("strides", "dilations"))
+        pay = apply and min(convolution.filters_shape[2:]) >= 32
+        algorithm = attributes.get("algorithm", "auto")
+        return max(LOSS.values()) if algorithm == "auto" and pay else LOSS.get(algorithm, 0)
+
+    def by_transforms(self, image: Real, axis: int) -> np.ndarray | None:
+        """For `bilinear` of an image and the filters, whose `axis` is summed: all taps count, also those in padding."""
+        if not self.loss or not image.value.size:
+            return None
+        squares = (image.value**2 + image.error**2).mean((0, 1, 2))
+        return self.loss**2 * np.tensordot(squares, np.square(self.filters.value).sum((0, 1)), (0, axis - 2))
+
+    def by_transforms_over_pixels(self, inputs: Real, dz: Real) -> np.ndarray | None:
+        """The same for `bilinear` of two images; the transforms of one tile mix as many elements as a filter has."""
+        if not self.loss or not self.count or not inputs.value.size:
+            return None
+        squares = [(image.value**2 + image.error**2).mean((0, 1, 2)) for image in (inputs, dz)]
+        return self.loss**2 * max(self.count, 9) * np.multiply.outer(*squares)
 
     def exact(self, array) -> Real:
         return Real.exact(array, self.eps)
@@ -149,27 +176,44 @@ class _Problem:
     def vector(self, vector: Real) -> Expected:
         return vector.expected(self.stat_dtype)
 
+    @property
+    def terms(self) -> int:
+        """Products that an element of z is the sum of."""
+        return int(np.prod(self.filters.value.shape[:3]))
+
+    @cached_property
+    def sums(self) -> Real:
+        """z before it is rounded."""
+        mixed = self.by_transforms(self.inputs, axis=2)
+        return bilinear(self.convolution.forward, self.terms, self.inputs, self.filters, mixed)
+
+    @cached_property
     def conv_out(self) -> Real:
         """z as the output is made of it: stored in training, not in inference."""
-        terms = int(np.prod(self.filters.value.shape[:3]))
-        z = bilinear(self.convolution.forward, terms, self.inputs, self.filters, self.by_transforms)
-        return z.rounded(self.dtype) if self.training else z
+        return self.sums.rounded(self.dtype) if self.training else self.sums
 
     def conv_out_again(self) -> Real:
         """z as backward sees it: in inference recomputed, and maybe stored in between."""
-        z = self.conv_out()
+        z = self.conv_out
         return z if self.training else z.widened(self.dtype)
 
+    @cached_property
     def statistics(self) -> _Statistics:
         mean, variance = self.moving_mean, self.moving_variance
         if self.uses_batch:
-            z = self.conv_out()
+            z = self.conv_out
             mean = z.sum() * (1 / self.count)
+            if self.loss:  # transformed filters are rounded once for all pixels: an error that does not average out
+                mean = Real(mean.value, mean.error + self.sums.error.mean((0, 1, 2)) / np.sqrt(self.terms), self.eps)
             # A correct variance owes nothing to the mean's error. Equal terms round alike, and padding makes many: rows
-            # summed one by one err by up to rows * eps / 4.
+            # summed one by one err by up to rows * eps / 4. The mean of a block errs by eps * mean, and its distance
+            # from the mean of all, about std / sqrt(rows), by as much.
             centred = Real(z.value - mean.value, z.error, self.eps)
             variance = (centred * centred).sum() * (1 / self.count)
             rounding = min(self.count, BLOCK_ROWS) / 4 * self.eps * variance.value
+            rounding += 2 * self.eps * np.abs(mean.value) * np.sqrt(variance.value / self.count)
+            if self.loss:  # transforms make different errors of equal pixels, and a variance of them
+                rounding = rounding + np.square(z.error / 4).mean((0, 1, 2))
             variance = Real(variance.value, variance.error + rounding, self.eps)
         return _Statistics(mean, variance, self.inverse_root(variance))
 
@@ -179,7 +223,7 @@ class _Problem:
 
     def saved(self, saved: Saved | None) -> tuple[_Statistics, Real]:
         """The statistics and z that backward starts from."""
-        statistics = None if saved is not None and self.uses_batch else self.statistics()
+        statistics = None if saved is not None and self.uses_batch else self.statistics
         if statistics is not None:
             return statistics, self.conv_out_again()
         inv_std = self.exact(saved.inv_std)

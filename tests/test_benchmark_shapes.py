@@ -64,7 +64,7 @@ def test_bad_shape(text, message):
 
 @pytest.mark.parametrize(
     ("network", "layers", "gflop"),  # multiplications and additions for one image, as published (twice the MACs)
-    [("resnet50", 53, 8.174), ("mobilenet_v2", 52, 0.599), ("vgg16", 13, 30.693)],
+    [("resnet50", 53, 8.174), ("resnet18", 20, 3.627), ("mobilenet_v2", 52, 0.599), ("vgg16", 13, 30.693)],
 )
 def test_suite(network, layers, gflop):
     cases = read_suite(network)
@@ -74,7 +74,7 @@ def test_suite(network, layers, gflop):
 
 
 def test_suites_are_those_of_the_command_line():
-    assert suites() == ["mobilenet_v2", "resnet50", "vgg16"]
+    assert suites() == ["mobilenet_v2", "resnet18", "resnet50", "vgg16"]
 
 
 @pytest.mark.parametrize(

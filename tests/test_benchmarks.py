@@ -17,19 +17,19 @@ import pytest
 ROOT = pathlib.Path(__file__).parent.parent
 sys.path.insert(0, str(ROOT))  # benchmarks is no part of the installed package
 
-from benchmarks import run  # noqa: E402
+from benchmarks import options, run  # noqa: E402
 from benchmarks.cases import parse_shape  # noqa: E402
 from benchmarks.correctness import bound, mismatch  # noqa: E402
 from benchmarks.implementations import BASELINES, MODES, OURS, choose  # noqa: E402
 from benchmarks.problem import Problem, problems_of  # noqa: E402
 from benchmarks.process import Worker, WorkerError  # noqa: E402
-from benchmarks.report import make_report, problems_found, succeeded  # noqa: E402
+from benchmarks.report import make_report, problems_found, succeeded, too_slow  # noqa: E402
 from benchmarks.session import FAILED, OK, WRONG, Outcome, Row, Settings, _time  # noqa: E402
-from benchmarks.statistics import geometric_mean, median, round_ratios, spread  # noqa: E402
+from benchmarks.statistics import bootstrap_interval, geometric_mean, median, round_ratios, spread  # noqa: E402
 
 SHAPE = "6x7x8 3x3x16 stride=2 activation=relu residual=yes"
 PROBLEM = Problem(parse_shape(SHAPE), batch=4, dtype="float32", mode="train-step", training=True)
-SETTINGS = Settings(threads=1, device="cpu", rounds=3, sample_seconds=1e-3, peak_size=64, timeout=60)
+SETTINGS = Settings(threads=1, device="cpu", rounds=3, sample_seconds=1e-3, peak_size=64, clock="wall", timeout=60)
 
 
 # -------------------------------------------------------------------------------------------------------- statistics
@@ -48,6 +48,15 @@ def test_spread_is_the_interquartile_range():
 def test_geometric_mean_is_weighted():
     assert geometric_mean([2.0, 0.5], [1, 1]) == pytest.approx(1.0)
     assert geometric_mean([8.0, 1.0], [1, 2]) == pytest.approx(2.0)
+
+
+def test_bootstrap_interval_holds_the_median_and_narrows_with_samples():
+    ratios = np.random.default_rng(3).normal(1.0, 0.1, 400)
+    few, many = bootstrap_interval(ratios[:15]), bootstrap_interval(ratios)
+    assert few[0] < median(ratios[:15]) < few[1]
+    assert many[1] - many[0] < (few[1] - few[0]) / 2
+    assert bootstrap_interval([2.0] * 15) == (2.0, 2.0)
+    assert bootstrap_interval(ratios[:15]) == few  # the same in every run
 
 
 def _row(times: int, ours: Outcome, raw: Outcome) -> Row:
@@ -91,6 +100,20 @@ def test_report_of_a_layer_without_a_time(ours, raw, success):
     assert report["summary"]["raw"]["geometric_mean"] == pytest.approx(2.0)
     assert len(problems_found(report)) == 1
     assert "ratio" not in report["layers"][0]["implementations"]["raw"]
+
+
+@pytest.mark.parametrize(
+    ("ours", "fails"),
+    [
+        ((1.10, 1.12, 1.11), True),  # all of the interval is below
+        ((1.10, 1.00, 1.11), False),  # the upper end is not
+        ((0.90, 0.91, 0.92), False),
+    ],
+)
+def test_gate_looks_at_the_upper_end(ours, fails):
+    lines = too_slow(_report(_row(1, _outcome(*ours), _outcome(1, 1, 1))), 0.95)
+    assert len(lines) == fails
+    assert all("as fast as raw, 90% interval" in line for line in lines)
 
 
 # ------------------------------------------------------------------------------------------------------- correctness
@@ -208,7 +231,7 @@ def test_failure_in_a_round_drops_the_samples():
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        ([], "one of the arguments --suite --shape is required"),
+        ([], "one of the arguments --suite --network --shape is required"),
         (["--suite", "alexnet"], "invalid choice: 'alexnet'"),
         (["--suite", "vgg16", "--shape", SHAPE], "not allowed with"),
         (["--shape", "8x8x8"], "must begin with INPUT FILTER"),
@@ -218,9 +241,14 @@ def test_failure_in_a_round_drops_the_samples():
         (["--shape", SHAPE, "--threads", "two"], "argument --threads: must be a positive integer. Received: 'two'"),
         (["--shape", SHAPE, "--rounds", "-1"], "--rounds"),
         (["--shape", SHAPE, "--sample-ms", "0"], "must be a positive number. Received: '0'"),
-        (["--shape", SHAPE, "--baseline", "torch"], "must be of frozen, raw, keras, moments, xla, conv"),
+        (
+            ["--shape", SHAPE, "--baseline", "torch"],
+            "must be of frozen, folded, raw, keras, moments, xla, kernels, conv",
+        ),
         (["--shape", SHAPE, "--mode", "train-step", "--baseline", "frozen"], "for --mode train-step. Received"),
         (["--shape", "2x2x4 1x1x4", "--mode", "train-forward", "--batch", "1"], "must be at least 8 in training"),
+        (["--shape", SHAPE, "--clock", "cpu", "--threads", "2"], "--clock cpu is for --threads 1"),
+        (["--shape", SHAPE, "--fail-below", "0.95"], "--fail-below needs --baseline"),
         (["--shape", SHAPE, "--json", "no/such/folder/x.json"], "--json: its folder must exist"),
         (["--shape", SHAPE, "--plot", "x.pdf"], "--plot must be a .png file"),
     ],
@@ -320,7 +348,7 @@ def wrong_layers(problem, weights):
 
 
 def test_wrong_result_is_never_timed(tmp_path, monkeypatch, capsys):
-    monkeypatch.setattr(run, "OURS", dataclasses.replace(OURS, layer=f"{__name__}:wrong_layers"))
+    monkeypatch.setattr(options, "OURS", dataclasses.replace(OURS, layer=f"{__name__}:wrong_layers"))
     path = tmp_path / "report.json"
     arguments = ["--shape", SHAPE, "--batch", "4", "--quick", "--device", "cpu", "--json", str(path)]
     code = run.main([*arguments, "--mode", "train-forward", "--baseline", "raw"])

@@ -1,12 +1,20 @@
 """The same bits for any number of threads, any alignment of the arrays, and at every repetition."""
 
+import itertools
+import math
 from dataclasses import replace
+from functools import partial
 
 import numpy as np
 import pytest
-from cases import Arrays, Case, raw_cases, winograd_cases
+from cases import Arrays, Case
+from fuzz import draw, runs
 from raw_problem import Problem
 
+from fusedconvbn import raw
+
+FAST, SLOW = 50, 70  # problems drawn by a seed
+WORK = 6_000_000  # multiply-adds of one
 LARGE = Case(
     batch=3, height=29, width=23, in_channels=17, out_channels=40, training=True, residual=True, activation="gelu"
 )
@@ -14,6 +22,8 @@ CASES = [
     LARGE,
     replace(LARGE, data_format="NCHW", strides=(2, 2), activation="relu"),
     replace(LARGE, groups=17, out_channels=34, residual=False),
+    replace(LARGE, batch=1, height=67, width=101, in_channels=40, groups=40),
+    replace(LARGE, batch=1, height=67, width=31, in_channels=40, groups=40, strides=(2, 2), training=False),
     replace(LARGE, training=False, dtype="bf16", kernel=(1, 1)),
     replace(LARGE, dtype="f64", padding="VALID", dilations=(2, 1)),
     replace(LARGE, dtype="f16", kernel=(7, 7), in_channels=3, strides=(2, 2)),
@@ -47,35 +57,48 @@ def test_repetition(case):
         assert bits(problem.run_backward(threads=2)) == backward
 
 
-@pytest.mark.parametrize("case", [c for c in raw_cases() + winograd_cases() if c.isa == "avx512"][::40], ids=str)
-def test_threads_on_covering_cases(case, available_isas):
-    if case.isa not in available_isas:
-        pytest.skip(f"this machine has no {case.isa}")
+def large_draws(count: int) -> list[int]:
+    """Seeds of problems of several tasks: many blocks of pixels."""
+    seeds = (seed for seed in itertools.count() if _pixels(draw(seed, WORK).case) >= 400)
+    return list(itertools.islice(seeds, count))
+
+
+def _pixels(case: Case) -> int:
+    return math.prod(case.output_shape) // case.out_channels
+
+
+LARGE_DRAWS = large_draws(FAST + SLOW)
+
+
+def by_own_forward(case: Case) -> Problem:
+    """A problem whose backward pass starts from what `raw.forward` saves: no oracle is needed."""
     problem = Problem(case)
-    assert bits(problem.run_forward(threads=3, isa=case.isa)) == bits(problem.run_forward(isa=case.isa))
-    assert bits(problem.run_backward(threads=3, isa=case.isa)) == bits(problem.run_backward(isa=case.isa))
+    forward = problem.run_forward()
+    problem.saved = {name: getattr(forward, name) for name in ("output", "conv_out", "batch_mean", "inv_std")}
+    vectors = problem.case.random("upstream").standard_normal((2, case.out_channels)).astype(case.stat_dtype)
+    problem.upstream = (forward.output, *vectors)
+    return problem
 
 
-def shifted(array: np.ndarray | None) -> np.ndarray | None:
-    """A copy that begins one element behind an address that is a multiple of 64."""
-    if array is None:
-        return None
-    memory = np.empty(array.nbytes + 128, np.uint8)
-    start = -memory.ctypes.data % 64 + array.itemsize
-    copy = memory[start : start + array.nbytes].view(array.dtype).reshape(array.shape)
-    copy[...] = array
-    assert copy.ctypes.data % 64 == array.itemsize
-    return copy
+@pytest.mark.parametrize(
+    "seed", [pytest.param(s, marks=[pytest.mark.slow] if i >= FAST else []) for i, s in enumerate(LARGE_DRAWS)]
+)
+def test_threads_on_drawn_problems(seed):
+    """Every kernel that supports the problem."""
+    case = draw(seed, WORK).case
+    problem = by_own_forward(case)
+    for run in runs(case):
+        call = problem.run_forward if run.direction == "forward" else partial(problem.run_backward, run.saved)
+        alone = bits(call(**run.forced))
+        for threads in (2, 3, 8):
+            assert bits(call(**run.forced, threads=threads)) == alone, (
+                f"{threads} threads: {run} on seed {seed}, {case}"
+            )
 
 
-@pytest.mark.parametrize("case", CASES, ids=str)
-def test_arrays_one_element_off_alignment(case):
-    problem = Problem(case)
-    moved = Problem(case, Arrays(*(shifted(array) for array in problem.arguments)))
-    moved.__dict__["saved"] = {name: shifted(array) for name, array in problem.saved.items()}
-    moved.__dict__["upstream"] = tuple(shifted(array) for array in problem.upstream)
-    assert bits(moved.run_forward()) == bits(problem.run_forward())
-    assert bits(moved.run_backward()) == bits(problem.run_backward())
+def test_every_kernel_is_met_by_drawn_problems():
+    met = {name for seed in LARGE_DRAWS[:FAST] for run in runs(draw(seed, WORK).case) for name in run.planned}
+    assert {row.name for row in raw.kernels() if row.available} <= met
 
 
 @pytest.mark.parametrize("case", CASES[:2], ids=str)

@@ -47,16 +47,17 @@ PAYS = ((2, 14, 14, 32), (3, 3, 32, 40), {"padding": "SAME"})
 @pytest.mark.parametrize(
     ("inputs", "filters", "attributes", "expected"),
     [
-        (*PAYS, "winograd2"),
+        (*PAYS, "winograd4"),
         (*PAYS[:2], {"padding": "SAME", "algorithm": "winograd2"}, "winograd2"),
+        (*PAYS[:2], {"padding": "SAME", "algorithm": "winograd4"}, "winograd4"),
         (*PAYS[:2], {"padding": "SAME", "algorithm": "direct"}, "direct"),
-        (*PAYS[:2], {"padding": "SAME", "dtype": "bfloat16"}, "winograd2"),
+        (*PAYS[:2], {"padding": "SAME", "dtype": "bfloat16"}, "winograd4"),
         (*PAYS[:2], {"padding": "SAME", "strides": (1, 2)}, "direct"),
         (*PAYS[:2], {"padding": "SAME", "dilations": 2}, "direct"),
         ((2, 14, 14, 64), (3, 3, 32, 40), {"padding": "SAME"}, "direct"),  # two groups
         ((2, 14, 14, 32), (3, 1, 32, 40), {"padding": "SAME"}, "direct"),
         ((2, 14, 14, 32), (5, 5, 32, 40), {"padding": "SAME"}, "direct"),
-        ((2, 14, 14, 3), (3, 3, 3, 40), {"padding": "SAME"}, "direct"),  # too few channels for it to pay
+        ((2, 14, 14, 24), (3, 3, 24, 40), {"padding": "SAME"}, "direct"),  # too few channels for it to pay
         ((2, 14, 14, 3), (3, 3, 3, 40), {"padding": "SAME", "algorithm": "winograd2"}, "winograd2"),
         ((1, 7, 7, 64), (3, 3, 64, 64), {"padding": "SAME"}, "direct"),  # too few pixels
     ],
@@ -66,8 +67,30 @@ PAYS = ((2, 14, 14, 32), (3, 3, 32, 40), {"padding": "SAME"})
 def test_algorithm(inputs, filters, attributes, expected, direction):
     kernels = raw.plan(inputs, filters, training=True, direction=direction, isa="generic", **attributes).kernels
     algorithms = {name.split("_")[0]: name.split("_")[1] for name in kernels}
-    wanted = {"forward": expected} if direction == "forward" else {"dgrad": expected, "reduce": "direct"}
+    gradients = {"reduce": "direct", "dgrad": expected, "wgrad": expected}
+    wanted = {"forward": expected} if direction == "forward" else gradients
     assert algorithms.items() >= wanted.items()
+
+
+@pytest.mark.parametrize(("channels", "expected"), [(3, "columns"), (16, "columns"), (17, "direct")])
+def test_few_input_channels(channels, expected):
+    kernels = raw.plan((2, 14, 14, channels), (5, 5, channels, 40), direction="backward").kernels
+    assert [name.split("_")[1] for name in kernels if name.startswith("dgrad")] == [expected]
+
+
+@pytest.mark.parametrize(("strict", "expected"), [("1", "winograd2"), ("0", "winograd4"), ("", "winograd4")])
+def test_strict_mode(strict, expected, monkeypatch):
+    """It binds "auto" alone."""
+    monkeypatch.setenv("FUSEDCONVBN_STRICT", strict)
+    assert f"_{expected}_" in raw.plan(*PAYS[:2], padding="SAME").kernels[0]
+    assert f"_{expected}_" in raw.plan(*PAYS[:2], padding="SAME", direction="backward", training=True).kernels[1]
+    assert "_winograd4_" in raw.plan(*PAYS[:2], padding="SAME", algorithm="winograd4").kernels[0]
+
+
+def test_strict_mode_is_checked(monkeypatch):
+    monkeypatch.setenv("FUSEDCONVBN_STRICT", "yes")
+    with pytest.raises(ValueError, match=r"FUSEDCONVBN_STRICT must be 0 or 1\. Received: yes"):
+        plan()
 
 
 def test_direction_is_checked():

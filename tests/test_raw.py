@@ -1,7 +1,7 @@
 """The kernels, through `raw`, on the covering cases against the float64 oracle: forward and backward."""
 
 import pytest
-from cases import raw_cases, winograd_cases
+from cases import depthwise_cases, raw_cases, winograd_cases
 from raw_problem import Problem
 
 
@@ -10,7 +10,7 @@ def test_there_are_enough_cases():
     assert len({str(case) for case in raw_cases()}) == len(raw_cases())
 
 
-@pytest.mark.parametrize("case", raw_cases() + winograd_cases(), ids=str)
+@pytest.mark.parametrize("case", raw_cases() + winograd_cases() + depthwise_cases(), ids=str)
 def test_forward_and_backward(case, available_isas):
     if case.isa not in available_isas:
         pytest.skip(f"this machine has no {case.isa}")

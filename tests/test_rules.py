@@ -17,7 +17,8 @@ PRIVATE_IMPORTS = {  # nothing public tells it
 
 def files(*folders: str) -> list[Path]:
     """Text files of the project, relative to its root."""
-    top = [path for path in ROOT.iterdir() if not folders and path.is_file() and path.name != "LICENSE"]
+    apart = {"LICENSE", ".git"}  # .git is a file in a worktree
+    top = [path for path in ROOT.iterdir() if not folders and path.is_file() and path.name not in apart]
     below = [path for folder in folders or FOLDERS for path in (ROOT / folder).rglob("*") if path.is_file()]
     return sorted(path.relative_to(ROOT) for path in top + below if path.suffix in SUFFIXES)
 

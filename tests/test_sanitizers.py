@@ -1,9 +1,14 @@
-"""The core under AddressSanitizer and UndefinedBehaviorSanitizer: tests of `raw` run on a build of its own."""
+"""The core under AddressSanitizer and UndefinedBehaviorSanitizer, and under ThreadSanitizer: tests of `raw` run on
+builds of their own.
+
+Loads and stores with a mask are calls, which no sanitizer watches; those tests/guarded.py holds to their bounds.
+"""
 
 import os
 import shutil
 import subprocess
 import sys
+from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
@@ -12,30 +17,58 @@ ROOT = Path(__file__).parent.parent
 CXX = os.environ.get("CXX", "c++")
 
 
-def run(*command: object, cwd: Path | None = None, **environment: str) -> str:
+def run(*command: object, cwd: Path | None = None, expect: int = 0, **environment: str) -> str:
     environment = {**os.environ, **environment}
     done = subprocess.run(
         list(map(str, command)), cwd=cwd, env=environment, capture_output=True, text=True, errors="replace"
     )
-    assert done.returncode == 0, (done.stdout + done.stderr)[-8000:]
-    return done.stdout
+    assert done.returncode == expect, (done.stdout + done.stderr)[-8000:]
+    return done.stdout + done.stderr
 
 
 def runtime(name: str) -> str:
     return run(CXX, f"-print-file-name={name}").strip()
 
 
-@pytest.fixture(scope="module")
-def instrumented(tmp_path_factory) -> Path:
-    """A folder with the package, whose `_core` is instrumented, and the tests."""
-    folder = tmp_path_factory.mktemp("sanitizers")
+@dataclass(frozen=True)
+class Sanitizer:
+    """`runtimes`: what Python itself must find already there; `marks`: what instrumented code calls."""
+
+    flags: str
+    runtimes: tuple[str, ...]
+    options: dict[str, str]
+    marks: bytes
+    suites: tuple[str, ...]
+
+
+# libstdc++ too, or exceptions cannot be intercepted. Python keeps memory until it exits, which is no leak of ours.
+ADDRESS = Sanitizer(
+    "address,undefined",
+    ("libasan.so", "libstdc++.so"),
+    {"ASAN_OPTIONS": "detect_leaks=0:allocator_may_return_null=1", "UBSAN_OPTIONS": "print_stacktrace=1"},
+    b"__asan_report_store",
+    ("test_raw*.py", "test_numerics*.py", "test_determinism_raw.py", "test_plan.py", "test_fuzz.py"),
+)
+# Of the suites, those that run kernels on several threads. Locks of Python, NumPy and BLAS are not seen.
+THREAD = Sanitizer(
+    "thread",
+    ("libtsan.so",),
+    {"TSAN_OPTIONS": "halt_on_error=1:ignore_noninstrumented_modules=1"},
+    b"__tsan_write",
+    ("test_determinism_raw.py", "test_raw_large.py"),
+)
+SANITIZERS = {"address": ADDRESS, "thread": THREAD}
+
+
+def instrument(sanitizer: Sanitizer, folder: Path) -> Path:
+    """The package, whose `_core` is instrumented, and the tests."""
     ignored = shutil.ignore_patterns("*.so", "__pycache__", "_build_info.py")
     for part in ("fusedconvbn", "tests"):
         shutil.copytree(ROOT / part, folder / part, ignore=ignored)
     shutil.copy(ROOT / "pyproject.toml", folder)
     cmake = [sys.executable, "-m", "cmake"]
     options = {
-        "FUSEDCONVBN_SANITIZE": "address,undefined",
+        "FUSEDCONVBN_SANITIZE": sanitizer.flags,
         "FUSEDCONVBN_TF": "OFF",
         "FUSEDCONVBN_OUTPUT": folder / "fusedconvbn",
         "Python_EXECUTABLE": sys.executable,
@@ -45,38 +78,72 @@ def instrumented(tmp_path_factory) -> Path:
     return folder
 
 
-# Python itself must find the runtime already there; libstdc++ too, or exceptions cannot be intercepted. Python keeps
-# memory until it exits, which is no leak of ours.
-def run_instrumented(folder: Path, *arguments: object) -> str:
+@pytest.fixture(scope="module")
+def instrumented(tmp_path_factory):
+    """The folder of a sanitizer; each is built once."""
+    folders: dict[str, Path] = {}
+
+    def folder(name: str) -> Path:
+        if name not in folders:
+            folders[name] = instrument(SANITIZERS[name], tmp_path_factory.mktemp(name))
+        return folders[name]
+
+    return folder
+
+
+def run_instrumented(sanitizer: Sanitizer, folder: Path, *arguments: object) -> str:
     return run(
         *[sys.executable, *arguments],
         cwd=folder,
-        LD_PRELOAD=f"{runtime('libasan.so')} {runtime('libstdc++.so')}",
-        ASAN_OPTIONS="detect_leaks=0:allocator_may_return_null=1",
-        UBSAN_OPTIONS="print_stacktrace=1",
+        LD_PRELOAD=" ".join(map(runtime, sanitizer.runtimes)),
         PYTHONPATH=str(folder),  # before this package, which may be installed
+        **sanitizer.options,
     )
 
 
 @pytest.mark.slow
-def test_the_core_is_instrumented(instrumented):
-    """Else the next test would pass whatever the core does."""
+@pytest.mark.parametrize("name", SANITIZERS)
+def test_the_core_is_instrumented(instrumented, name):
+    """Else the next tests would pass whatever the core does."""
+    sanitizer, folder = SANITIZERS[name], instrumented(name)
     script = "import fusedconvbn._core, sys; print(fusedconvbn._core.__file__); print(open('/proc/self/maps').read())"
-    loaded = run_instrumented(instrumented, "-c", script)
-    assert loaded.startswith(str(instrumented))
-    assert "libubsan" in loaded
-    assert b"__asan_report_store" in next(instrumented.glob("fusedconvbn/_core*.so")).read_bytes()
-
-
-SUITES = ("test_raw*.py", "test_numerics*.py", "test_determinism_raw.py", "test_plan.py")
+    loaded = run_instrumented(sanitizer, folder, "-c", script)
+    assert loaded.startswith(str(folder))
+    assert all(f"lib{part}san" in loaded for part in {"address": ("a", "ub"), "thread": ("t",)}[name])
+    assert sanitizer.marks in next(folder.glob("fusedconvbn/_core*.so")).read_bytes()
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("suite", SUITES)
-def test_suite(instrumented, suite):
-    """Without the tests that compare with TensorFlow, whose own code is not at stake."""
-    files = sorted((instrumented / "tests").glob(suite))
+@pytest.mark.parametrize(
+    ("name", "suite"), [(name, suite) for name, sanitizer in SANITIZERS.items() for suite in sanitizer.suites]
+)
+def test_suite(instrumented, name, suite):
+    """Without what is slow already, and without comparisons with TensorFlow, whose own code is not at stake."""
+    sanitizer, folder = SANITIZERS[name], instrumented(name)
+    files = sorted((folder / "tests").glob(suite))
     assert files
-    arguments = ["-m", "pytest", "-p", "no:cacheprovider", "-k", "not stock and not tensorflow"]
-    printed = run_instrumented(instrumented, *arguments, "--rootdir", instrumented, *files)
-    assert " passed" in printed.splitlines()[-1]
+    arguments = ["-m", "pytest", "-p", "no:cacheprovider", "-m", "not slow", "-k", "not stock and not tensorflow"]
+    printed = run_instrumented(sanitizer, folder, *arguments, "--rootdir", folder, *files)
+    assert " passed" in printed
+
+
+RACE = """
+#include "python/thread_pool.h"
+int main() {
+  fusedconvbn::python::ThreadPool pool(4);
+  int64_t shared = 0, own[4] = {};
+  pool.run(100000, [&](int64_t, int worker) { ++RACING; });
+  return static_cast<int>(shared + own[0] - shared - own[0]);
+}
+"""
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("racing", "expect"), [("own[worker]", 0), ("shared", 66)])
+def test_bodies_of_the_thread_pool_that_race_are_reported(tmp_path, racing, expect):
+    """The pool of `raw` runs bodies at once, and ThreadSanitizer sees them: else it would find nothing in kernels."""
+    source, program = tmp_path / "race.cc", tmp_path / "race"
+    source.write_text(RACE)
+    run(CXX, "-std=c++17", "-g", "-fsanitize=thread", f"-DRACING={racing}", f"-I{ROOT / 'csrc'}", source, "-o", program)
+    printed = run(program, expect=expect)
+    assert ("data race" in printed) == (expect != 0)

@@ -1,6 +1,7 @@
 """Arithmetic that carries error bounds along: what the oracle computes with.
 
-A `Real` is a float64 array and, per element, how far a correct implementation may be from it. Each operation adds what
+A `Real` is an array of a type wider than what implementations compute in (float64; for those that compute in float64
+the platform's long double) and, per element, how far a correct implementation may be from it. Each operation adds what
 its operands err by, to first order, and its own rounding, `eps` relative to what it adds or multiplies.
 """
 
@@ -26,8 +27,8 @@ class Real:
 
     @classmethod
     def exact(cls, value, eps: float) -> Real:
-        value = np.asarray(value).astype(np.float64)
-        return cls(value, np.zeros_like(value), eps)
+        value = np.asarray(value).astype(np.float64 if eps > np.finfo(np.float64).eps else np.longdouble)
+        return cls(value, np.zeros(value.shape), eps)
 
     def _of(self, other: Real | float) -> Real:
         return other if isinstance(other, Real) else Real.exact(other, self.eps)
@@ -60,7 +61,8 @@ class Real:
         axes = tuple(range(self.value.ndim - 1))
         terms = np.prod([self.value.shape[axis] for axis in axes])
         error = summation_error(terms, np.sum(self.value**2, axes), np.sum(self.error**2, axes), self.eps)
-        return Real(self.value.sum(axes), error, self.eps)
+        # In more than float64: many equal terms, as padding makes them, round alike, and float64 cases would see it.
+        return Real(self.value.sum(axes, dtype=np.longdouble).astype(np.float64), error, self.eps)
 
     def rounded(self, dtype: np.dtype) -> Real:
         """Stored in `dtype` and read again: what is off by one unit only because it lies near the middle of two."""
@@ -88,22 +90,28 @@ def summation_error(terms: float, squares: np.ndarray, squared_errors: np.ndarra
     return 4 * (eps * np.sqrt(terms * squares) + np.sqrt(squared_errors))
 
 
-def bilinear(operation: Callable[..., np.ndarray], terms: int, a: Real, b: Real, by_transforms: bool = False) -> Real:
+def bilinear(
+    operation: Callable[..., np.ndarray], terms: int, a: Real, b: Real, by_transforms: np.ndarray | None = None
+) -> Real:
     """operation(a, b), each element of which is a sum of at most `terms` products of an element of each.
 
-    Transforms mix the elements of a tile: each errs as the mean of its channel (last axis) does, if that is more.
+    `by_transforms`, if given, is a sum of squared products that no element errs less than: transforms mix the elements
+    of a tile.
     """
+    a_error, a_square, b_error, b_square = (
+        np.square(array.astype(np.float64)) for array in (a.error, a.value, b.error, b.value)
+    )
     squared_errors: np.ndarray | float = 0.0
-    if a.error.any():
-        squared_errors = squared_errors + operation(a.error**2, b.value**2)
-    if b.error.any():
-        squared_errors = squared_errors + operation(a.value**2, b.error**2)
-    squares = operation(a.value**2, b.value**2)
-    if by_transforms and squares.size:
-        squares = np.maximum(squares, squares.mean(tuple(range(squares.ndim - 1))))
+    if a_error.any():
+        squared_errors = squared_errors + operation(a_error, b_square)
+    if b_error.any():
+        squared_errors = squared_errors + operation(a_square, b_error)
+    squares = operation(a_square, b_square)
+    if by_transforms is not None and squares.size:
+        squares = np.maximum(squares, by_transforms)
     error = summation_error(terms, squares, squared_errors, a.eps)
     return Real(operation(a.value, b.value), error, a.eps)
 
 
 def _round(value: np.ndarray, dtype: np.dtype) -> np.ndarray:
-    return value.astype(dtype).astype(np.float64)
+    return value.astype(dtype).astype(value.dtype)

@@ -24,11 +24,12 @@ class AmxBackward {
         b_(buffers),
         workers_(device.threads),
         arena_(scratch),
-        blocks_(set, p, buffers, image(buffers.conv_out, output_grid(p)), workers_, &arena_),
+        blocks_(set, p, buffers, image(buffers.conv_out, output_grid(p)), GradientBlocks<float>::blocks(p), workers_,
+                &arena_, true),
         wgrad_(set, p, buffers.inputs),
         fused_(wgrad_.reader().in_order()),
         dgrad_(set.f32, storage_of<float>(set, p.dtype), image(nullptr, output_grid(p)), one_tap_windows(p),
-               {false, 1, p.out_channels, p.in_channels}) {
+               {1, p.out_channels, p.in_channels}) {
     wgrad_scratch_ = wgrad_.carve(&arena_, workers_);
     if (fused_) {
       dgrad_scratch_ = dgrad_.carve(&arena_, workers_);
@@ -45,7 +46,7 @@ class AmxBackward {
 
   void run(ParallelFor* parallel) const {
     blocks_.reduce(parallel);
-    if (!b_.d_inputs && !b_.d_filters && !blocks_.has_d_residual()) return;
+    if (!b_.d_inputs && !b_.d_filters && !b_.d_residual) return;
     fused_ ? run_strips(parallel) : run_passes(parallel);
     if (b_.d_filters) wgrad_.finish(b_.d_filters, wgrad_scratch_, parallel);
   }

@@ -1,8 +1,8 @@
 // The direct convolution: packed filters, a table of pointers for each block of positions, register tiles.
 //
-// One dense or depthwise convolution of any windows; forward and the gradient by the input are both made of it, or of
-// WinogradConvolution (winograd.h), which has the same interface. What
-// becomes of a tile while it is hot in L1 is the caller's TileEpilogue.
+// A convolution of any windows; forward and the gradient by the input are both made of it. WinogradConvolution
+// (winograd.h) and DepthwiseConvolution (depthwise.h) have the same interface. What becomes of a tile while it is hot
+// in L1 is the caller's TileEpilogue.
 #pragma once
 
 #include <algorithm>
@@ -45,9 +45,7 @@ struct TileEpilogue {
   std::function<void(const Tile<C>&)> finish;
 };
 
-// Channels of a convolution. A depthwise one multiplies element by element: one group, depth = cols = its channels.
 struct Channels {
-  bool depthwise;
   int64_t groups, depth, cols;  // per group: reduced, produced
 };
 
@@ -60,13 +58,11 @@ class Convolution {
       : kernels_(kernels),
         storage_(storage),
         windows_(windows),
-        depthwise_(channels.depthwise),
         groups_(channels.groups),
         depth_(channels.depth),
         cols_(channels.cols),
         blocks_in_task_(ceil_div(std::min(4 * windows.width, kMaxTaskRows), kBlockRows)),
-        reader_(source, groups_ * depth_, windows, groups_ == 1 && !depthwise_, kBlockRows,
-                blocks_in_task_ * kBlockRows) {
+        reader_(source, groups_ * depth_, windows, groups_ == 1, kBlockRows, blocks_in_task_ * kBlockRows) {
     if (!reader_.staged()) blocks_in_task_ = 1;
   }
 
@@ -110,17 +106,17 @@ class Convolution {
  private:
   int64_t panels_in_group() const { return ceil_div(cols_, kernels_.panel); }
   int64_t panels() const { return groups_ * panels_in_group(); }
-  int64_t tap_elements() const { return (depthwise_ ? 1 : depth_) * kernels_.panel; }
+  int64_t tap_elements() const { return depth_ * kernels_.panel; }
   int64_t panel_elements() const { return static_cast<int64_t>(windows_.taps.size()) * tap_elements(); }
 
   void pack(const FilterLayout& f, int64_t panel, C* packed) const {
     const int64_t group = panel / panels_in_group(), column = panel % panels_in_group() * kernels_.panel;
-    const int64_t cols = std::min(kernels_.panel, cols_ - column), rows = depthwise_ ? 1 : depth_;
+    const int64_t cols = std::min(kernels_.panel, cols_ - column);
     if (cols < kernels_.panel) std::fill(packed, packed + panel_elements(), C(0));
     const char* data = static_cast<const char*>(f.data);
     for (int64_t offset : f.tap_offset) {
       const int64_t element = offset + group * f.group_stride + column * f.column_stride;
-      storage_.kernels.load(data + element * storage_.element_bytes, f.depth_stride, f.column_stride, rows, cols,
+      storage_.kernels.load(data + element * storage_.element_bytes, f.depth_stride, f.column_stride, depth_, cols,
                             packed, kernels_.panel);
       packed += tap_elements();
     }
@@ -137,7 +133,8 @@ class Convolution {
       for (int64_t panel = panel_begin; panel < panel_end; ++panel) {
         const int64_t group = panel / panels_in_group(), column = panel % panels_in_group() * kernels_.panel;
         const int64_t cols = std::min(kernels_.panel, cols_ - column);
-        multiply(scratch, rows, group, column, cols, s.filters + panel * panel_elements(), s.tile[worker]);
+        kernels_.gemm({scratch.rows, kBlockRows, rows, reader_.taps(), reader_.depth() * depth_, group * depth_},
+                      s.filters + panel * panel_elements(), s.tile[worker]);
         const Tile<C> tile{s.tile[worker], kernels_.panel,     first, rows, group * cols_ + column,
                            cols,           first / kBlockRows, worker};
         epilogue.emit(tile);
@@ -146,19 +143,9 @@ class Convolution {
     }
   }
 
-  void multiply(const typename WindowReader<C>::Scratch& scratch, int64_t rows, int64_t group, int64_t column,
-                int64_t cols, const C* filters, C* tile) const {
-    if (depthwise_)
-      kernels_.depthwise({scratch.rows, kBlockRows, rows, reader_.taps(), cols, column}, filters, tile);
-    else
-      kernels_.gemm({scratch.rows, kBlockRows, rows, reader_.taps(), reader_.depth() * depth_, group * depth_}, filters,
-                    tile);
-  }
-
   const ComputeKernels<C>& kernels_;
   Storage<C> storage_;
   Windows windows_;
-  bool depthwise_;
   int64_t groups_, depth_, cols_;
   int64_t blocks_in_task_;  // enough lines that staging those above and below costs little
   WindowReader<C> reader_;

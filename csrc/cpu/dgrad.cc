@@ -43,7 +43,7 @@ Image<C> phase_image(const void* data, const Storage<C>& storage, const ConvBnPa
   return Image<C>(data ? static_cast<const char*>(data) + element * storage.element_bytes : nullptr, storage, grid);
 }
 
-// Conv: Convolution, or WinogradConvolution for the one phase of stride 1.
+// Conv: Convolution, or Winograd2 or Winograd4 for the one phase of stride 1.
 template <class C, template <class> class Conv>
 class Phase {
  public:
@@ -53,7 +53,7 @@ class Phase {
         k_(compute_kernels<C>(set)),
         storage_(storage_of<C>(set, p.dtype)),
         output_(phase_image<C>(d_inputs, storage_, p, height, width)),
-        convolution_(k_, storage_, conv_grad, windows(height, width), channels(p)) {}
+        convolution_(k_, storage_, conv_grad, windows(height, width), {p.groups, p.group_out(), p.group_in()}) {}
 
   size_t scratch_bytes(int workers) const {
     Arena arena;
@@ -64,18 +64,11 @@ class Phase {
   void run(const void* filters, int workers, char* scratch, ParallelFor* parallel) const {
     Arena arena(scratch);
     const FilterLayout transposed{filters, tap_offset_, p_.group_out(), 1, p_.out_channels};
-    const FilterLayout depthwise{filters, tap_offset_, 0, 0, 1};
     const auto emit = [this](const Tile<C>& t) { output_.write(t.first, t.rows, t.channel, t.cols, {t.data, t.ld}); };
-    convolution_.run(is_depthwise(p_) ? depthwise : transposed, convolution_.carve(&arena, workers), parallel,
-                     {emit, nullptr});
+    convolution_.run(transposed, convolution_.carve(&arena, workers), parallel, {emit, nullptr});
   }
 
  private:
-  static Channels channels(const ConvBnParams& p) {
-    if (is_depthwise(p)) return {true, 1, p.groups, p.groups};
-    return {false, p.groups, p.group_out(), p.group_in()};
-  }
-
   Windows windows(int64_t height, int64_t width) {
     Windows w{p_.batch, output_.grid().height, output_.grid().width, 1, 1, {}};
     for (const PhaseTap& h : phase_taps(height, p_.filter_height, p_.stride_height, p_.dilation_height, p_.pad_top))
@@ -148,7 +141,10 @@ size_t dgrad_direct_scratch(const KernelSet& set, const ConvBnParams& p, const D
   return scratch_of<Convolution>(set, p, device);
 }
 size_t dgrad_winograd2_scratch(const KernelSet& set, const ConvBnParams& p, const DeviceInfo& device) {
-  return scratch_of<WinogradConvolution>(set, p, device);
+  return scratch_of<Winograd2>(set, p, device);
+}
+size_t dgrad_winograd4_scratch(const KernelSet& set, const ConvBnParams& p, const DeviceInfo& device) {
+  return scratch_of<Winograd4>(set, p, device);
 }
 size_t dgrad_amx_scratch(const KernelSet& set, const ConvBnParams& p, const Image<float>& conv_grad, int workers) {
   return scratch_as<float, AmxConvolution>(set, p, conv_grad, workers);
@@ -158,8 +154,7 @@ void run_dgrad_amx(const KernelSet& set, const ConvBnParams& p, const Image<floa
   run_as<float, AmxConvolution>(set, p, conv_grad, b, workers, scratch, parallel);
 }
 Status run_dgrad_direct(const KernelSet& set, const StageCall& call) { return run_with<Convolution>(set, call); }
-Status run_dgrad_winograd2(const KernelSet& set, const StageCall& call) {
-  return run_with<WinogradConvolution>(set, call);
-}
+Status run_dgrad_winograd2(const KernelSet& set, const StageCall& call) { return run_with<Winograd2>(set, call); }
+Status run_dgrad_winograd4(const KernelSet& set, const StageCall& call) { return run_with<Winograd4>(set, call); }
 
 }  // namespace fusedconvbn

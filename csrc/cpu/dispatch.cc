@@ -5,6 +5,7 @@
 #include "../reference.h"
 #include "../shape.h"
 #include "kernels.h"
+#include "second_moments.h"
 #include "stages.h"
 
 namespace fusedconvbn {
@@ -13,14 +14,49 @@ namespace {
 bool any_problem(const ConvBnParams&) { return true; }
 bool no_problem(const ConvBnParams&) { return false; }
 
-// Where the transforms cost less than the products they save: F(2x2) has 2.25 times fewer.
+// Where the transforms cost less than the products they save: F(2x2) has 2.25 times fewer, F(4x4) 4 times.
+template <int M>
 bool suits_winograd(const ConvBnParams& p, int64_t height, int64_t width) {
   constexpr int64_t kMinChannels = 32, kMinPixels = 192;
-  if (p.algorithm != Algorithm::kAuto) return p.algorithm == Algorithm::kWinograd2;
-  return p.in_channels >= kMinChannels && p.out_channels >= kMinChannels && p.batch * height * width >= kMinPixels;
+  if (p.algorithm != Algorithm::kAuto) return p.algorithm == (M == 2 ? Algorithm::kWinograd2 : Algorithm::kWinograd4);
+  return !(M == 4 && p.strict) && p.in_channels >= kMinChannels && p.out_channels >= kMinChannels &&
+         p.batch * height * width >= kMinPixels;
 }
-bool forward_winograd2(const ConvBnParams& p) { return suits_winograd(p, p.out_height, p.out_width); }
-bool dgrad_winograd2(const ConvBnParams& p) { return suits_winograd(p, p.in_height, p.in_width); }
+template <int M>
+bool forward_winograd(const ConvBnParams& p) {
+  return suits_winograd<M>(p, p.out_height, p.out_width);
+}
+template <int M>
+bool dgrad_winograd(const ConvBnParams& p) {
+  return suits_winograd<M>(p, p.in_height, p.in_width);
+}
+
+// The second moments serve 1x1 filters whose data needs no conversion.
+bool forward_moments_applies(const ConvBnParams& p) {
+  return p.training && is_pointwise(p) && p.out_channels >= 2 * p.in_channels && p.data_format == DataFormat::kNHWC &&
+         (p.dtype == DType::kFloat32 || p.dtype == DType::kFloat64) &&
+         (p.activation == Activation::kNone || derivative_from_output(p.activation));
+}
+bool backward_moments_applies(const ConvBnParams& p) {
+  return forward_moments_applies(p) && p.saved == Saved::kMoments &&
+         (p.activation == Activation::kNone || needs_output(p) || p.has_output);
+}
+
+// Where memory limits the layer: few inputs, much output, and far more pixels than channels for S to be made from.
+bool suits_moments(const ConvBnParams& p) {
+  constexpr int64_t kMinBytes = 1 << 20, kMinPixelsPerChannel = 16;
+  if (p.algorithm != Algorithm::kAuto || p.strict || p.stride_height * p.stride_width > 1) return false;
+  return (p.in_channels <= 64 || (p.in_channels <= 128 && p.out_channels >= 4 * p.in_channels)) &&
+         p.pixels() * p.out_channels * 4 >= kMinBytes && p.pixels() >= kMinPixelsPerChannel * p.in_channels;
+}
+bool one_group(const ConvBnParams& p) { return p.groups == 1; }
+// Where the direct algorithm would fill at most half the columns of a panel.
+bool few_input_channels(const ConvBnParams& p) { return p.in_channels <= 16; }
+
+// It reads z where there is one, and recomputes it with frozen statistics.
+bool backward_depthwise_applies(const ConvBnParams& p) {
+  return depthwise_applies(p) && (!p.training || has_conv_out(p));
+}
 
 // Products on AMX: lines that fit a strip, and little padding between them.
 bool amx_applies(const ConvBnParams& p) {
@@ -31,9 +67,11 @@ bool amx_applies(const ConvBnParams& p) {
 }
 // With frozen statistics the gradient of z is not rounded: the stages do that.
 bool amx_backward_applies(const ConvBnParams& p) {
-  return amx_applies(p) && p.training && p.data_format == DataFormat::kNHWC && p.pixels() > 0;
+  return amx_applies(p) && has_conv_out(p) && p.data_format == DataFormat::kNHWC && p.pixels() > 0;
 }
-bool suits_amx(const ConvBnParams& p) { return p.algorithm != Algorithm::kWinograd2; }
+bool suits_amx(const ConvBnParams& p) {
+  return p.algorithm != Algorithm::kWinograd2 && p.algorithm != Algorithm::kWinograd4;
+}
 
 size_t no_scratch(const ConvBnParams&, const DeviceInfo&) { return 0; }
 
@@ -53,24 +91,36 @@ Status run_with(const StageCall& call) {
   return Run(*Set, call);
 }
 
+Kernel saving_moments(Kernel row) {
+  row.saves = Saved::kMoments;
+  row.recomputes = false;
+  return row;
+}
+
 }  // namespace
 
 // One row an algorithm of a stage and instruction set, in order of preference.
-#define FCB_ROW(name, stage, supports, suits, isa, Isa_) \
-  {#name "_" #isa,                                       \
-   Stage::stage,                                         \
-   Isa::k##Isa_,                                         \
-   supports,                                             \
-   suits,                                                \
-   scratch_with<&kKernels##Isa_, name##_scratch>,        \
-   run_with<&kKernels##Isa_, run_##name>}
-#define FCB_ROWS(isa, Isa_)                                                              \
-  FCB_ROW(forward_winograd2, kForward, winograd2_applies, forward_winograd2, isa, Isa_), \
-      FCB_ROW(forward_direct, kForward, any_problem, any_problem, isa, Isa_),            \
-      FCB_ROW(reduce_direct, kReduce, any_problem, any_problem, isa, Isa_),              \
-      FCB_ROW(dgrad_winograd2, kDgrad, winograd2_applies, dgrad_winograd2, isa, Isa_),   \
-      FCB_ROW(dgrad_direct, kDgrad, any_problem, any_problem, isa, Isa_),                \
-      FCB_ROW(wgrad_direct, kWgrad, any_problem, any_problem, isa, Isa_)
+#define FCB_ROW(name, stage, supports, suits, isa, Isa_)                                                        \
+  Kernel {                                                                                                      \
+    #name "_" #isa, Stage::stage, Isa::k##Isa_, supports, suits, scratch_with<&kKernels##Isa_, name##_scratch>, \
+        run_with<&kKernels##Isa_, run_##name>                                                                   \
+  }
+#define FCB_ROWS(isa, Isa_)                                                                              \
+  saving_moments(FCB_ROW(forward_moments, kForward, forward_moments_applies, suits_moments, isa, Isa_)), \
+      FCB_ROW(backward_moments, kBackward, backward_moments_applies, any_problem, isa, Isa_),            \
+      FCB_ROW(forward_winograd4, kForward, winograd_applies, forward_winograd<4>, isa, Isa_),            \
+      FCB_ROW(forward_winograd2, kForward, winograd_applies, forward_winograd<2>, isa, Isa_),            \
+      FCB_ROW(forward_depthwise, kForward, depthwise_applies, any_problem, isa, Isa_),                   \
+      FCB_ROW(forward_direct, kForward, any_problem, any_problem, isa, Isa_),                            \
+      FCB_ROW(reduce_direct, kReduce, any_problem, any_problem, isa, Isa_),                              \
+      FCB_ROW(dgrad_winograd4, kDgrad, winograd_applies, dgrad_winograd<4>, isa, Isa_),                  \
+      FCB_ROW(dgrad_winograd2, kDgrad, winograd_applies, dgrad_winograd<2>, isa, Isa_),                  \
+      FCB_ROW(dgrad_columns, kDgrad, one_group, few_input_channels, isa, Isa_),                          \
+      FCB_ROW(dgrad_direct, kDgrad, any_problem, any_problem, isa, Isa_),                                \
+      FCB_ROW(wgrad_winograd4, kWgrad, winograd_applies, forward_winograd<4>, isa, Isa_),                \
+      FCB_ROW(wgrad_winograd2, kWgrad, winograd_applies, forward_winograd<2>, isa, Isa_),                \
+      FCB_ROW(wgrad_direct, kWgrad, any_problem, any_problem, isa, Isa_),                                \
+      FCB_ROW(backward_depthwise, kBackward, backward_depthwise_applies, any_problem, isa, Isa_)
 
 // Their kernels are those of AMX: the name says it once.
 #define FCB_AMX_ROW(name, stage, applies)      \
@@ -93,8 +143,8 @@ const std::vector<Kernel>& kernel_table() {
       FCB_ROWS(avx2, Avx2),
 #endif
       FCB_ROWS(generic, Generic),
-      {"forward_reference", Stage::kForward, Isa::kGeneric, any_problem, any_problem, no_scratch,
-       run_forward_reference},
+      {"forward_reference", Stage::kForward, Isa::kGeneric, any_problem, any_problem, no_scratch, run_forward_reference,
+       Saved::kConv, false},
       {"backward_reference", Stage::kBackward, Isa::kGeneric, any_problem, no_problem, no_scratch,
        run_backward_reference},
   };
@@ -104,6 +154,7 @@ const std::vector<Kernel>& kernel_table() {
 const char* name_of(Stage stage) {
   switch (stage) {
     case Stage::kForward: return "forward";
+    case Stage::kRecompute: return "recompute";
     case Stage::kReduce: return "reduce";
     case Stage::kDgrad: return "dgrad";
     case Stage::kWgrad: return "wgrad";

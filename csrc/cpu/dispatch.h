@@ -8,9 +8,9 @@
 
 namespace fusedconvbn {
 
-// A plan is a list of stages. Forward has one; in the backward plan kForward recomputes z where it was not saved, and
-// kBackward stands for all the others together, in a row that suits (or is forced).
-enum class Stage { kForward, kReduce, kDgrad, kWgrad, kBackward };
+// A plan is a list of stages. Forward has one. Backward has kReduce, kDgrad and kWgrad, before them kRecompute where z
+// was not saved (a row of kForward does it); or kBackward alone, in a row that suits (or is forced).
+enum class Stage { kForward, kRecompute, kReduce, kDgrad, kWgrad, kBackward };
 
 // What a stage reads and writes. Exactly one of forward and backward is set.
 struct StageCall {
@@ -18,7 +18,7 @@ struct StageCall {
   const DeviceInfo& device;
   const ForwardBuffers* forward = nullptr;
   const BackwardBuffers* backward = nullptr;
-  const void* conv_out = nullptr;  // backward: z. Training: data type, shape of output; else as, and at, conv_grad
+  const void* conv_out = nullptr;  // backward: what forward saved, or z recomputed: as, and at, conv_grad
   void* conv_grad = nullptr;       // backward: gradient of z, compute type [N,OH,OW,K] whatever the data format
   char* scratch = nullptr;         // the stage's own workspace
   ParallelFor* parallel = nullptr;
@@ -32,6 +32,8 @@ struct Kernel {
   bool (*suits)(const ConvBnParams&);     // is to be chosen for it where nobody forces a row
   size_t (*scratch_bytes)(const ConvBnParams&, const DeviceInfo&);
   Status (*run)(const StageCall&);
+  Saved saves = Saved::kConv;  // of kForward, in training: what params.save asks for, or kMoments
+  bool recomputes = true;      // of kForward: serves kRecompute too
 };
 
 // Every kernel of the library; within a stage the preferred one first, the reference last.

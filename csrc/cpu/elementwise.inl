@@ -11,10 +11,10 @@ FCB_INLINE T* row(void* block, int64_t r, int64_t ld) {
   return static_cast<T*>(block) + r * ld;
 }
 
-// Asks for what is read some 8 KiB later in blocks of whole rows: the hardware stops foreseeing at each page.
-template <class T>
+// Asks for 16-bit numbers that are read some 8 KiB later, in blocks of whole rows.
+template <class C, class T>
 FCB_INLINE void fetch_ahead(const void* block, int64_t r, int64_t ld, int64_t c) {
-  __builtin_prefetch(row<T>(block, r, ld) + c + kFetchBytes / static_cast<int64_t>(sizeof(T)));
+  if constexpr (!__is_same(C, T)) __builtin_prefetch(row<T>(block, r, ld) + c + kFetchBytes / sizeof(T));
 }
 
 // Calls f(read, write, column) for each vector of columns; the last one may be a part.
@@ -62,21 +62,33 @@ static void moments(const C* block, int64_t ld, int64_t rows, int64_t cols, C* m
   });
 }
 
+// Calls f(first row, last row + 1) for groups of 8 rows: what a column needs besides is read once for a group, and a
+// few rows at a time are still a few streams through memory.
+template <class F>
+FCB_INLINE void for_row_groups(int64_t rows, F f) {
+  constexpr int64_t kGroup = 8;
+  for (int64_t first = 0; first < rows; first += kGroup) f(first, first + kGroup < rows ? first + kGroup : rows);
+}
+
+// Takes its own copy of the block, as do those below: what is stored could be the caller's.
 template <class C, Activation A, bool Stream>
-FCB_INLINE void affine_block(const AffineBlock<C>& b) {
-  for (int64_t r = 0; r < b.rows; ++r) {
-    const C* z = row<C>(b.z, r, b.ld_z);
-    const C* residual = b.residual ? row<C>(b.residual, r, b.ld_residual) : nullptr;
-    C* y = row<C>(b.y, r, b.ld_y);
+FCB_INLINE void affine_block(AffineBlock<C> b) {
+  for_row_groups(b.rows, [&](int64_t first, int64_t end) {
     for_vectors<C>(b.cols, [&](auto read, auto write, int64_t c) {
-      Vector<C> u = (read(z + c) - read(b.mean + c)) * read(b.scale + c) + read(b.beta + c);
-      if (residual) u += read(residual + c);
-      if constexpr (Stream)
-        stream(y + c, activate<A, C>(u));
-      else
-        write(y + c, activate<A, C>(u));
+      const Vector<C> mean = read(b.mean + c), scale = read(b.scale + c), beta = read(b.beta + c);
+      for (int64_t r = first; r < end; ++r) {
+        Vector<C> u = (read(row<C>(b.z, r, b.ld_z) + c) - mean) * scale + beta;
+        if (b.residual) u += read(row<C>(b.residual, r, b.ld_residual) + c);
+        C* y = row<C>(b.y, r, b.ld_y) + c;
+        if constexpr (Stream) {
+          stream(y, activate<A, C>(u));
+        } else {
+          __builtin_prefetch(y + (end - first) * b.ld_y);  // a store waits for its line, which no hardware foresees
+          write(y, activate<A, C>(u));
+        }
+      }
     });
-  }
+  });
 }
 
 template <class C, Activation A>
@@ -86,61 +98,63 @@ static void affine(const AffineBlock<C>& b) {
   end_streaming();
 }
 
-// du of one vector of channels; T: of memory.
+// du of one vector of channels, whose constants are given; T: of memory.
 template <class C, class T, Activation A, Preactivation P, class Read>
-FCB_INLINE Vector<C> gradient_of_u(const GradientBlock<C>& b, Read read, int64_t r, int64_t c, Vector<C> centered) {
+FCB_INLINE Vector<C> gradient_of_u(const GradientBlock<C>& b, Read read, int64_t r, int64_t c, Vector<C> centered,
+                                   Vector<C> scale, Vector<C> beta) {
   const Vector<C> dy = read(row<T>(b.dy, r, b.ld_dy) + c);
   if constexpr (A == Activation::kNone) {
     return dy;
   } else if constexpr (P == Preactivation::kOutput) {
     return dy * derivative_of_output<A, C>(read(row<T>(b.extra, r, b.ld_extra) + c));
   } else {
-    Vector<C> u = centered * read(b.scale + c) + read(b.beta + c);
+    Vector<C> u = centered * scale + beta;
     if constexpr (P == Preactivation::kConvAndResidual) u += read(row<T>(b.extra, r, b.ld_extra) + c);
     return dy * derivative<A, C>(u);
   }
 }
 
-// Rows [first, first + R) together: the sums stay in memory (L1), and are read and written once for them all.
-template <class C, class T, Activation A, Preactivation P, int R>
-FCB_INLINE void reduce_rows(const GradientBlock<C>& b, int64_t first) {
-  for_vectors<C>(b.cols, [&](auto read, auto write, int64_t c) {
-    Vector<C> sum_du = read(b.sum_du + c), sum_du_z = read(b.sum_du_z + c), sum_z = read(b.sum_z + c);
-#pragma GCC unroll 4
-    for (int64_t r = first; r < first + R; ++r) {
-      fetch_ahead<T>(b.z, r, b.ld_z, c);
-      fetch_ahead<T>(b.dy, r, b.ld_dy, c);
-      const Vector<C> centered = read(row<T>(b.z, r, b.ld_z) + c) - read(b.mean + c);
-      const Vector<C> du = gradient_of_u<C, T, A, P>(b, read, r, c, centered);
-      sum_du += du;
-      sum_du_z += du * centered;
-      sum_z += centered;
-    }
-    write(b.sum_du + c, sum_du);
-    write(b.sum_du_z + c, sum_du_z);
-    write(b.sum_z + c, sum_z);
-  });
-}
-
 template <class C, class T, Activation A, Preactivation P>
-static void reduce(const GradientBlock<C>& b) {
-  int64_t r = 0;
-  for (; r + 4 <= b.rows; r += 4) reduce_rows<C, T, A, P, 4>(b, r);
-  for (; r < b.rows; ++r) reduce_rows<C, T, A, P, 1>(b, r);
+static void reduce(const GradientBlock<C>& block) {
+  const GradientBlock<C> b = block;
+  for_row_groups(b.rows, [&](int64_t first, int64_t end) {
+    for_vectors<C>(b.cols, [&](auto read, auto write, int64_t c) {
+      const Vector<C> mean = read(b.mean + c), scale = read(b.scale + c), beta = read(b.beta + c);
+      Vector<C> sum_du{}, sum_du_z{}, sum_z{};
+      for (int64_t r = first; r < end; ++r) {
+        fetch_ahead<C, T>(b.z, r, b.ld_z, c);
+        fetch_ahead<C, T>(b.dy, r, b.ld_dy, c);
+        const Vector<C> centered = read(row<T>(b.z, r, b.ld_z) + c) - mean;
+        const Vector<C> du = gradient_of_u<C, T, A, P>(b, read, r, c, centered, scale, beta);
+        sum_du += du;
+        sum_du_z += du * centered;
+        sum_z += centered;
+      }
+      write(b.sum_du + c, read(b.sum_du + c) + sum_du);
+      write(b.sum_du_z + c, read(b.sum_du_z + c) + sum_du_z);
+      write(b.sum_z + c, read(b.sum_z + c) + sum_z);
+    });
+  });
 }
 
 // T: of memory, D: of the gradient of z.
 template <class C, class T, class D, Activation A, Preactivation P>
-static void apply(const GradientBlock<C>& b) {
-  for (int64_t r = 0; r < b.rows; ++r)
+static void apply(const GradientBlock<C>& block) {
+  const GradientBlock<C> b = block;
+  for_row_groups(b.rows, [&](int64_t first, int64_t end) {
     for_vectors<C>(b.cols, [&](auto read, auto write, int64_t c) {
-      fetch_ahead<T>(b.z, r, b.ld_z, c);
-      fetch_ahead<T>(b.dy, r, b.ld_dy, c);
-      const Vector<C> centered = read(row<T>(b.z, r, b.ld_z) + c) - read(b.mean + c);
-      const Vector<C> du = gradient_of_u<C, T, A, P>(b, read, r, c, centered);
-      if (b.d_residual) write(row<T>(b.d_residual, r, b.ld_d_residual) + c, du);
-      Vector<C> d_conv = read(b.slope + c) * du;
-      if (b.curve) d_conv += read(b.curve + c) * centered + read(b.offset + c);
-      write(row<D>(b.d_conv, r, b.ld_d_conv) + c, d_conv);
+      const Vector<C> mean = read(b.mean + c), scale = read(b.scale + c), beta = read(b.beta + c);
+      const Vector<C> slope = read(b.slope + c), curve = b.curve ? read(b.curve + c) : slope,
+                      offset = b.curve ? read(b.offset + c) : slope;
+      for (int64_t r = first; r < end; ++r) {
+        fetch_ahead<C, T>(b.z, r, b.ld_z, c);
+        fetch_ahead<C, T>(b.dy, r, b.ld_dy, c);
+        const Vector<C> centered = read(row<T>(b.z, r, b.ld_z) + c) - mean;
+        const Vector<C> du = gradient_of_u<C, T, A, P>(b, read, r, c, centered, scale, beta);
+        if (b.d_residual) write(row<T>(b.d_residual, r, b.ld_d_residual) + c, du);
+        const Vector<C> d_conv = slope * du;
+        write(row<D>(b.d_conv, r, b.ld_d_conv) + c, b.curve ? d_conv + (curve * centered + offset) : d_conv);
+      }
     });
+  });
 }

@@ -6,6 +6,8 @@
 #include "amx_convolve.h"
 #include "compute_type.h"
 #include "convolve.h"
+#include "depthwise.h"
+#include "second_moments.h"
 #include "stages.h"
 #include "statistics.h"
 #include "winograd.h"
@@ -13,7 +15,7 @@
 namespace fusedconvbn {
 namespace {
 
-// Conv: Convolution or WinogradConvolution.
+// Conv: Convolution, Winograd2, Winograd4 or DepthwiseConvolution.
 template <class C, template <class> class Conv>
 class Forward {
  public:
@@ -27,7 +29,8 @@ class Forward {
         conv_out_(conv_out),
         output_(buffers.output, storage_, output_grid(p)),
         residual_(buffers.residual, storage_, output_grid(p)),
-        convolution_(k_, storage_, Image<C>(buffers.inputs, storage_, input_grid(p)), forward_windows(p), channels(p)) {
+        convolution_(k_, storage_, Image<C>(buffers.inputs, storage_, input_grid(p)), forward_windows(p),
+                     {p.groups, p.group_in(), p.group_out()}) {
     Arena arena(scratch);
     scale_ = arena.take<C>(p.out_channels);
     if (p.training) moments_ = BlockMoments<C>::carve(&arena, convolution_.blocks(), p.out_channels);
@@ -43,7 +46,13 @@ class Forward {
 
   void infer(ParallelFor* parallel) const {
     keep_moving_statistics();
-    convolve(parallel, {[this](const Tile<C>& t) { normalize({t.data, t.ld}, t); }, nullptr});
+    convolve_and_normalize(parallel);
+  }
+
+  // Training with statistics that are known before the convolution: mean and sum of squared deviations, [K] each.
+  void train_with(const double* mean, const double* squares, ParallelFor* parallel) const {
+    for (int64_t c = 0; c < p_.out_channels; ++c) learn(c, mean[c], squares[c]);
+    convolve_and_normalize(parallel);
   }
 
   // Without pixels there is nothing to learn: the moving statistics stay.
@@ -59,15 +68,16 @@ class Forward {
   }
 
   void recompute(ParallelFor* parallel) const {
-    convolve(
-        parallel,
-        {[this](const Tile<C>& t) { conv_out_.write(t.first, t.rows, t.channel, t.cols, {t.data, t.ld}); }, nullptr});
+    convolve(parallel, {[this](const Tile<C>& t) {
+                          if (p_.training) round(t);
+                          conv_out_.write(t.first, t.rows, t.channel, t.cols, {t.data, t.ld});
+                        },
+                        nullptr});
   }
 
  private:
-  static Channels channels(const ConvBnParams& p) {
-    if (is_depthwise(p)) return {true, 1, p.groups, p.groups};
-    return {false, p.groups, p.group_in(), p.group_out()};
+  void convolve_and_normalize(ParallelFor* parallel) const {
+    convolve(parallel, {[this](const Tile<C>& t) { normalize({t.data, t.ld}, t); }, nullptr});
   }
 
   int64_t columns() const { return std::max(kChannelChunk, k_.panel); }  // of a block in scratch
@@ -76,6 +86,14 @@ class Forward {
     FilterLayout filters{b_.filters, {}, p_.group_out(), p_.out_channels, 1};
     for (int64_t t = 0; t < p_.taps(); ++t) filters.tap_offset.push_back(t * p_.group_in() * p_.out_channels);
     convolution_.run(filters, convolution_scratch_, parallel, epilogue);
+  }
+
+  // The statistics are those of z rounded to the data type, and so is the z that goes with them.
+  void round(const Tile<C>& t) const {
+    if (storage_.is_compute_type) return;
+    void* rounded = z_[t.worker];
+    storage_.kernels.store(t.data, t.ld, t.rows, t.cols, rounded, t.cols, 1, false);
+    storage_.kernels.load(rounded, t.cols, 1, t.rows, t.cols, t.data, t.ld);
   }
 
   void keep_moving_statistics() const {
@@ -99,13 +117,15 @@ class Forward {
     merge_moments(
         moments_, convolution_.blocks(), [this](int64_t block) { return convolution_.block_pixels(block); },
         p_.out_channels, begin, end, mean, squares);
-    for (int64_t c = begin; c < end; ++c) {
-      const double variance = squares[c - begin] / static_cast<double>(p_.pixels());
-      static_cast<C*>(b_.batch_mean)[c] = static_cast<C>(mean[c - begin]);
-      set_scale(c, variance);
-      move(b_.moving_mean, b_.new_moving_mean, c, mean[c - begin]);
-      move(b_.moving_variance, b_.new_moving_variance, c, variance * moving_variance_factor(p_));
-    }
+    for (int64_t c = begin; c < end; ++c) learn(c, mean[c - begin], squares[c - begin]);
+  }
+
+  void learn(int64_t c, double mean, double squares) const {
+    const double variance = squares / static_cast<double>(p_.pixels());
+    static_cast<C*>(b_.batch_mean)[c] = static_cast<C>(mean);
+    set_scale(c, variance);
+    move(b_.moving_mean, b_.new_moving_mean, c, mean);
+    move(b_.moving_variance, b_.new_moving_variance, c, variance * moving_variance_factor(p_));
   }
 
   void move(const void* from, void* to, int64_t c, double value) const {
@@ -174,6 +194,73 @@ class Forward {
   size_t scratch_bytes_;
 };
 
+// Training of a 1x1 convolution that saves no z: the second moments of the inputs give its statistics beforehand.
+template <class C>
+class ForwardByMoments {
+ public:
+  ForwardByMoments(const KernelSet& set, const ConvBnParams& p, const DeviceInfo& device, const ForwardBuffers& b,
+                   char* scratch)
+      : p_(p),
+        saved_{static_cast<C*>(b.conv_out), p.in_channels},
+        forward_(set, p, device, b, Image<C>(b.output, storage_of<C>(set, p.dtype), output_grid(p)),
+                 scratch ? scratch + vectors_bytes(p) : nullptr),
+        moments_(compute_kernels<C>(set), Image<C>(b.inputs, storage_of<C>(set, p.dtype), input_grid(p)),
+                 forward_windows(p), p.in_channels),
+        product_(set, static_cast<const C*>(b.filters), p.in_channels, p.out_channels) {
+    Arena vectors(scratch);
+    mean_ = vectors.take<double>(p.out_channels);
+    squares_ = vectors.take<double>(p.out_channels);
+    Arena arena(scratch ? scratch + vectors_bytes(p) : nullptr);  // the convolution's, when the moments are done
+    moments_scratch_ = moments_.carve(&arena, device.threads);
+    product_scratch_ = product_.carve(&arena, device.threads);
+    scratch_bytes_ = vectors_bytes(p) + std::max(arena.used(), forward_.scratch_bytes());
+  }
+
+  size_t scratch_bytes() const { return scratch_bytes_; }
+
+  void train(ParallelFor* parallel) const {
+    if (p_.pixels() == 0) {
+      std::fill_n(saved_.data, (p_.in_channels + 2) * p_.in_channels, C(0));
+      return forward_.train(parallel);
+    }
+    moments_.run(moments_scratch_, parallel, saved_);
+    std::fill(mean_, mean_ + p_.out_channels, 0.0);
+    std::fill(squares_, squares_ + p_.out_channels, 0.0);
+    product_.run(saved_, product_scratch_, parallel,
+                 [this](int64_t column, int64_t count, int64_t first, int64_t rows, const double* tile,
+                        const double* filters, int) {
+                   for (int64_t r = 0; r < rows; ++r) {
+                     const double mean = static_cast<double>(saved_.mean()[first + r]) + saved_.mean_rest()[first + r];
+                     for (int64_t k = 0; k < count; ++k) {
+                       const double w = filters[(first + r) * product_.panel() + k];
+                       mean_[column + k] += mean * w;
+                       squares_[column + k] += tile[r * product_.panel() + k] * w;
+                     }
+                   }
+                 });
+    for (int64_t k = 0; k < p_.out_channels; ++k) squares_[k] = squares_[k] < 0 ? 0 : squares_[k];
+    forward_.train_with(mean_, squares_, parallel);
+  }
+
+ private:
+  static size_t vectors_bytes(const ConvBnParams& p) {
+    Arena arena;
+    arena.take<double>(p.out_channels);
+    arena.take<double>(p.out_channels);
+    return arena.used();
+  }
+
+  const ConvBnParams& p_;
+  SavedMoments<C> saved_;
+  Forward<C, Convolution> forward_;
+  SecondMoments<C> moments_;
+  MomentsTimesFilters<C> product_;
+  double *mean_, *squares_;  // [K]
+  typename SecondMoments<C>::Scratch moments_scratch_;
+  typename MomentsTimesFilters<C>::Scratch product_scratch_;
+  size_t scratch_bytes_;
+};
+
 // In a backward plan the stage recomputes z.
 ForwardBuffers forward_buffers(const StageCall& call) {
   if (call.forward) return *call.forward;
@@ -186,7 +273,9 @@ ForwardBuffers forward_buffers(const StageCall& call) {
 template <class C>
 Image<C> conv_out_image(const KernelSet& set, const StageCall& call) {
   if (call.backward) return conv_grad_image<C>(set, call.params, call.conv_out);
-  return Image<C>(call.forward->conv_out, storage_of<C>(set, call.params.dtype), output_grid(call.params));
+  // Where z is not saved, it lies in the output until that takes its place.
+  const void* z = call.forward->conv_out ? call.forward->conv_out : call.forward->output;
+  return Image<C>(z, storage_of<C>(set, call.params.dtype), output_grid(call.params));
 }
 
 template <template <class> class Conv>
@@ -221,11 +310,29 @@ size_t forward_direct_scratch(const KernelSet& set, const ConvBnParams& p, const
   return scratch_of<Convolution>(set, p, device);
 }
 size_t forward_winograd2_scratch(const KernelSet& set, const ConvBnParams& p, const DeviceInfo& device) {
-  return scratch_of<WinogradConvolution>(set, p, device);
+  return scratch_of<Winograd2>(set, p, device);
+}
+size_t forward_winograd4_scratch(const KernelSet& set, const ConvBnParams& p, const DeviceInfo& device) {
+  return scratch_of<Winograd4>(set, p, device);
+}
+size_t forward_moments_scratch(const KernelSet& set, const ConvBnParams& p, const DeviceInfo& device) {
+  return with_compute_type(
+      p.dtype, [&](auto c) { return ForwardByMoments<decltype(c)>(set, p, device, {}, nullptr).scratch_bytes(); });
+}
+Status run_forward_moments(const KernelSet& set, const StageCall& call) {
+  with_compute_type(call.params.dtype, [&](auto c) {
+    ForwardByMoments<decltype(c)>(set, call.params, call.device, *call.forward, call.scratch).train(call.parallel);
+  });
+  return Status{};
+}
+size_t forward_depthwise_scratch(const KernelSet& set, const ConvBnParams& p, const DeviceInfo& device) {
+  return scratch_of<DepthwiseConvolution>(set, p, device);
 }
 Status run_forward_direct(const KernelSet& set, const StageCall& call) { return run_with<Convolution>(set, call); }
-Status run_forward_winograd2(const KernelSet& set, const StageCall& call) {
-  return run_with<WinogradConvolution>(set, call);
+Status run_forward_winograd2(const KernelSet& set, const StageCall& call) { return run_with<Winograd2>(set, call); }
+Status run_forward_winograd4(const KernelSet& set, const StageCall& call) { return run_with<Winograd4>(set, call); }
+Status run_forward_depthwise(const KernelSet& set, const StageCall& call) {
+  return run_with<DepthwiseConvolution>(set, call);
 }
 
 size_t forward_direct_amx_scratch(const KernelSet& set, const ConvBnParams& p, const DeviceInfo& device) {

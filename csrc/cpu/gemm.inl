@@ -64,51 +64,20 @@ static void gemm(const GatheredRows<C>& in, const C* filters, C* tile) {
   gemm_remainder<C, kTileRows - 1>(in, first, filters, tile + first * kPanel<C>);
 }
 
-// Reads vector v of a row's panel, of which the row has in.depth channels from in.offset on.
-template <class C, bool Whole>
-FCB_INLINE Vector<C> read_channels(const C* row, int64_t v, int64_t channels) {
-  if constexpr (Whole) return load(row + v * kLanes<C>);
-  const int64_t left = channels - v * kLanes<C>;
-  return left >= kLanes<C> ? load(row + v * kLanes<C>) : left > 0 ? load_part(row + v * kLanes<C>, left) : Vector<C>{};
-}
-
-// R pixels share each load of the filters.
-template <class C, int R, bool Whole>
-static void depthwise_rows(const GatheredRows<C>& in, int64_t first, const C* filters, C* tile) {
-  Vector<C> acc[R][2] = {};
-  for (int64_t t = 0; t < in.taps; ++t, filters += kPanel<C>) {
-    const Vector<C> b0 = load(filters), b1 = load(filters + kLanes<C>);
-#pragma GCC unroll 4
-    for (int r = 0; r < R; ++r) {
-      const C* a = in.rows[t * in.row_stride + first + r] + in.offset;
-      acc[r][0] += read_channels<C, Whole>(a, 0, in.depth) * b0;
-      acc[r][1] += read_channels<C, Whole>(a, 1, in.depth) * b1;
-    }
-  }
-#pragma GCC unroll 4
-  for (int r = 0; r < R; ++r) {
-    store(tile + r * kPanel<C>, acc[r][0]);
-    store(tile + r * kPanel<C> + kLanes<C>, acc[r][1]);
-  }
-}
-
-template <class C, bool Whole>
-FCB_INLINE void depthwise_block(const GatheredRows<C>& in, const C* filters, C* tile) {
-  int64_t first = 0;
-  for (; first + 4 <= in.count; first += 4) depthwise_rows<C, 4, Whole>(in, first, filters, tile + first * kPanel<C>);
-  for (; first < in.count; ++first) depthwise_rows<C, 1, Whole>(in, first, filters, tile + first * kPanel<C>);
-}
-
+// Asks for the next lines of `ahead`.
 template <class C>
-static void depthwise(const GatheredRows<C>& in, const C* filters, C* tile) {
-  in.depth >= kPanel<C> ? depthwise_block<C, true>(in, filters, tile) : depthwise_block<C, false>(in, filters, tile);
+FCB_INLINE void fetch(Ahead<C>* ahead) {
+  if (ahead->row == ahead->count) return;
+  __builtin_prefetch(ahead->rows[ahead->row] + ahead->offset + ahead->pair * Ahead<C>::kPair, 0, 2);
+  if (++ahead->pair < ahead->pairs) return;
+  ahead->pair = 0;
+  ++ahead->row;
 }
 
-template <class C>
-static void outer(const C* a, const C* b, int64_t depth, C* tile) {
-  constexpr int R = kTileRows;
-  Vector<C> acc[R][2] = {};  // of this block alone: adding it to the tile once errs less than adding each product
-  for (int64_t k = 0; k < depth; ++k, a += R, b += kPanel<C>) {
+// acc += a' b over `depth`.
+template <class C, int R>
+FCB_INLINE void accumulate_outer(const C* a, const C* b, int64_t depth, Vector<C> (&acc)[R][2]) {
+  for (int64_t k = 0; k < depth; ++k, a += kTileRows, b += kPanel<C>) {
     const Vector<C> b0 = load(b), b1 = load(b + kLanes<C>);
 #pragma GCC unroll 16
     for (int r = 0; r < R; ++r) {
@@ -116,6 +85,16 @@ static void outer(const C* a, const C* b, int64_t depth, C* tile) {
       acc[r][0] += x * b0;
       acc[r][1] += x * b1;
     }
+  }
+}
+
+template <class C, int R>
+static void outer_tile(const C* a, const C* b, int64_t depth, C* tile, Ahead<C>* ahead) {
+  Vector<C> acc[R][2] = {};  // of this block alone: adding it to the tile once errs less than adding each product
+  const int64_t step = ahead ? ahead->steps : depth;
+  for (int64_t k = 0; k < depth; k += step) {
+    if (ahead) fetch(ahead);
+    accumulate_outer<C, R>(a + k * kTileRows, b + k * kPanel<C>, k + step < depth ? step : depth - k, acc);
   }
 #pragma GCC unroll 16
   for (int r = 0; r < R; ++r)
@@ -125,31 +104,47 @@ static void outer(const C* a, const C* b, int64_t depth, C* tile) {
     }
 }
 
+// Of a partial tile no more rows than 8 accumulators need are computed: fewer would wait for each other's additions.
 template <class C>
-static void pack_rows(const C* const* rows, int64_t offset, int64_t count, int64_t valid, C* packed) {
-  constexpr int R = kTileRows;
-  for (int64_t i = 0; i < count; ++i, packed += R) {
+static void outer(const C* a, const C* b, int64_t depth, int64_t rows, C* tile, Ahead<C>* ahead) {
+  if (kTileRows > 4 && rows <= 4) return outer_tile<C, 4>(a, b, depth, tile, ahead);
+  if (kTileRows > 8 && rows <= 8) return outer_tile<C, 8>(a, b, depth, tile, ahead);
+  outer_tile<C, kTileRows>(a, b, depth, tile, ahead);
+}
+
+// Row by row, each from its first element to its last: that is how memory is read ahead.
+template <class C, int Width>
+static void pack(const C* const* rows, int64_t offset, int64_t count, int64_t valid, C* packed, int64_t panel) {
+  const int64_t whole = valid / Width, rest = valid % Width;
+  for (int64_t i = 0; i < count; ++i, packed += Width) {
     const C* from = rows[i] + offset;
-    if (valid >= R) {
-      __builtin_memcpy(packed, from, R * sizeof(C));
-    } else {
-      for (int r = 0; r < R; ++r) packed[r] = r < valid ? from[r] : C(0);
-    }
+    C* to = packed;
+    for (int64_t p = 0; p < whole; ++p, from += Width, to += panel) __builtin_memcpy(to, from, Width * sizeof(C));
+    if (rest == 0) continue;
+    for (int c = 0; c < Width; ++c) to[c] = c < rest ? from[c] : C(0);
   }
 }
 
 template <class C>
-static void depthwise_outer(const GatheredRows<C>& in, const C* dz, int64_t ld_dz, int64_t cols, C* sums) {
-  for (int64_t t = 0; t < in.taps; ++t, sums += cols) {
-    const C* const* rows = in.rows + t * in.row_stride;
-    for (int64_t c = 0; c < cols; c += kLanes<C>) {
-      const int64_t part = cols - c < kLanes<C> ? cols - c : kLanes<C>;
-      Vector<C> sum{};
-      for (int64_t r = 0; r < in.count; ++r) {
-        const C *x = rows[r] + in.offset + c, *g = dz + r * ld_dz + c;
-        sum += part == kLanes<C> ? load(x) * load(g) : load_part(x, part) * load_part(g, part);
-      }
-      store_part(sums + c, load_part(sums + c, part) + sum, part);
+static void transpose(const C* from, int64_t ld, int64_t rows, int64_t depth, C* packed) {
+  constexpr int64_t L = kLanes<C>;
+  for (int64_t c = 0; c < kPanel<C>; c += L)
+    for (int64_t k = 0; k < depth; k += L) {
+      const int64_t count = rows - c < L ? rows - c : L, part = depth - k < L ? depth - k : L;
+      if (count == L && part == L)
+        transpose_square(from + c * ld + k, ld, packed + k * kPanel<C> + c, kPanel<C>);
+      else
+        for (int64_t i = 0; i < part; ++i)
+          for (int64_t r = 0; r < L; ++r)
+            packed[(k + i) * kPanel<C> + c + r] = r < count ? from[(c + r) * ld + k + i] : 0;
     }
+}
+
+template <class C>
+static void add_rows(const C* tile, int64_t rows, int64_t cols, C* const* to, int64_t offset) {
+  for (int64_t r = 0; r < rows; ++r, tile += kPanel<C>) {
+    if (!to[r]) continue;
+    C* sums = to[r] + offset;
+    for_vectors<C>(cols, [&](auto read, auto write, int64_t c) { write(sums + c, read(sums + c) + read(tile + c)); });
   }
 }

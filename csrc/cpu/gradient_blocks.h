@@ -23,8 +23,12 @@ class GradientBlocks {
   static constexpr int64_t kRows = 256;    // pixels of a block whose sums are kept apart
   static constexpr int64_t kColumns = 64;  // of a block in scratch: 64 KiB in float32
 
+  static int64_t blocks(const ConvBnParams& p) { return ceil_div(p.pixels(), kRows); }
+
+  // `sum_blocks`: blocks(p), or however many reduce_block() will see. in_place: the caller has 16-bit numbers worked on
+  // where they lie, if they lie in rows; then it sets no z of its own.
   GradientBlocks(const KernelSet& set, const ConvBnParams& p, const BackwardBuffers& buffers, const Image<C>& z,
-                 int workers, Arena* arena)
+                 int64_t sum_blocks, int workers, Arena* arena, bool in_place = false)
       : p_(p),
         k_(compute_kernels<C>(set)),
         dy_(image(set, buffers.output_gradient)),
@@ -33,22 +37,26 @@ class GradientBlocks {
                           : needs_residual(p) ? buffers.residual
                                               : nullptr)),
         d_residual_(image(set, buffers.d_residual)),
-        in_place_(dy_.in_place() && z_.in_place()),
-        channels_(p, buffers, blocks(), arena) {
+        in_place_(in_place && dy_.in_place() && z_.in_place()),
+        channels_(p, buffers, sum_blocks, arena) {
     for (int w = 0; w < workers; ++w) scratch_.push_back(arena->take<C>(in_place_ ? 0 : 4 * kRows * kColumns));
   }
 
   const ChannelGradients<C>& channels() const { return channels_; }
-  bool has_d_residual() const { return d_residual_.present(); }
 
   // The first pass.
   void reduce(ParallelFor* parallel) const {
     channels_.prepare();
     for_each(parallel, [this](GradientBlock<C> g, int64_t first, int64_t channel, int) {
-      channels_.start_sums(first / kRows, channel, &g);
-      kernel(in_place_ ? dy_.in_place_kernels().reduce : k_.reduce)(g);
+      reduce_block(g, first / kRows, channel);
     });
     channels_.finish(parallel);
+  }
+
+  // Its part for one block; what reduce() is made of.
+  void reduce_block(GradientBlock<C> g, int64_t block, int64_t channel) const {
+    channels_.start_sums(block, channel, &g);
+    kernel(in_place_ ? dy_.in_place_kernels().reduce : k_.reduce)(g);
   }
 
   // Calls f for each block of pixels and chunk of channels, with everything read that u and du need.
@@ -56,35 +64,15 @@ class GradientBlocks {
   void for_each(ParallelFor* parallel, F f) const {
     const int64_t width = dy_.direct() || in_place_ ? p_.out_channels : kColumns,
                   chunks = ceil_div(p_.out_channels, width);
-    parallel->run(blocks() * chunks, [&](int64_t task, int worker) {
+    parallel->run(blocks(p_) * chunks, [&](int64_t task, int worker) {
       const int64_t first = task / chunks * kRows, channel = task % chunks * width;
       const int64_t rows = std::min(kRows, p_.pixels() - first), cols = std::min(width, p_.out_channels - channel);
       f(read(first, rows, channel, cols, worker), first, channel, worker);
     });
   }
 
-  // dz of a block from read() into `d_conv`, and the gradient of the residual where it is wanted.
-  void apply(GradientBlock<C> g, int64_t first, int64_t channel, const Block<C>& d_conv, int worker) const {
-    if (in_place_) return apply_in_place(dy_.in_place_kernels().apply, g, first, channel, d_conv.data, d_conv.ld);
-    const Block<C> d_residual = d_residual_.target(first, channel, {buffer(worker, 3), g.cols});
-    channels_.set_constants(channel, &g);
-    g.d_conv = d_conv.data, g.ld_d_conv = d_conv.ld;
-    if (has_d_residual()) g.d_residual = d_residual.data, g.ld_d_residual = d_residual.ld;
-    kernel(k_.apply)(g);
-    if (has_d_residual()) d_residual_.write(first, g.rows, channel, g.cols, d_residual);
-  }
-
-  // The same where 16-bit numbers lie in rows, into whatever `table` makes.
-  template <class Table>
-  void apply_in_place(const Table& table, GradientBlock<C> g, int64_t first, int64_t channel, void* d_conv,
-                      int64_t ld_d_conv) const {
-    channels_.set_constants(channel, &g);
-    g.d_conv = d_conv, g.ld_d_conv = ld_d_conv;
-    if (has_d_residual()) g.d_residual = d_residual_.address(first, channel), g.ld_d_residual = d_residual_.ld();
-    kernel(table)(g);
-  }
-
-  // What u and du need of a block.
+  // A block of at most kRows pixels and kColumns channels, or of any size where images are read in place. Without an
+  // image of z the caller sets it.
   GradientBlock<C> read(int64_t first, int64_t rows, int64_t channel, int64_t cols, int worker) const {
     GradientBlock<C> g{};
     const auto read = [&](const Image<C>& image, int slot, const void** data, int64_t* ld) {
@@ -104,11 +92,33 @@ class GradientBlocks {
     return g;
   }
 
+  // dz of a block from read() into `d_conv`; and the gradient of the residual, for the one caller that owns the block.
+  void apply(GradientBlock<C> g, int64_t first, int64_t channel, const Block<C>& d_conv, int worker,
+             bool owned = true) const {
+    if (in_place_) return apply_in_place(dy_.in_place_kernels().apply, g, first, channel, d_conv.data, d_conv.ld);
+    const bool writes = owned && d_residual_.present();
+    const Block<C> d_residual = d_residual_.target(first, channel, {buffer(worker, 3), g.cols});
+    channels_.set_constants(channel, &g);
+    g.d_conv = d_conv.data, g.ld_d_conv = d_conv.ld;
+    if (writes) g.d_residual = d_residual.data, g.ld_d_residual = d_residual.ld;
+    kernel(k_.apply)(g);
+    if (writes) d_residual_.write(first, g.rows, channel, g.cols, d_residual);
+  }
+
+  // The same where 16-bit numbers lie in rows, into whatever `table` makes.
+  template <class Table>
+  void apply_in_place(const Table& table, GradientBlock<C> g, int64_t first, int64_t channel, void* d_conv,
+                      int64_t ld_d_conv) const {
+    channels_.set_constants(channel, &g);
+    g.d_conv = d_conv, g.ld_d_conv = ld_d_conv;
+    if (d_residual_.present()) g.d_residual = d_residual_.address(first, channel), g.ld_d_residual = d_residual_.ld();
+    kernel(table)(g);
+  }
+
  private:
   Image<C> image(const KernelSet& set, const void* data) const {
     return Image<C>(data, storage_of<C>(set, p_.dtype), output_grid(p_));
   }
-  int64_t blocks() const { return ceil_div(p_.pixels(), kRows); }
 
   template <class Table>
   auto kernel(const Table& table) const {

@@ -14,8 +14,8 @@ FCB_INLINE void affine_columns(const AffineBlock<float>& b, int64_t c, int64_t f
     beta[h] = (V)load_lanes(b.beta + c + 16 * h, lanes.half[h]);
   }
   for (int64_t r = first; r < end; ++r) {
-    fetch_ahead<Z>(b.z, r, b.ld_z, c);
-    if (b.residual) fetch_ahead<T>(b.residual, r, b.ld_residual, c);
+    fetch_ahead<float, Z>(b.z, r, b.ld_z, c);
+    if (b.residual) fetch_ahead<float, T>(b.residual, r, b.ld_residual, c);
 #pragma GCC unroll 2
     for (int h = 0; h < 2; ++h) {
       const int64_t at = c + 16 * h;

@@ -22,10 +22,15 @@ namespace {
 
 namespace fusedconvbn {
 namespace {
-#include "gemm.inl"
 #include "storage.inl"
 
 #include "elementwise.inl"
+
+#include "gemm.inl"  // kTileRows and the panel of all that follows
+
+#include "depthwise.inl"
+#include "planes.inl"
+#include "pointwise.inl"
 #include "winograd.inl"
 #if defined(__AMX_BF16__)
 #include "amx.inl"
@@ -51,6 +56,7 @@ static constexpr void fill_activation(ComputeKernels<C>* k) {
   if constexpr (A < kActivationCount) {
     constexpr Activation a = static_cast<Activation>(A);
     k->affine[A] = affine<C, a>;
+    if constexpr (a == Activation::kNone || derivative_from_output(a)) k->mask[A] = mask<C, a>;
     fill_activation<A + 1>(k);
   }
 }
@@ -69,6 +75,11 @@ static constexpr AmxKernels amx_kernels() {
   return k;
 }
 #endif
+template <class C, int M>
+static constexpr WinogradKernels<C> winograd_kernels() {
+  return {winograd_window<C, M>, winograd_gradient<C, M>, winograd_filter<C, M>, winograd_filter_gradient<C, M>,
+          winograd_output<C, M>};
+}
 
 template <class C>
 static constexpr ComputeKernels<C> compute_kernels() {
@@ -78,12 +89,22 @@ static constexpr ComputeKernels<C> compute_kernels() {
   k.gemm = gemm<C>;
   k.depthwise = depthwise<C>;
   k.outer = outer<C>;
-  k.pack_rows = pack_rows<C>;
+  k.pack_rows = pack<C, kTileRows>;
+  k.pack_columns = pack<C, static_cast<int>(kPanel<C>)>;
+  k.transpose = transpose<C>;
+  k.add_rows = add_rows<C>;
   k.depthwise_outer = depthwise_outer<C>;
-  k.winograd_window = winograd_window<C>;
-  k.winograd_filter = winograd_filter<C>;
-  k.winograd_output = winograd_output<C>;
+  k.multiply_planes = multiply_planes<C>;
+  k.multiply_transposed_planes = multiply_transposed_planes<C>;
+  k.winograd2 = winograd_kernels<C, 2>();
+  k.winograd4 = winograd_kernels<C, 4>();
+  k.depthwise_copy = depthwise_copy<C>;
+  k.depthwise_spread = depthwise_spread<C>;
+  k.depthwise_fold = depthwise_fold<C>;
   k.moments = moments<C>;
+  k.row_means = row_means<C>;
+  k.center_rows = center_rows<C>;
+  k.product = product<C>;
   fill_activation<0>(&k);
   fill_gradients<0, C, C, C>(&k.reduce, &k.apply);
 #if defined(__AMX_BF16__)

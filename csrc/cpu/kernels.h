@@ -19,6 +19,31 @@ struct GatheredRows {
   int64_t row_stride, count, taps, depth, offset;
 };
 
+// Memory that the next block will read. A kernel asks for a part of it every `steps` steps of its own, so that few
+// lines are in flight at once and the multiplications do not wait; it moves on `row` and `pair`. Lines come in pairs.
+template <class C>
+struct Ahead {
+  static constexpr int64_t kPair = 128 / sizeof(C);  // elements
+  const C* const* rows;                              // [count], each of `pairs` pairs of lines from `offset` on
+  int64_t offset, count, pairs, steps;
+  int64_t row, pair;
+};
+
+template <class C>
+static inline Ahead<C> ahead_of(const C* const* rows, int64_t offset, int64_t count, int64_t elements) {
+  return {rows, offset, count, (elements + Ahead<C>::kPair - 1) / Ahead<C>::kPair, 1, 0, 0};
+}
+
+constexpr int64_t kDepthwisePanel = 32;  // channels of a row in depthwise kernels, whatever the vectors
+
+// Lines of a depthwise convolution. Tap t of column c of line l reads the row of kDepthwisePanel channels at
+// sources[l * taps + t] + offset + c * step.
+template <class C>
+struct PanelLines {
+  const C* const* sources;
+  int64_t lines, columns, taps, step, offset;
+};
+
 // y = activation((z - mean) * scale + beta + residual), for `cols` channels. The kernel says what types they point to.
 template <class C>
 struct AffineBlock {
@@ -103,6 +128,44 @@ struct AmxKernels {
   void (*outer)(const AmxPieces& pieces, bool add, float* sums);
 };
 
+// du = dy * activation'(u) where that follows from y.
+template <class C>
+struct MaskBlock {
+  const C* dy;
+  int64_t ld_dy;
+  const C* y;  // not read where there is no activation
+  int64_t ld_y;
+  int64_t rows, cols;
+  C* du;
+  int64_t ld_du;
+  C* d_residual;  // may be null; = du
+  int64_t ld_d_residual;
+  C* sum;  // may be null; [cols] += sum of du over the rows
+};
+
+// Matrix products of many planes; c is [plane][rows][panel], the others as the kernel says. Distances in elements.
+template <class C>
+struct Planes {
+  int64_t planes, rows, depth;
+  const C* a;
+  int64_t lda, plane_a;
+  const C* b;
+  int64_t ldb, plane_b;
+  C* c;
+  int64_t plane_c;
+  bool add;  // to what c holds
+};
+
+// The transforms of Winograd's F(MxM, 3x3), winograd.inl: (M+2)^2 planes of `plane` elements.
+template <class C>
+struct WinogradKernels {
+  void (*window)(const GatheredRows<C>& rows, C* planes, int64_t ld, int64_t plane);
+  void (*gradient)(const GatheredRows<C>& rows, C* planes, int64_t ld, int64_t plane);
+  void (*filter)(const C* filters, int64_t depth, C* planes, int64_t plane);
+  void (*filter_gradient)(const C* planes, int64_t plane, int64_t rows, C* filters);
+  void (*output)(const C* planes, int64_t plane, int64_t count, int64_t pixels, int64_t lines, C* rows);
+};
+
 template <class C>
 struct ComputeKernels {
   int64_t panel;       // columns of a packed filter panel and of a tile
@@ -110,22 +173,46 @@ struct ComputeKernels {
 
   // tile[count][panel] = sum over taps and depth of rows * filters[taps][depth][panel].
   void (*gemm)(const GatheredRows<C>& rows, const C* filters, C* tile);
-  // tile[count][panel] = sum over taps of rows * filters[taps][panel], element by element; rows have depth <= panel.
-  void (*depthwise)(const GatheredRows<C>& rows, const C* filters, C* tile);
-  // tile[outer_rows][panel] += sum over depth of a[depth][outer_rows]' * b[depth][panel].
-  void (*outer)(const C* a, const C* b, int64_t depth, C* tile);
-  // packed[count][outer_rows] = the outer_rows elements at rows[i] + offset; of the last ones only `valid` are read.
-  void (*pack_rows)(const C* const* rows, int64_t offset, int64_t count, int64_t valid, C* packed);
-  // sums[taps][cols] += sum over rows of rows[cols] * dz[count][cols], element by element.
-  void (*depthwise_outer)(const GatheredRows<C>& rows, const C* dz, int64_t ld_dz, int64_t cols, C* sums);
+  // tile[rows][panel] += sum over depth of a[depth][outer_rows]' * b[depth][panel], rows <= outer_rows; the tile's
+  // other rows may change. `ahead` may be null.
+  void (*outer)(const C* a, const C* b, int64_t depth, int64_t rows, C* tile, Ahead<C>* ahead);
+  // Operands of outer: the `valid` elements at rows[i] + offset, i < count, and zeros up to a whole panel, in panels of
+  // outer_rows or of `panel` elements: element c of row i at packed[c / width * panel + i * width + c % width].
+  void (*pack_rows)(const C* const* rows, int64_t offset, int64_t count, int64_t valid, C* packed, int64_t panel);
+  void (*pack_columns)(const C* const* rows, int64_t offset, int64_t count, int64_t valid, C* packed, int64_t panel);
+  // packed[depth][panel] = from[rows][depth]' and columns of zeros, rows <= panel.
+  void (*transpose)(const C* from, int64_t ld, int64_t rows, int64_t depth, C* packed);
+  // to[r][offset + c] += tile[r][c], c < cols, ld = panel; nothing where to[r] is null.
+  void (*add_rows)(const C* tile, int64_t rows, int64_t cols, C* const* to, int64_t offset);
 
-  // The transforms of Winograd's F(2x2, 3x3), winograd.inl: 16 planes of `plane` elements.
-  void (*winograd_window)(const GatheredRows<C>& rows, C* planes, int64_t ld, int64_t plane);
-  void (*winograd_filter)(const C* filters, int64_t depth, C* planes, int64_t plane);
-  void (*winograd_output)(const C* planes, int64_t plane, int64_t count, int64_t pixels, C* upper, C* lower);
+  // Depthwise, on rows of kDepthwisePanel channels, element by element. The row at out + l * ld_line + c * ld_column =
+  // sum over taps of rows * filters[taps].
+  void (*depthwise)(const PanelLines<C>& in, const C* filters, C* out, int64_t ld_line, int64_t ld_column);
+  // sums[taps] += sum over lines and columns of rows * the row at dz[l] + dz_offset + c * kDepthwisePanel.
+  void (*depthwise_outer)(const PanelLines<C>& in, const C* const* dz, int64_t dz_offset, C* sums);
+  // to[rows] = the `cols` channels at from + r * ld, then zeros.
+  void (*depthwise_copy)(const C* from, int64_t ld, int64_t rows, int64_t cols, C* to);
+  // to[rows] = each of the `cols` channels of from[rows] `multiplier` times, then zeros.
+  void (*depthwise_spread)(const C* from, int64_t rows, int64_t cols, int64_t multiplier, C* to);
+  // In place: channel c < cols of a row = the sum of its channels [c * multiplier, (c + 1) * multiplier).
+  void (*depthwise_fold)(C* block, int64_t rows, int64_t cols, int64_t multiplier);
+
+  // a[plane][rows][depth] * b[plane][depth][panel]; ldb is the panel, nothing is added.
+  void (*multiply_planes)(const Planes<C>&);
+  // a[plane][depth][rows]' * b[plane][depth][panel].
+  void (*multiply_transposed_planes)(const Planes<C>&);
+  WinogradKernels<C> winograd2, winograd4;
 
   // Of each column: its mean, and the sum of squared deviations from it, in two passes over the block.
   void (*moments)(const C* block, int64_t ld, int64_t rows, int64_t cols, C* mean, C* squares);
+
+  // pointwise.inl. mean[depth] of in.count rows; centered[count][ld] = rows - mean; sums[outer_rows][panel] += a' b, of
+  // a[depth][outer_rows] and b[depth][panel]; du, null for activations whose derivative does not follow from y.
+  void (*row_means)(const GatheredRows<C>& in, C* mean);
+  void (*center_rows)(const GatheredRows<C>& in, const C* mean, C* centered, int64_t ld);
+  void (*product)(const C* a, int64_t lda, const C* b, int64_t ldb, int64_t depth, C* sums, int64_t ld);
+  void (*mask[kActivationCount])(const MaskBlock<C>&);
+
   void (*affine[kActivationCount])(const AffineBlock<C>&);
   void (*reduce[kActivationCount][3])(const GradientBlock<C>&);  // [activation][Preactivation]
   void (*apply[kActivationCount][3])(const GradientBlock<C>&);

@@ -84,6 +84,36 @@ FCB_INLINE Vector<C> broadcast(C x) {
   return x - Vector<C>{};
 }
 
+// to[c][r] = from[r][c] for kLanes rows and columns.
+template <class C>
+FCB_INLINE void transpose_square(const C* from, int64_t ld_from, C* to, int64_t ld_to) {
+  for (int64_t r = 0; r < kLanes<C>; ++r)
+    for (int64_t c = 0; c < kLanes<C>; ++c) to[c * ld_to + r] = from[r * ld_from + c];
+}
+
+#if defined(__AVX512F__)
+// Interleaving row i with row i + 8, four times over, moves each element to its place.
+FCB_INLINE void transpose_square(const float* from, int64_t ld_from, float* to, int64_t ld_to) {
+  const __m512i low = _mm512_setr_epi32(0, 16, 1, 17, 2, 18, 3, 19, 4, 20, 5, 21, 6, 22, 7, 23);
+  const __m512i high = _mm512_setr_epi32(8, 24, 9, 25, 10, 26, 11, 27, 12, 28, 13, 29, 14, 30, 15, 31);
+  __m512 rows[16], next[16];
+#pragma GCC unroll 16
+  for (int r = 0; r < 16; ++r) rows[r] = _mm512_loadu_ps(from + r * ld_from);
+#pragma GCC unroll 4
+  for (int stage = 0; stage < 4; ++stage) {
+#pragma GCC unroll 8
+    for (int r = 0; r < 8; ++r) {
+      next[2 * r] = _mm512_permutex2var_ps(rows[r], low, rows[r + 8]);
+      next[2 * r + 1] = _mm512_permutex2var_ps(rows[r], high, rows[r + 8]);
+    }
+#pragma GCC unroll 16
+    for (int r = 0; r < 16; ++r) rows[r] = next[r];
+  }
+#pragma GCC unroll 16
+  for (int r = 0; r < 16; ++r) _mm512_storeu_ps(to + r * ld_to, rows[r]);
+}
+#endif
+
 // exp(x) = 2^n exp(r), n = round(x / ln 2), |r| <= ln(2)/2; exp(r) by its Taylor series to r^7 (error below 2^-25).
 // 2^n in two factors, so that results down to the smallest denormal and up to infinity come out right.
 FCB_INLINE Vector<float> exp_of(Vector<float> x) {

@@ -7,8 +7,17 @@
 
 namespace fusedconvbn {
 
-// Depthwise kernels serve groups of one input and one output channel.
-inline bool is_depthwise(const ConvBnParams& p) { return p.group_in() == 1 && p.group_out() == 1 && p.groups > 1; }
+// Depthwise kernels serve groups of one input channel. They stage whole windows, and a panel holds the output channels
+// of at least one group.
+inline bool depthwise_applies(const ConvBnParams& p) {
+  constexpr int64_t kMaxWindow = 256, kMaxStride = 8;  // pixels
+  const auto small = [](int64_t filter, int64_t dilation, int64_t stride) {
+    return (filter - 1) * dilation < kMaxWindow && stride <= kMaxStride;
+  };
+  return p.groups > 1 && p.group_in() == 1 && p.group_out() <= kDepthwisePanel &&
+         small(p.filter_height, p.dilation_height, p.stride_height) &&
+         small(p.filter_width, p.dilation_width, p.stride_width);
+}
 
 #define FCB_STAGE(name)                                                                         \
   size_t name##_scratch(const KernelSet& set, const ConvBnParams& p, const DeviceInfo& device); \
@@ -19,6 +28,11 @@ inline bool is_depthwise(const ConvBnParams& p) { return p.group_in() == 1 && p.
 FCB_STAGE(forward_direct);
 FCB_STAGE(forward_winograd2);
 FCB_STAGE(forward_direct_amx);
+FCB_STAGE(forward_winograd4);
+FCB_STAGE(forward_depthwise);
+
+// The same for 1x1 filters in training, with the statistics from the second moments of the inputs; saves those, no z.
+FCB_STAGE(forward_moments);
 
 // Gradients of gamma, beta, the moving statistics and the residual, and conv_grad for the next two stages.
 FCB_STAGE(reduce_direct);
@@ -26,9 +40,21 @@ FCB_STAGE(reduce_direct);
 // The gradient by the inputs: for each phase of the stride a convolution of conv_grad with the filters transposed.
 FCB_STAGE(dgrad_direct);
 FCB_STAGE(dgrad_winograd2);
+FCB_STAGE(dgrad_winograd4);
+
+// The same where the inputs have few channels: products that give all taps' shares, added up.
+FCB_STAGE(dgrad_columns);
 
 // The gradient by the filters: products of input and conv_grad panels, over fixed ranges of pixels.
 FCB_STAGE(wgrad_direct);
+FCB_STAGE(wgrad_winograd2);
+FCB_STAGE(wgrad_winograd4);
+
+// All of backward from these moments: two passes over (dy, y, inputs), neither z nor its gradient in memory.
+FCB_STAGE(backward_moments);
+
+// The whole of backward, in two passes; the gradient of z never reaches memory.
+FCB_STAGE(backward_depthwise);
 
 // The whole of backward for bfloat16 on AMX.
 FCB_STAGE(backward_direct_amx);

@@ -141,6 +141,8 @@ FCB_INLINE void row_to_storage(const C* from, int64_t count, T* to) {
     for (; i + 8 <= count; i += 8)
       _mm_storeu_si128(reinterpret_cast<__m128i*>(to + i), _mm256_cvtps_ph(_mm256_loadu_ps(from + i), 0));
 #endif
+  if constexpr (__is_same(T, C))
+    for (; i + kLanes<C> <= count; i += kLanes<C>) store(to + i, load(from + i));
   for (; i < count; ++i) to_storage(from[i], to + i);
 }
 

@@ -1,9 +1,10 @@
 // The gradient by the filters: d_filters[tap][c][k] = sum over positions of input[position through tap][c]
 // dz[position][k].
 //
-// Both operands are packed into panels for a block of positions, then outer products accumulate into tiles. The tiles
-// are split among tasks; where there are few, the positions are too, each range of them with sums of its own, added in
-// their order at the end. Both splits follow from the problem alone, so the bits do not depend on the threads.
+// A task computes a part of that matrix (units by columns) over a range of the positions: for each block of positions
+// it packs both operands into panels, while outer products of the block before asked for their lines, and accumulates
+// tiles. Sums of several ranges are added in their order at the end. Parts, ranges and blocks follow from the problem
+// alone, so the bits do not depend on the threads.
 #include <algorithm>
 #include <vector>
 
@@ -14,10 +15,13 @@
 namespace fusedconvbn {
 namespace {
 
-constexpr int64_t kDepth = 192;        // positions of a block: the depth of an outer product
-constexpr int64_t kTasks = 16;         // enough for as many threads
-constexpr int64_t kMinBlocks = 4;      // of a range of positions
-constexpr int64_t kMaxSums = 4 << 20;  // elements of all ranges' sums, beyond one range's
+// Budget of a task in an L2 of 2 MiB: the sums of a part, 264 x 256 floats, are 0.26 MiB; for 192 positions its
+// operands as they lie, packed, and those of the next block 3 x 0.4 MiB. 192 rows of 8 KiB just fit the 16 ways of
+// their sets.
+constexpr int64_t kDepth = 192;                         // positions of a block, the depth of an outer product, at most
+constexpr int64_t kPartRows = 264, kPartColumns = 256;  // of a part of the gradient, about
+constexpr int64_t kTasks = 16;                          // enough for as many threads
+constexpr int64_t kMinBlocks = 4;                       // of a range of positions
 
 template <class C>
 class FilterGradient {
@@ -26,13 +30,15 @@ class FilterGradient {
       : p_(p),
         k_(compute_kernels<C>(set)),
         storage_(storage_of<C>(set, p.dtype)),
-        dz_(conv_grad_image<C>(set, p, conv_grad)),
+        dz_(static_cast<const C*>(conv_grad)),
         d_filters_(static_cast<char*>(buffers.d_filters)),
         reader_(Image<C>(buffers.inputs, storage_, input_grid(p)), p.in_channels, forward_windows(p), p.groups == 1,
                 kDepth, kDepth) {
     blocks_ = ceil_div(p.pixels(), kDepth);
-    ranges_ = std::clamp<int64_t>(std::min(blocks_ / kMinBlocks, kMaxSums / sum_elements()), 1, kTasks);
-    parts_ = std::min(units(), std::max<int64_t>(1, kTasks / ranges_));
+    column_parts_ = ceil_div(column_panels() * k_.panel, kPartColumns);
+    unit_parts_ = ceil_div(units() * k_.outer_rows, kPartRows);
+    ranges_ = std::clamp<int64_t>(blocks_ / kMinBlocks, 1, ceil_div(kTasks, unit_parts_ * column_parts_));
+    unit_parts_ = std::max(unit_parts_, std::min(units(), ceil_div(kTasks, ranges_ * column_parts_)));
   }
 
   size_t scratch_bytes(int workers) {
@@ -43,153 +49,173 @@ class FilterGradient {
   void run(int workers, char* scratch, ParallelFor* parallel) {
     carve(scratch, workers);
     std::fill(zeros_, zeros_ + reader_.zero_elements(), C(0));
-    parallel->run(ranges_ * parts_,
-                  [&](int64_t task, int worker) { accumulate(task / parts_, task % parts_, worker); });
-    parallel->run(units(), [&](int64_t unit, int) { finish(unit); });
+    parallel->run(ranges_ * parts(),
+                  [&](int64_t task, int worker) { accumulate(task / parts(), task % parts(), worker); });
+    if (ranges_ > 1) parallel->run(parts() * part_units(), [&](int64_t task, int) { merge(task); });
   }
 
  private:
+  // Where the operands of a block of positions lie in memory, or in lines staged from there.
+  struct Rows {
+    typename WindowReader<C>::Scratch inputs;
+    const C** dz;  // [kDepth]
+  };
   struct Worker {
-    typename WindowReader<C>::Scratch reader;
-    C* inputs;  // [kDepth][outer_rows]
-    C* dz;      // [column panels][kDepth][panel]
+    Rows rows[2];  // of the even and of the odd blocks
+    C* inputs;     // [part_units()][kDepth][outer_rows]
+    C* dz;         // [part_panels()][kDepth][panel]
+    C* sums;       // of a part, where there is one range
+  };
+  // A unit is a group's and tap's `outer_rows` rows (input channels) of the gradient.
+  struct Unit {
+    int64_t group, tap, row;
+  };
+  struct Part {
+    int64_t unit, units, panel, panels;
+    C* sums;  // [units][panels][outer_rows][panel]
   };
 
-  // A unit is a group's and tap's `outer_rows` rows (input channels) of the gradient, in all column panels.
   int64_t tap_rows() const { return reader_.depth() * p_.group_in(); }
   int64_t row_panels() const { return ceil_div(tap_rows(), k_.outer_rows); }
   int64_t column_panels() const { return ceil_div(p_.group_out(), k_.panel); }
   int64_t units() const { return p_.groups * reader_.taps() * row_panels(); }
+  int64_t parts() const { return unit_parts_ * column_parts_; }
+  int64_t part_units() const { return ceil_div(units(), unit_parts_); }             // at most
+  int64_t part_panels() const { return ceil_div(column_panels(), column_parts_); }  // at most
   int64_t tile_elements() const { return k_.outer_rows * k_.panel; }
-  int64_t unit_elements() const { return column_panels() * tile_elements(); }
-  int64_t sum_elements() const { return units() * unit_elements(); }
+  int64_t part_elements() const { return part_units() * part_panels() * tile_elements(); }
+
+  Unit unit_at(int64_t unit) const {
+    return {unit / (reader_.taps() * row_panels()), unit / row_panels() % reader_.taps(),
+            unit % row_panels() * k_.outer_rows};
+  }
+  Part part_at(int64_t range, int64_t number, C* local) const {
+    const int64_t u = number / column_parts_, c = number % column_parts_;
+    const int64_t unit = u * units() / unit_parts_, panel = c * column_panels() / column_parts_;
+    C* sums = ranges_ > 1 ? sums_ + (range * parts() + number) * part_elements() : local;
+    return {unit, (u + 1) * units() / unit_parts_ - unit, panel, (c + 1) * column_panels() / column_parts_ - panel,
+            sums};
+  }
+
+  int64_t block_begin(int64_t block) const { return block * p_.pixels() / blocks_; }
+  int64_t block_count(int64_t block) const { return block_begin(block + 1) - block_begin(block); }
 
   void carve(char* base, int workers) {
     Arena arena(base);
-    sums_ = arena.take<C>(ranges_ * sum_elements());
+    sums_ = arena.take<C>(ranges_ > 1 ? ranges_ * parts() * part_elements() : 0);
     zeros_ = arena.take<C>(reader_.zero_elements());
-    for (int w = 0; w < workers; ++w)
-      workers_.push_back({reader_.carve(&arena, zeros_), arena.take<C>(kDepth * k_.outer_rows),
-                          arena.take<C>(kDepth * k_.panel * column_panels())});
+    for (int i = 0; i < workers; ++i) {
+      Worker w{};
+      for (Rows& rows : w.rows) rows.dz = arena.take<const C*>(kDepth);
+      w.rows[0].inputs = reader_.carve(&arena, zeros_);
+      w.rows[1].inputs = reader_.staged() ? w.rows[0].inputs : reader_.carve(&arena, zeros_);
+      w.inputs = arena.take<C>(part_units() * kDepth * k_.outer_rows);
+      w.dz = arena.take<C>(part_panels() * kDepth * k_.panel);
+      w.sums = arena.take<C>(ranges_ > 1 ? 0 : part_elements());
+      workers_.push_back(w);
+    }
     scratch_bytes_ = arena.used();
   }
 
-  // One part of the units over one range of the positions.
-  void accumulate(int64_t range, int64_t part, int worker) const {
+  // One part of the gradient over one range of the positions.
+  void accumulate(int64_t range, int64_t number, int worker) const {
     const Worker& w = workers_[worker];
-    const int64_t begin = part * units() / parts_, end = (part + 1) * units() / parts_;
-    C* sums = sums_ + range * sum_elements();
-    std::fill(sums + begin * unit_elements(), sums + end * unit_elements(), C(0));
-    for (int64_t block = range * blocks_ / ranges_; block < (range + 1) * blocks_ / ranges_; ++block) {
-      const int64_t first = block * kDepth, count = std::min(kDepth, p_.pixels() - first);
-      reader_.stage(first, count, w.reader);
-      reader_.point(first, count, w.reader);
-      int64_t packed_group = -1;
-      for (int64_t unit = begin; unit < end; ++unit) {
-        const int64_t group = unit / (reader_.taps() * row_panels());
-        if (group != packed_group) pack_dz(group, first, count, w.dz);
-        packed_group = group;
-        multiply(unit, count, w, sums + unit * unit_elements());
-      }
+    const Part part = part_at(range, number, w.sums);
+    std::fill(part.sums, part.sums + part.units * part.panels * tile_elements(), C(0));
+    const int64_t begin = range * blocks_ / ranges_, end = (range + 1) * blocks_ / ranges_;
+    for (int64_t block = begin; block < end; ++block) {
+      const Rows& rows = w.rows[block % 2];
+      if (block == begin) point_dz(block, rows);
+      if (block == begin || reader_.staged()) point_inputs(block, rows);
+      NextBlock next;
+      if (block + 1 < end) look_ahead(block + 1, part, w.rows[(block + 1) % 2], &next);
+      multiply(part, block_count(block), rows, w, &next);
+    }
+    if (ranges_ == 1)
+      for (int64_t i = 0; i < part.units; ++i) store(part, i);
+  }
+
+  void point_inputs(int64_t block, const Rows& rows) const {
+    reader_.stage(block_begin(block), block_count(block), rows.inputs);
+    reader_.point(block_begin(block), block_count(block), rows.inputs);
+  }
+
+  void point_dz(int64_t block, const Rows& rows) const {
+    const C* dz = dz_ + block_begin(block) * p_.out_channels;
+    for (int64_t i = 0; i < block_count(block); ++i, dz += p_.out_channels) rows.dz[i] = dz;
+  }
+
+  // What the next block will read: dz, and the inputs through the part's first tap, which cover most of the others'.
+  struct NextBlock {
+    Ahead<C> dz{}, inputs{};
+    Ahead<C>* pending() { return dz.row < dz.count ? &dz : inputs.row < inputs.count ? &inputs : nullptr; }
+  };
+
+  void look_ahead(int64_t block, const Part& part, const Rows& rows, NextBlock* next) const {
+    const int64_t column = part.panel * k_.panel, count = block_count(block);
+    point_dz(block, rows);
+    next->dz = ahead_of(rows.dz, column, count, std::min(part.panels * k_.panel, p_.group_out() - column));
+    if (!reader_.staged()) {
+      const Unit unit = unit_at(part.unit);
+      point_inputs(block, rows);
+      next->inputs = ahead_of(rows.inputs.rows + unit.tap * kDepth, unit.group * p_.group_in() + unit.row, count,
+                              std::min(part.units * k_.outer_rows, tap_rows() - unit.row));
+    }
+    next->dz.steps = next->inputs.steps =
+        std::max<int64_t>(1, part.units * part.panels / (next->dz.pairs + next->inputs.pairs));
+  }
+
+  void multiply(const Part& part, int64_t count, const Rows& rows, const Worker& w, NextBlock* next) const {
+    int64_t packed_group = -1;
+    for (int64_t i = 0, units; i < part.units; i += units) {
+      const Unit unit = unit_at(part.unit + i);
+      units = std::min(part.units - i, row_panels() - unit.row / k_.outer_rows);
+      if (unit.group != packed_group) pack_dz(unit.group, part, count, rows, w.dz);
+      packed_group = unit.group;
+      multiply_units(unit, i, units, part, count, rows, w, next);
     }
   }
 
-  void pack_dz(int64_t group, int64_t first, int64_t count, C* packed) const {
-    for (int64_t panel = 0; panel < column_panels(); ++panel, packed += kDepth * k_.panel) {
-      const int64_t column = panel * k_.panel, cols = std::min(k_.panel, p_.group_out() - column);
-      if (cols < k_.panel) std::fill(packed, packed + count * k_.panel, C(0));
-      dz_.copy(first, count, group * p_.group_out() + column, cols, {packed, k_.panel});
-    }
+  void pack_dz(int64_t group, const Part& part, int64_t count, const Rows& rows, C* packed) const {
+    const int64_t column = part.panel * k_.panel;
+    k_.pack_columns(rows.dz, group * p_.group_out() + column, count,
+                    std::min(part.panels * k_.panel, p_.group_out() - column), packed, kDepth * k_.panel);
   }
 
-  void multiply(int64_t unit, int64_t count, const Worker& w, C* tiles) const {
-    const int64_t row = unit % row_panels() * k_.outer_rows, tap = unit / row_panels() % reader_.taps();
-    const int64_t group = unit / (reader_.taps() * row_panels());
-    k_.pack_rows(w.reader.rows + tap * kDepth, group * p_.group_in() + row, count,
-                 std::min(k_.outer_rows, tap_rows() - row), w.inputs);
-    for (int64_t panel = 0; panel < column_panels(); ++panel)
-      k_.outer(w.inputs, w.dz + panel * kDepth * k_.panel, count, tiles + panel * tile_elements());
+  // Units [index, index + units) of a part, all of one tap.
+  void multiply_units(const Unit& unit, int64_t index, int64_t units, const Part& part, int64_t count, const Rows& rows,
+                      const Worker& w, NextBlock* next) const {
+    const int64_t valid = std::min(units * k_.outer_rows, tap_rows() - unit.row);
+    k_.pack_rows(rows.inputs.rows + unit.tap * kDepth, unit.group * p_.group_in() + unit.row, count, valid, w.inputs,
+                 kDepth * k_.outer_rows);
+    C* tile = part.sums + index * part.panels * tile_elements();
+    for (int64_t u = 0; u < units; ++u)
+      for (int64_t panel = 0; panel < part.panels; ++panel, tile += tile_elements())
+        k_.outer(w.inputs + u * kDepth * k_.outer_rows, w.dz + panel * kDepth * k_.panel, count,
+                 std::min(k_.outer_rows, valid - u * k_.outer_rows), tile, next->pending());
   }
 
-  // Adds the ranges' sums of a unit and stores its tiles.
-  void finish(int64_t unit) const {
-    C* tiles = sums_ + unit * unit_elements();
+  // Adds the ranges' sums of a unit of a part and stores its tiles.
+  void merge(int64_t task) const {
+    const Part part = part_at(0, task / part_units(), nullptr);
+    const int64_t i = task % part_units(), elements = part.panels * tile_elements(), size = parts() * part_elements();
+    if (i >= part.units) return;
+    C* tiles = part.sums + i * elements;
     for (int64_t range = 1; range < ranges_; ++range)
-      for (int64_t i = 0; i < unit_elements(); ++i) tiles[i] += tiles[range * sum_elements() + i];
-    const int64_t row = unit % row_panels() * k_.outer_rows, tap = unit / row_panels() % reader_.taps();
-    const int64_t group = unit / (reader_.taps() * row_panels());
-    const int64_t rows = std::min(k_.outer_rows, tap_rows() - row);
-    for (int64_t panel = 0; panel < column_panels(); ++panel) {
-      const int64_t column = panel * k_.panel, cols = std::min(k_.panel, p_.group_out() - column);
-      const int64_t element = (tap * tap_rows() + row) * p_.out_channels + group * p_.group_out() + column;
-      storage_.kernels.store(tiles + panel * tile_elements(), k_.panel, rows, cols,
-                             d_filters_ + element * storage_.element_bytes, p_.out_channels, 1, false);
-    }
+      for (int64_t e = 0; e < elements; ++e) tiles[e] += tiles[range * size + e];
+    store(part, i);
   }
 
-  const ConvBnParams& p_;
-  const ComputeKernels<C>& k_;
-  Storage<C> storage_;
-  Image<C> dz_;
-  char* d_filters_;
-  WindowReader<C> reader_;
-  int64_t blocks_, ranges_, parts_;
-  C *sums_, *zeros_;  // sums: [ranges][units][column panels][outer_rows][panel]
-  std::vector<Worker> workers_;
-  size_t scratch_bytes_ = 0;
-};
-
-// Element by element: the sums of a tap are one row of channels.
-template <class C>
-class DepthwiseFilterGradient {
- public:
-  DepthwiseFilterGradient(const KernelSet& set, const ConvBnParams& p, const BackwardBuffers& buffers,
-                          const void* conv_grad)
-      : p_(p),
-        k_(compute_kernels<C>(set)),
-        storage_(storage_of<C>(set, p.dtype)),
-        dz_(static_cast<const C*>(conv_grad)),
-        d_filters_(buffers.d_filters),
-        reader_(Image<C>(buffers.inputs, storage_, input_grid(p)), p.in_channels, forward_windows(p), false, kDepth,
-                kDepth) {
-    blocks_ = ceil_div(p.pixels(), kDepth);
-    ranges_ = std::clamp<int64_t>(blocks_, 1, kTasks);
-  }
-
-  size_t scratch_bytes(int workers) {
-    carve(nullptr, workers);
-    return scratch_bytes_;
-  }
-
-  void run(int workers, char* scratch, ParallelFor* parallel) {
-    carve(scratch, workers);
-    std::fill(zeros_, zeros_ + reader_.zero_elements(), C(0));
-    parallel->run(ranges_, [&](int64_t range, int worker) { accumulate(range, workers_[worker]); });
-    for (int64_t range = 1; range < ranges_; ++range)
-      for (int64_t i = 0; i < elements(); ++i) sums_[i] += sums_[range * elements() + i];
-    storage_.kernels.store(sums_, p_.out_channels, p_.taps(), p_.out_channels, d_filters_, p_.out_channels, 1, false);
-  }
-
- private:
-  int64_t elements() const { return p_.taps() * p_.out_channels; }
-
-  void carve(char* base, int workers) {
-    Arena arena(base);
-    sums_ = arena.take<C>(ranges_ * elements());
-    zeros_ = arena.take<C>(reader_.zero_elements());
-    for (int w = 0; w < workers; ++w) workers_.push_back(reader_.carve(&arena, zeros_));
-    scratch_bytes_ = arena.used();
-  }
-
-  void accumulate(int64_t range, const typename WindowReader<C>::Scratch& reader) const {
-    C* sums = sums_ + range * elements();
-    std::fill(sums, sums + elements(), C(0));
-    for (int64_t block = range * blocks_ / ranges_; block < (range + 1) * blocks_ / ranges_; ++block) {
-      const int64_t first = block * kDepth, count = std::min(kDepth, p_.pixels() - first);
-      reader_.stage(first, count, reader);
-      reader_.point(first, count, reader);
-      k_.depthwise_outer({reader.rows, kDepth, count, reader_.taps(), p_.out_channels, 0},
-                         dz_ + first * p_.out_channels, p_.out_channels, p_.out_channels, sums);
+  void store(const Part& part, int64_t index) const {
+    const Unit unit = unit_at(part.unit + index);
+    const int64_t rows = std::min(k_.outer_rows, tap_rows() - unit.row);
+    const C* tile = part.sums + index * part.panels * tile_elements();
+    for (int64_t panel = 0; panel < part.panels; ++panel, tile += tile_elements()) {
+      const int64_t column = (part.panel + panel) * k_.panel, cols = std::min(k_.panel, p_.group_out() - column);
+      const int64_t element =
+          (unit.tap * tap_rows() + unit.row) * p_.out_channels + unit.group * p_.group_out() + column;
+      storage_.kernels.store(tile, k_.panel, rows, cols, d_filters_ + element * storage_.element_bytes, p_.out_channels,
+                             1, false);
     }
   }
 
@@ -197,35 +223,27 @@ class DepthwiseFilterGradient {
   const ComputeKernels<C>& k_;
   Storage<C> storage_;
   const C* dz_;  // [pixels][K]
-  void* d_filters_;
+  char* d_filters_;
   WindowReader<C> reader_;
-  int64_t blocks_, ranges_;
-  C *sums_, *zeros_;  // sums: [ranges][taps][K]
-  std::vector<typename WindowReader<C>::Scratch> workers_;
+  int64_t blocks_, ranges_, unit_parts_, column_parts_;
+  C *sums_, *zeros_;  // sums: [ranges][parts], where there are several ranges
+  std::vector<Worker> workers_;
   size_t scratch_bytes_ = 0;
 };
-
-// Calls f with the gradient that serves the problem.
-template <class F>
-auto with_gradient(const KernelSet& set, const ConvBnParams& p, const BackwardBuffers& buffers, const void* conv_grad,
-                   F f) {
-  return with_compute_type(p.dtype, [&](auto c) {
-    using C = decltype(c);
-    if (is_depthwise(p)) return f(DepthwiseFilterGradient<C>(set, p, buffers, conv_grad));
-    return f(FilterGradient<C>(set, p, buffers, conv_grad));
-  });
-}
 
 }  // namespace
 
 size_t wgrad_direct_scratch(const KernelSet& set, const ConvBnParams& p, const DeviceInfo& device) {
-  return with_gradient(set, p, {}, nullptr, [&](auto gradient) { return gradient.scratch_bytes(device.threads); });
+  return with_compute_type(
+      p.dtype, [&](auto c) { return FilterGradient<decltype(c)>(set, p, {}, nullptr).scratch_bytes(device.threads); });
 }
 
 Status run_wgrad_direct(const KernelSet& set, const StageCall& call) {
   if (call.backward->d_filters == nullptr) return Status{};
-  with_gradient(set, call.params, *call.backward, call.conv_grad,
-                [&](auto gradient) { gradient.run(call.device.threads, call.scratch, call.parallel); });
+  with_compute_type(call.params.dtype, [&](auto c) {
+    FilterGradient<decltype(c)>(set, call.params, *call.backward, call.conv_grad)
+        .run(call.device.threads, call.scratch, call.parallel);
+  });
   return Status{};
 }
 

@@ -32,7 +32,7 @@ ConvBnParams make_params(const std::array<int64_t, 4>& inputs_shape, const std::
                          const std::array<int64_t, 2>& strides, const std::array<int64_t, 2>& dilations, int padding,
                          const std::array<int64_t, 4>& explicit_padding, int dtype, int data_format, int activation,
                          bool residual, bool training, bool unbiased_moving_variance, double epsilon, double momentum,
-                         int algorithm, int save) {
+                         int algorithm, int save, int saved, bool has_output) {
   ConvBnParams p;
   p.dtype = static_cast<DType>(dtype);
   p.data_format = static_cast<DataFormat>(data_format);
@@ -44,6 +44,8 @@ ConvBnParams make_params(const std::array<int64_t, 4>& inputs_shape, const std::
   p.momentum = momentum;
   p.algorithm = static_cast<Algorithm>(algorithm);
   p.save = static_cast<Save>(save);
+  p.saved = static_cast<Saved>(saved);
+  p.has_output = has_output;
   raise_if(
       resolve({inputs_shape, filters_shape, strides, dilations, static_cast<Padding>(padding), explicit_padding}, &p));
   return p;
@@ -100,24 +102,28 @@ struct FreeAligned {
   void operator()(char* memory) const { ::operator delete[](memory, std::align_val_t{64}); }
 };
 
-// Without the GIL: `buffers` point into arrays that the caller holds.
+// Without the GIL: `buffers` point into arrays that the caller holds. A workspace that is null is allocated here.
 template <class Buffers>
-void run(const Plan& plan, const Buffers& buffers) {
+void run(const Plan& plan, const Buffers& buffers, void* workspace) {
   Status status;
   {
     const py::gil_scoped_release release;
-    const size_t bytes = std::max<size_t>(plan.workspace_bytes, 1);
-    const std::unique_ptr<char[], FreeAligned> workspace(new (std::align_val_t{64}, std::nothrow) char[bytes]);
-    if (workspace == nullptr) throw std::bad_alloc();
+    std::unique_ptr<char[], FreeAligned> own;
+    if (workspace == nullptr) {
+      own.reset(new (std::align_val_t{64}, std::nothrow) char[std::max<size_t>(plan.workspace_bytes, 1)]);
+      if (own == nullptr) throw std::bad_alloc();
+      workspace = own.get();
+    }
     ThreadPool threads(plan.device.threads);
-    status = run_cpu(plan, buffers, workspace.get(), &threads);
+    status = run_cpu(plan, buffers, workspace, &threads);
   }
   raise_if(status);
 }
 
 void forward(const Plan& plan, const Array& inputs, const Array& filters, const Array& gamma, const Array& beta,
              const Array& moving_mean, const Array& moving_variance, const Array& residual, Array output,
-             Array new_moving_mean, Array new_moving_variance, Array batch_mean, Array inv_std, Array conv_out) {
+             Array new_moving_mean, Array new_moving_variance, Array batch_mean, Array inv_std, Array conv_out,
+             Array workspace) {
   ForwardBuffers b;
   b.inputs = read(inputs);
   b.filters = read(filters);
@@ -132,7 +138,7 @@ void forward(const Plan& plan, const Array& inputs, const Array& filters, const 
   b.batch_mean = write(&batch_mean);
   b.inv_std = write(&inv_std);
   b.conv_out = write(&conv_out);
-  run(plan, b);
+  run(plan, b, write(&workspace));
 }
 
 void backward(const Plan& plan, const Array& output_gradient, const Array& moving_mean_gradient,
@@ -140,7 +146,7 @@ void backward(const Plan& plan, const Array& output_gradient, const Array& movin
               const Array& beta, const Array& moving_mean, const Array& moving_variance, const Array& residual,
               const Array& output, const Array& batch_mean, const Array& inv_std, const Array& conv_out, Array d_inputs,
               Array d_filters, Array d_gamma, Array d_beta, Array d_moving_mean, Array d_moving_variance,
-              Array d_residual) {
+              Array d_residual, Array workspace) {
   BackwardBuffers b;
   b.output_gradient = read(output_gradient);
   b.moving_mean_gradient = read(moving_mean_gradient);
@@ -163,7 +169,7 @@ void backward(const Plan& plan, const Array& output_gradient, const Array& movin
   b.d_moving_mean = write(&d_moving_mean);
   b.d_moving_variance = write(&d_moving_variance);
   b.d_residual = write(&d_residual);
-  run(plan, b);
+  run(plan, b, write(&workspace));
 }
 
 void define_plan(py::module_* m) {
@@ -172,8 +178,11 @@ void define_plan(py::module_* m) {
            py::arg("dilations"), py::arg("padding"), py::arg("explicit_padding"), py::arg("dtype"),
            py::arg("data_format"), py::arg("activation"), py::arg("residual"), py::arg("training"),
            py::arg("unbiased_moving_variance"), py::arg("epsilon"), py::arg("momentum"), py::arg("algorithm"),
-           py::arg("save"))
+           py::arg("save"), py::arg("saved"), py::arg("has_output"))
       .def_property_readonly("output_shape", &output_shape)
+      .def_property_readonly(
+          "conv_out_shape", [](const ConvBnParams& p) { return conv_out_shape(p, p.saved); },
+          "Backward: the shape of what forward left.")
       .def_property_readonly("needs_output", &needs_output)
       .def_property_readonly("needs_residual", &needs_residual);
   py::class_<Plan>(*m, "Plan", "Which kernels run, in order, and the memory that they need beside their arguments.")
@@ -181,6 +190,12 @@ void define_plan(py::module_* m) {
            py::arg("kernel"), py::arg("threads"))
       .def_property_readonly("kernels", &kernel_names, "Names of the kernels, in the order of execution.")
       .def_readonly("workspace_bytes", &Plan::workspace_bytes)
+      .def_property_readonly(
+          "saved", [](const Plan& plan) { return static_cast<int>(plan.saved); },
+          "Forward: what it leaves for backward, as a number of the core's `enum class Saved`.")
+      .def_property_readonly(
+          "conv_out_shape", [](const Plan& plan) { return conv_out_shape(plan.params, plan.saved); },
+          "Forward: the shape of what it leaves; empty if that is nothing.")
       .def("__str__", &Plan::describe)
       .def("__repr__", [](const Plan& plan) { return "<Plan: " + plan.describe() + ">"; });
 }
@@ -188,7 +203,8 @@ void define_plan(py::module_* m) {
 PYBIND11_MODULE(_core, m) {
   define_plan(&m);
   m.def("kernels", &kernels);
-  // All arguments are arrays or None, positional, in the order of ForwardBuffers and BackwardBuffers.
+  // All arguments are arrays or None, positional, in the order of ForwardBuffers and BackwardBuffers; last a workspace,
+  // aligned to 64 bytes, or None.
   m.def("forward", &forward);
   m.def("backward", &backward);
 }

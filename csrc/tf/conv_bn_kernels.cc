@@ -80,6 +80,18 @@ class Tensors {
   absl::Status status_;
 };
 
+TensorShape saved_shape(const ConvBnParams& params, Saved saved) {
+  TensorShape shape;
+  for (int64_t size : conv_out_shape(params, saved)) shape.AddDim(size);
+  return shape;
+}
+
+// What forward put into this tensor: each kind has a rank of its own, or no elements.
+Saved saved_in(const Tensor& conv_out) {
+  if (conv_out.dims() == 2) return Saved::kMoments;
+  return conv_out.NumElements() == 0 ? Saved::kNothing : Saved::kConv;
+}
+
 struct Shapes {
   explicit Shapes(const Problem& problem)
       : inputs(problem.arguments.inputs_shape),
@@ -115,18 +127,19 @@ class ConvBnKernel : public OpKernel {
 
 using Planner = Status (*)(const ConvBnParams&, const DeviceInfo&, const std::string&, Plan*);
 
-template <class Buffers>
-absl::Status run(OpKernelContext* context, Planner planner, const ConvBnParams& params, const Buffers& buffers) {
-  IntraOpThreads threads(context);
+absl::Status make_plan(const IntraOpThreads& threads, Planner planner, const ConvBnParams& params, Plan* plan) {
   DeviceInfo device;
-  Plan plan;
   TF_RETURN_IF_ERROR(to_absl(detect_device(threads.threads(), &device)));
-  TF_RETURN_IF_ERROR(to_absl(planner(params, device, "", &plan)));
+  return to_absl(planner(params, device, "", plan));
+}
+
+template <class Buffers>
+absl::Status run(const Plan& plan, const Buffers& buffers, IntraOpThreads* threads) {
   WorkspacePool::Lease workspace(WorkspacePool::global(), plan.workspace_bytes);
   if (workspace.data() == nullptr)
     return absl::ResourceExhaustedError(
         absl::StrCat("out of memory: no ", plan.workspace_bytes, " bytes of workspace for ", plan.describe()));
-  return to_absl(run_cpu(plan, buffers, workspace.data(), &threads));
+  return to_absl(run_cpu(plan, buffers, workspace.data(), threads));
 }
 
 // There is one residual at the most, though a list input could hold more.
@@ -146,13 +159,16 @@ class FusedConvBN : public ConvBnKernel {
     Tensors tensors(context);
     const Problem problem = describe(&tensors, tensors.find("residual") != nullptr);
     OP_REQUIRES_OK(context, tensors.status());
-    const ForwardBuffers buffers = gather(&tensors, problem.params, Shapes(problem));
+    IntraOpThreads threads(context);
+    Plan plan;
+    OP_REQUIRES_OK(context, make_plan(threads, plan_forward, problem.params, &plan));
+    const ForwardBuffers buffers = gather(&tensors, plan, Shapes(problem));
     OP_REQUIRES_OK(context, tensors.status());
-    OP_REQUIRES_OK(context, run(context, plan_forward, problem.params, buffers));
+    OP_REQUIRES_OK(context, run(plan, buffers, &threads));
   }
 
  private:
-  static ForwardBuffers gather(Tensors* t, const ConvBnParams& params, const Shapes& shapes) {
+  static ForwardBuffers gather(Tensors* t, const Plan& plan, const Shapes& shapes) {
     ForwardBuffers b;
     b.inputs = t->input("inputs", shapes.inputs);
     b.filters = t->input("filters", shapes.filters);
@@ -166,7 +182,8 @@ class FusedConvBN : public ConvBnKernel {
     b.new_moving_variance = t->output("new_moving_variance", shapes.channels);
     b.batch_mean = t->output("batch_mean", shapes.channels);
     b.inv_std = t->output("inv_std", shapes.channels);
-    b.conv_out = params.training ? t->output("conv_out", shapes.output) : t->empty_output("conv_out");
+    b.conv_out = plan.saved == Saved::kNothing ? t->empty_output("conv_out")
+                                               : t->output("conv_out", saved_shape(plan.params, plan.saved));
     return b;
   }
 };
@@ -180,27 +197,34 @@ class FusedConvBNGrad : public ConvBnKernel {
     OP_REQUIRES_OK(context, at_most_one(context, "num_residual_gradient", &residual_gradients_));
     ConvBnParams params = attributes().params;
     params.has_residual = has_residual_;
-    OP_REQUIRES_OK(context, check_count(context, "num_residual", needs_residual(params)));
-    OP_REQUIRES_OK(context, check_count(context, "num_output", needs_output(params)));
+    OP_REQUIRES_OK(context, check_count(context, "num_residual", needs_residual(params), needs_residual(params)));
+    OP_REQUIRES_OK(context, check_count(context, "num_output", needs_output(params),
+                                        derivative_from_output(params.activation)));
   }
 
   void Compute(OpKernelContext* context) override {
     Tensors tensors(context);
-    const Problem problem = describe(&tensors, has_residual_);
+    Problem problem = describe(&tensors, has_residual_);
     OP_REQUIRES_OK(context, tensors.status());
+    problem.params.saved = saved_in(*tensors.find("conv_out"));
+    problem.params.has_output = tensors.find("output") != nullptr;
     BackwardBuffers buffers;
     gather_inputs(&tensors, problem.params, Shapes(problem), &buffers);
     gather_outputs(&tensors, Shapes(problem), &buffers);
     OP_REQUIRES_OK(context, tensors.status());
-    OP_REQUIRES_OK(context, run(context, plan_backward, problem.params, buffers));
+    IntraOpThreads threads(context);
+    Plan plan;
+    OP_REQUIRES_OK(context, make_plan(threads, plan_backward, problem.params, &plan));
+    OP_REQUIRES_OK(context, run(plan, buffers, &threads));
   }
 
  private:
-  static absl::Status check_count(OpKernelConstruction* context, const char* name, bool needed) {
+  static absl::Status check_count(OpKernelConstruction* context, const char* name, bool needed, bool allowed) {
     int count = 0;
     TF_RETURN_IF_ERROR(context->GetAttr(name, &count));
-    if (count == (needed ? 1 : 0)) return absl::OkStatus();
-    return invalid(absl::StrCat(name, " must be ", needed ? 1 : 0, " for this activation. Received: ", count));
+    if (count >= (needed ? 1 : 0) && count <= (allowed ? 1 : 0)) return absl::OkStatus();
+    return invalid(absl::StrCat(name, " must be ", needed || !allowed ? absl::StrCat(needed ? 1 : 0) : "0 or 1",
+                                " for this activation. Received: ", count));
   }
 
   static void gather_inputs(Tensors* t, const ConvBnParams& params, const Shapes& shapes, BackwardBuffers* b) {
@@ -217,7 +241,8 @@ class FusedConvBNGrad : public ConvBnKernel {
     b->output = t->input("output", shapes.output);
     b->batch_mean = t->input("batch_mean", shapes.channels);
     b->inv_std = t->input("inv_std", shapes.channels);
-    if (params.training) b->conv_out = t->input("conv_out", shapes.output);
+    if (params.training && params.saved != Saved::kNothing)
+      b->conv_out = t->input("conv_out", saved_shape(params, params.saved));
   }
 
   void gather_outputs(Tensors* t, const Shapes& shapes, BackwardBuffers* b) const {

@@ -117,12 +117,11 @@ absl::Status infer_output(InferenceContext* c, ShapeHandle inputs, ShapeHandle f
 
 ShapeHandle nothing(InferenceContext* c) { return c->MakeShape({0, 0, 0, 0}); }
 
-// conv_out is empty unless `training` is true and the op keeps it, which is seldom known before the op runs.
-ShapeHandle conv_out_shape(InferenceContext* c, const ConvBnParams& p, ShapeHandle output) {
+// conv_out is empty unless `training` is true; what it holds then is for the plan to choose.
+ShapeHandle conv_out_shape(InferenceContext* c) {
   const tensorflow::Tensor* training = c->input_tensor(c->num_inputs() - 1);
-  const bool known = training != nullptr && training->NumElements() == 1;
-  if (p.save != Save::kConv || (known && !training->scalar<bool>()())) return nothing(c);
-  return known ? output : c->UnknownShapeOfRank(4);
+  const bool inference = training != nullptr && training->NumElements() == 1 && !training->scalar<bool>()();
+  return inference ? nothing(c) : c->UnknownShape();
 }
 
 absl::Status forward_shapes(InferenceContext* c) {
@@ -139,7 +138,7 @@ absl::Status forward_shapes(InferenceContext* c) {
   TF_RETURN_IF_ERROR(c->set_output("output", {output}));
   for (const char* name : {"new_moving_mean", "new_moving_variance", "batch_mean", "inv_std"})
     TF_RETURN_IF_ERROR(c->set_output(name, {c->Vector(channels)}));
-  return c->set_output("conv_out", {conv_out_shape(c, problem.params, output)});
+  return c->set_output("conv_out", {conv_out_shape(c)});
 }
 
 absl::Status set_gradient(InferenceContext* c, const char* name, const char* needs, ShapeHandle shape) {

@@ -1,0 +1,139 @@
+"""Bare calls of the core's kernels: plans made and arrays allocated before, so that a call is the kernels alone."""
+
+from __future__ import annotations
+
+import ctypes
+import functools
+import pathlib
+from collections.abc import Callable
+from typing import Any
+
+import numpy as np
+
+from benchmarks.data import make_data
+from benchmarks.implementations import TRAIN_STEP, Implementation
+from benchmarks.measured import Call as MeasuredCall
+from benchmarks.measured import Measured, Naming
+from benchmarks.problem import EPSILON, MOMENTUM, Problem
+from fusedconvbn import _load, raw
+
+_LINE = 64  # bytes: where TensorFlow's tensors begin
+_M_TRIM_THRESHOLD, _M_MMAP_MAX = -1, -4  # malloc.h
+_NEVER = 2**31 - 1
+
+Call = Callable[[], None]
+
+
+def keep_freed_memory() -> None:
+    """The core's workspace is allocated in each call: glibc shall reuse it, not return it and fault in new pages."""
+    libc = ctypes.CDLL(None)
+    if hasattr(libc, "mallopt"):
+        libc.mallopt(_M_MMAP_MAX, 0)
+        libc.mallopt(_M_TRIM_THRESHOLD, _NEVER)
+
+
+def _empty(shape: tuple[int, ...], dtype: np.dtype) -> np.ndarray:
+    size = int(np.prod(shape)) * dtype.itemsize
+    memory = np.empty(size + _LINE, np.uint8)
+    start = -memory.ctypes.data % _LINE
+    return memory[start : start + size].view(dtype).reshape(shape)
+
+
+def _aligned(array: np.ndarray | None) -> np.ndarray | None:
+    if array is None:
+        return None
+    copy = _empty(array.shape, array.dtype)
+    copy[...] = array
+    return copy
+
+
+class KernelCalls:
+    """The arrays of one copy of a problem, in training with what forward saves; calls fill them again and again."""
+
+    def __init__(self, problem: Problem, copy: int = 0, output_gradient: np.ndarray | None = None):
+        self._problem = problem
+        data = make_data(problem, copy)
+        weights = data.weights
+        self._images = [_aligned(array) for array in (data.inputs, weights.filters)]
+        self._vectors = [weights.gamma, weights.beta, weights.moving_mean, weights.moving_variance]
+        gradient = data.output_gradient if output_gradient is None else output_gradient.astype(data.inputs.dtype)
+        self._residual, self._gradient = _aligned(data.residual), _aligned(gradient)
+        shape = problem.case.output_shape(problem.batch)
+        self.output = _empty(shape, data.inputs.dtype)
+        self._kept: dict[str, np.ndarray | None] = {"nothing": None}  # what forward leaves for backward, by its kind
+        self.moments = [np.empty_like(weights.gamma) for _ in range(4)]  # new moving mean and variance, mean, 1 / std
+
+    def plan(self, direction: str, kernel: str | None = None, saved: str = "conv", threads: int = 1) -> Any:
+        """What `raw.plan` says; a ValueError if `kernel` does not support the problem."""
+        problem, case = self._problem, self._problem.case
+        return raw.plan(
+            case.input_shape(problem.batch), case.filter_shape, dtype=problem.dtype, strides=case.stride,
+            dilations=case.dilation, padding=case.op_padding, activation=case.activation, residual=case.residual,
+            training=problem.training, epsilon=EPSILON, momentum=MOMENTUM, algorithm=problem.algorithm,
+            save=problem.save, direction=direction, saved=saved, kernel=kernel,
+            threads=threads,
+        )  # fmt: skip
+
+    def saved_by(self, plan: Any) -> str:
+        """What a plan of forward leaves for backward, as plan() takes it."""
+        if not plan.conv_out_shape:
+            return "nothing"
+        return "conv" if tuple(plan.conv_out_shape) == self.output.shape else "moments"
+
+    def forward(self, plan: Any) -> Call:
+        """Writes `output`, and in training what backward reads."""
+        saved = self.saved_by(plan)
+        if saved not in self._kept:
+            self._kept[saved] = _empty(tuple(plan.conv_out_shape), self.output.dtype)
+        arrays = (*self._images, *self._vectors, self._residual, self.output, *self.moments, self._kept[saved])
+        return lambda: _load.core().forward(plan, *arrays)
+
+    @functools.cached_property
+    def gradients(self) -> list[np.ndarray | None]:
+        """Of inputs, filters, gamma, beta, the moving statistics, the residual: where backward() writes."""
+        images = [_empty(array.shape, array.dtype) for array in self._images]
+        residual = None if self._residual is None else _empty(self.output.shape, self.output.dtype)
+        return [*images, *(np.empty_like(vector) for vector in self._vectors), residual]
+
+    def backward(self, plan: Any, saved: str, needs_inputs: bool = True, needs_filters: bool = True) -> Call:
+        """For a plan made for `saved`, which a call of forward() has left; the moving statistics have no gradients."""
+        no_gradient = np.zeros_like(self._vectors[0])
+        left = (self._residual, self.output, *self.moments[2:], self._kept[saved])
+        d_inputs, d_filters, *others = self.gradients
+        results = (d_inputs if needs_inputs else None, d_filters if needs_filters else None, *others)
+        arrays = (self._gradient, no_gradient, no_gradient, *self._images, *self._vectors, *left, *results)
+        return lambda: _load.core().backward(plan, *arrays)
+
+
+class MeasuredKernels(Measured):
+    """The layer without TensorFlow: what its op adds is the difference."""
+
+    def __init__(self, threads: int, device: str, implementation: Implementation):
+        super().__init__()
+        keep_freed_memory()
+        self._threads = threads
+
+    def build(self, problem: Problem, expected: pathlib.Path) -> tuple[MeasuredCall, Naming]:
+        gradient = np.load(expected / "output_gradient.npy") if problem.mode == TRAIN_STEP else None
+        copies = [KernelCalls(problem, copy, None if copy else gradient) for copy in range(problem.copies)]
+        plan = copies[0].plan("forward", threads=self._threads)
+        runs = [copy.forward(plan) for copy in copies]
+        if problem.mode == TRAIN_STEP:
+            saved = copies[0].saved_by(plan)
+            plan = copies[0].plan("backward", saved=saved, threads=self._threads)
+            runs = [run for pair in zip(runs, (copy.backward(plan, saved) for copy in copies)) for run in pair]
+
+        def call() -> list[None]:
+            return [run() for run in runs]
+
+        return call, lambda outputs: _named(problem, copies[0])
+
+
+def _named(problem: Problem, copy: KernelCalls) -> dict[str, np.ndarray]:
+    results = {"output": copy.output}
+    if problem.training:
+        results |= dict(zip(("moving_mean", "moving_variance"), copy.moments, strict=False))
+    if problem.mode == TRAIN_STEP:
+        names = ("d_inputs", "d_filters", "d_gamma", "d_beta", "", "", "d_residual")
+        results |= {n: value for n, value in zip(names, copy.gradients, strict=True) if n and value is not None}
+    return results

@@ -1,0 +1,160 @@
+// The depthwise convolution: a panel of channels of a few lines of a strip at a time, from lines staged in a ring.
+#pragma once
+
+#include <algorithm>
+#include <cstdint>
+#include <vector>
+
+#include "convolve.h"
+#include "depthwise_lines.h"
+#include "windows.h"
+
+namespace fusedconvbn {
+
+// Interface as Convolution's (convolve.h); each group has one source channel.
+template <class C>
+class DepthwiseConvolution {
+ public:
+  DepthwiseConvolution(const ComputeKernels<C>& kernels, const Storage<C>& storage, const Image<C>& source,
+                       const Windows& windows, const Channels& channels)
+      : kernels_(kernels),
+        storage_(storage),
+        windows_(windows),
+        panels_{channels.groups * channels.cols, channels.cols},
+        stager_(kernels, source, panels_),
+        source_height_(source.grid().height) {
+    for (const Tap& tap : windows.taps) {
+      high_ = {std::min(high_.begin, tap.height), std::max(high_.end, tap.height + 1)};
+      wide_ = {std::min(wide_.begin, tap.width), std::max(wide_.end, tap.width + 1)};
+    }
+  }
+
+  struct Scratch {
+    struct Worker {
+      LineRing<C> ring;
+      const C** sources;  // [lines][taps]
+      C *tile, *stage;    // [kBlockRows][kDepthwisePanel]
+    };
+    C* filters;  // [panels][taps][kDepthwisePanel]
+    std::vector<Worker> workers;
+  };
+
+  // A block is a few lines of a strip.
+  int64_t blocks() const { return windows_.batch * strips() * groups(); }
+  int64_t block_pixels(int64_t block) const {
+    return lines(block % groups()).size() * columns(block / groups() % strips()).size();
+  }
+
+  Scratch carve(Arena* arena, int workers) const {
+    Scratch s{arena->take<C>(panels_.count() * panel_elements()), {}};
+    for (int w = 0; w < workers; ++w) {
+      const auto ring = LineRing<C>::carve(arena, share(), ring_lines(), source_columns());
+      s.workers.push_back({ring, arena->take<const C*>(group_lines() * taps()),
+                           arena->take<C>(kBlockRows * kDepthwisePanel),
+                           arena->take<C>(stager_.scratch_elements(source_columns()))});
+    }
+    return s;
+  }
+
+  void run(const FilterLayout& filters, const Scratch& s, ParallelFor* parallel,
+           const TileEpilogue<C>& epilogue) const {
+    if (windows_.positions() == 0) return;
+    pack_panels(filters.data, filters.tap_offset, storage_, panels_, s.filters);
+    const int64_t shares = ceil_div(panels_.count(), share()), images = windows_.batch * strips();
+    // Few images: bands of lines, so that every thread has several.
+    const int64_t bands = std::min(groups(), ceil_div(4 * parallel->threads(), images * shares));
+    parallel->run(images * bands * shares, [&](int64_t task, int worker) {
+      const int64_t first = task % shares * share();
+      run_task(task / shares / bands, part(task / shares % bands, bands, groups()),
+               {first, std::min(first + share(), panels_.count())}, s, worker, epilogue);
+    });
+  }
+
+ private:
+  static constexpr int64_t kRingBytes = 256 << 10;  // in L2 beside what streams through it
+
+  int64_t taps() const { return static_cast<int64_t>(windows_.taps.size()); }
+  int64_t panel_elements() const { return taps() * kDepthwisePanel; }
+
+  int64_t strips() const { return ceil_div(windows_.width, kBlockRows); }
+  Span columns(int64_t strip) const { return part(strip, strips(), windows_.width); }
+  int64_t group_lines() const {
+    return strips() > 1 ? 1 : std::max<int64_t>(1, kBlockRows / std::max<int64_t>(1, windows_.width));
+  }
+  int64_t groups() const { return ceil_div(windows_.height, group_lines()); }
+  Span lines(int64_t group) const {
+    return {group * group_lines(), std::min((group + 1) * group_lines(), windows_.height)};
+  }
+
+  int64_t ring_lines() const {
+    return std::clamp<int64_t>((group_lines() - 1) * windows_.step_height + high_.size(), 1,
+                               std::max<int64_t>(1, source_height_));
+  }
+  int64_t source_columns() const {
+    return (ceil_div(windows_.width, std::max<int64_t>(1, strips())) - 1) * windows_.step_width + wide_.size();
+  }
+  // Panels of a task.
+  int64_t share() const {
+    const int64_t bytes = (ring_lines() + 1) * source_columns() * kDepthwisePanel * static_cast<int64_t>(sizeof(C));
+    return panels_.share(kRingBytes / std::max<int64_t>(1, bytes));
+  }
+
+  void run_task(int64_t image, const Span& band, const Span& panels, const Scratch& s, int worker,
+                const TileEpilogue<C>& epilogue) const {
+    const auto& w = s.workers[worker];
+    w.ring.zero_last_lines();
+    int64_t staged = 0;  // source lines below it are in the ring, or no longer needed
+    for (int64_t group = band.begin; group < band.end; ++group) {
+      const Span outputs = lines(group), strip = columns(image % strips());
+      const Span needed{outputs.begin * windows_.step_height + high_.begin,
+                        (outputs.end - 1) * windows_.step_height + high_.end};
+      stage(image, {std::max(staged, needed.begin), std::min(needed.end, source_height_)}, panels, w);
+      staged = std::max(staged, needed.end);
+      point(outputs, w);
+      const int64_t pixel = (image / strips() * windows_.height + outputs.begin) * windows_.width + strip.begin;
+      const int64_t pixels = outputs.size() * strip.size(), step = windows_.step_width * kDepthwisePanel;
+      for (int64_t panel = panels.begin; panel < panels.end; ++panel) {
+        const Tile<C> tile{w.tile,
+                           kDepthwisePanel,
+                           pixel,
+                           pixels,
+                           panels_.channel(panel),
+                           panels_.cols(panel),
+                           image * groups() + group,
+                           worker};
+        const int64_t offset = (panel - panels.begin) * w.ring.panel_elements();
+        kernels_.depthwise({w.sources, outputs.size(), strip.size(), taps(), step, offset},
+                           s.filters + panel * panel_elements(), w.tile, strip.size() * kDepthwisePanel,
+                           kDepthwisePanel);
+        epilogue.emit(tile);
+        if (epilogue.finish) epilogue.finish(tile);
+      }
+    }
+  }
+
+  void stage(int64_t image, const Span& source_lines, const Span& panels, const typename Scratch::Worker& w) const {
+    const int64_t first = columns(image % strips()).begin * windows_.step_width + wide_.begin;
+    for (int64_t h = source_lines.begin; h < source_lines.end; ++h)
+      stager_.stage(image / strips(), h, {first, first + source_columns()}, panels, w.stage, w.ring);
+  }
+
+  void point(const Span& outputs, const typename Scratch::Worker& w) const {
+    const C** source = w.sources;
+    for (int64_t line = outputs.begin; line < outputs.end; ++line)
+      for (const Tap& tap : windows_.taps) {
+        const int64_t h = line * windows_.step_height + tap.height;
+        const C* row = h >= 0 && h < source_height_ ? w.ring.line(h, 0) : w.ring.zeros();
+        *source++ = row + (tap.width - wide_.begin) * kDepthwisePanel;
+      }
+  }
+
+  const ComputeKernels<C>& kernels_;
+  Storage<C> storage_;
+  Windows windows_;
+  DepthwisePanels panels_;
+  PanelStager<C> stager_;
+  int64_t source_height_;
+  Span high_{1 << 30, -(1 << 30)}, wide_{1 << 30, -(1 << 30)};  // of the taps: lines, columns
+};
+
+}  // namespace fusedconvbn

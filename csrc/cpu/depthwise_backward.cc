@@ -1,0 +1,381 @@
+// The whole of backward for depthwise convolutions, in two passes.
+//
+// The first reads (dy, z) and reduces, as the reduce stage does. The second walks down each strip of columns: a few
+// lines of the gradient of z are computed into a ring of lines, from which the gradients by the filters (with the lines
+// of the inputs, in a ring of their own) and by the inputs follow at once. So the gradient of z never reaches memory,
+// nor does z where it is computed again. Lines and columns at the seams of regions are computed by both neighbours.
+//
+// Regions and ranges of regions follow from the problem alone. A range has sums of its own, added in their order.
+#include <algorithm>
+#include <vector>
+
+#include "compute_type.h"
+#include "depthwise.h"
+#include "depthwise_geometry.h"
+#include "gradient_blocks.h"
+#include "stages.h"
+
+namespace fusedconvbn {
+namespace {
+
+constexpr int64_t kRanges = 16;            // enough for as many threads
+constexpr int64_t kMinBandLines = 16;      // of a region that is not a whole image
+constexpr int64_t kStepPixels = 96;        // of a panel: 12 KiB each of dz, inputs and their gradient, in L1
+constexpr int64_t kRingBytes = 512 << 10;  // both rings of a task: in L2
+
+template <class C>
+class DepthwiseBackward {
+ public:
+  // With empty buffers and a null scratch it only measures.
+  DepthwiseBackward(const KernelSet& set, const ConvBnParams& p, const DeviceInfo& device,
+                    const BackwardBuffers& buffers, const void* conv_out, Arena* arena)
+      : p_(p),
+        b_(buffers),
+        k_(compute_kernels<C>(set)),
+        storage_(storage_of<C>(set, p.dtype)),
+        lines_{p.in_height, p.out_height, p.stride_height, p.pad_top, p.dilation_height, p.filter_height},
+        columns_{p.in_width, p.out_width, p.stride_width, p.pad_left, p.dilation_width, p.filter_width},
+        panels_{p.out_channels, p.group_out()},
+        inputs_(buffers.inputs, storage_, input_grid(p)),
+        d_inputs_(buffers.d_inputs, storage_, input_grid(p)),
+        stager_(k_, inputs_, panels_),
+        convolution_(k_, storage_, inputs_, forward_windows(p), {p.groups, 1, p.group_out()}),
+        blocks_(set, p, buffers, Image<C>(p.training ? conv_out : nullptr, storage_, output_grid(p)),
+                p.training ? GradientBlocks<C>::blocks(p) : convolution_.blocks(), device.threads, arena) {
+    make_phases();
+    if (!p.training) convolution_scratch_ = convolution_.carve(arena, device.threads);
+    sums_ = arena->take<C>(ranges() * panels_.count() * panel_elements());
+    transposed_ = arena->take<C>(panels_.count() * panel_elements());
+    for (int w = 0; w < device.threads; ++w) workers_.push_back(carve(arena));
+  }
+
+  void run(ParallelFor* parallel) const {
+    p_.training ? blocks_.reduce(parallel) : reduce_recomputed(parallel);
+    if (!b_.d_inputs && !b_.d_filters && !b_.d_residual) return;
+    pack_panels(b_.filters, transposed_taps_, storage_, panels_, transposed_);
+    const int64_t shares = ceil_div(panels_.count(), share());
+    parallel->run(ranges() * shares, [&](int64_t task, int worker) {
+      const int64_t first = task % shares * share();
+      run_range(task / shares, {first, std::min(first + share(), panels_.count())}, workers_[worker], worker);
+    });
+    if (b_.d_filters) parallel->run(panels_.count(), [this](int64_t panel, int) { finish(panel); });
+  }
+
+ private:
+  struct Region {
+    int64_t image;
+    Piece lines, columns;
+    Span columns_read;  // of the inputs, by the windows of columns.inside
+  };
+
+  // The lines of z's gradient that a step adds to the ring, and the lines of the inputs' gradient that it completes.
+  struct Step {
+    Span gradients, inputs;
+    bool owned;
+  };
+
+  struct PhaseLines {
+    PanelLines<C> lines;
+    int64_t first_tap, out;
+  };
+
+  struct Worker {
+    LineRing<C> inputs, gradients;
+    const C **windows, **gradient_lines, **sources;  // [lines][taps], [lines], [lines][taps]
+    PhaseLines* phases;
+    C *z, *tile, *stage;
+  };
+
+  // How far a region is done.
+  struct Progress {
+    int64_t next, ready, staged;  // line of the gradient of z, of the inputs' gradient, of the inputs
+  };
+
+  int64_t panel_elements() const { return p_.taps() * kDepthwisePanel; }
+  int64_t strips() const { return std::max<int64_t>(1, ceil_div(p_.out_width, kStepPixels)); }
+  int64_t bands() const {
+    const int64_t wanted = ceil_div(kRanges, std::max<int64_t>(1, p_.batch * strips()));
+    return std::clamp<int64_t>(wanted, 1, std::max<int64_t>(1, p_.out_height / kMinBandLines));
+  }
+  int64_t regions() const { return p_.batch * strips() * bands(); }
+  int64_t ranges() const { return std::clamp<int64_t>(regions(), 1, kRanges); }
+  int64_t group_lines() const {
+    return strips() > 1 ? 1 : std::max<int64_t>(1, kStepPixels / std::max<int64_t>(1, p_.out_width));
+  }
+  Piece lines_piece(int64_t band, bool needs_inputs) const { return make_piece(lines_, band, bands(), needs_inputs); }
+  Piece columns_piece(int64_t strip, bool needs_inputs) const {
+    return make_piece(columns_, strip, strips(), needs_inputs);
+  }
+
+  // The largest of the strips.
+  template <class F>
+  int64_t most_columns(F size) const {
+    int64_t most = 0;
+    for (int64_t strip = 0; strip < strips(); ++strip) most = std::max(most, size(columns_piece(strip, true)));
+    return most;
+  }
+  int64_t window_columns(const Span& gradients) const {
+    return gradients.size() == 0 ? 0 : (gradients.size() - 1) * columns_.stride + columns_.reach() + 1;
+  }
+  int64_t input_ring_pixels() const {
+    return most_columns([this](const Piece& piece) { return window_columns(piece.inside); });
+  }
+  int64_t gradient_ring_pixels() const {
+    return most_columns([](const Piece& piece) { return piece.gradients.size(); });
+  }
+  int64_t input_ring_lines() const {
+    return std::clamp<int64_t>((group_lines() - 1) * lines_.stride + lines_.reach() + 1, 1,
+                               std::max<int64_t>(1, p_.in_height));
+  }
+  int64_t gradient_ring_lines() const { return group_lines() + lines_.reach() / lines_.stride + 1; }
+
+  // Panels of a task.
+  int64_t share() const {
+    const int64_t pixels =
+        (input_ring_lines() + 1) * input_ring_pixels() + (gradient_ring_lines() + 1) * gradient_ring_pixels();
+    const int64_t bytes = pixels * kDepthwisePanel * static_cast<int64_t>(sizeof(C));
+    return panels_.share(kRingBytes / std::max<int64_t>(1, bytes));
+  }
+
+  Worker carve(Arena* arena) const {
+    const int64_t group = group_lines(), inputs = group * lines_.stride;
+    const int64_t owned_columns = most_columns([](const Piece& piece) { return piece.inputs.size(); });
+    Worker w;
+    w.inputs = LineRing<C>::carve(arena, share(), input_ring_lines(), input_ring_pixels());
+    w.gradients = LineRing<C>::carve(arena, share(), gradient_ring_lines(), gradient_ring_pixels());
+    w.windows = arena->take<const C*>(group * p_.taps());
+    w.gradient_lines = arena->take<const C*>(group);
+    w.sources = arena->take<const C*>(inputs * p_.taps());
+    w.phases = arena->take<PhaseLines>(static_cast<int64_t>(phases_.size()));
+    w.z = arena->take<C>(p_.training ? 0 : gradient_ring_pixels() * kDepthwisePanel);
+    w.tile = arena->take<C>(inputs * owned_columns * kDepthwisePanel);
+    w.stage = arena->take<C>(stager_.scratch_elements(input_ring_pixels()));
+    return w;
+  }
+
+  void make_phases() {
+    int64_t first_tap = 0;
+    for (int64_t line = 0; line < lines_.stride; ++line)
+      for (int64_t column = 0; column < columns_.stride; ++column) {
+        phases_.push_back({line, column, phase_taps(lines_, line), phase_taps(columns_, column), first_tap});
+        first_tap += phases_.back().taps();
+        for (int64_t row : phases_.back().rows)
+          for (int64_t col : phases_.back().cols)
+            transposed_taps_.push_back((row * p_.filter_width + col) * p_.out_channels);
+      }
+  }
+
+  // The first pass where z is not there: a tile of it at a time.
+  void reduce_recomputed(ParallelFor* parallel) const {
+    blocks_.channels().prepare();
+    FilterLayout filters{b_.filters, {}, p_.group_out(), p_.out_channels, 1};
+    for (int64_t t = 0; t < p_.taps(); ++t) filters.tap_offset.push_back(t * p_.out_channels);
+    const auto reduce = [this](const Tile<C>& t) {
+      GradientBlock<C> g = blocks_.read(t.first, t.rows, t.channel, t.cols, t.worker);
+      g.z = t.data, g.ld_z = t.ld;
+      blocks_.reduce_block(g, t.block, t.channel);
+    };
+    convolution_.run(filters, convolution_scratch_, parallel, {reduce, nullptr});
+    blocks_.channels().finish(parallel);
+  }
+
+  void run_range(int64_t range, const Span& panels, const Worker& w, int worker) const {
+    C* sums = sums_ + (range * panels_.count() + panels.begin) * panel_elements();
+    std::fill(sums, sums + panels.size() * panel_elements(), C(0));
+    w.gradients.zero_last_lines();
+    w.inputs.zero_last_lines();
+    const Span share = part(range, ranges(), regions());
+    for (int64_t index = share.begin; index < share.end; ++index) run_region(region(index), panels, w, worker, sums);
+  }
+
+  Region region(int64_t index) const {
+    const bool needs_inputs = b_.d_inputs != nullptr;
+    const int64_t strip = index / bands() % strips();
+    Region r{
+        index / bands() / strips(), lines_piece(index % bands(), needs_inputs), columns_piece(strip, needs_inputs), {}};
+    r.columns_read.begin = r.columns.inside.begin * columns_.stride - columns_.pad;
+    r.columns_read.end = r.columns_read.begin + window_columns(r.columns.inside);
+    return r;
+  }
+
+  void run_region(const Region& r, const Span& panels, const Worker& w, int worker, C* sums) const {
+    Progress done{r.lines.inside.begin, r.lines.inputs.begin, 0};
+    while (done.next < r.lines.inside.end || done.ready < r.lines.inputs.end) {
+      const Step step = next_step(r, done);
+      const bool multiplies = step.owned && b_.d_filters;
+      if (multiplies || !p_.training) read_inputs(r, step, panels, w, &done);
+      for (int64_t i = step.gradients.begin; i < step.gradients.end; ++i)
+        w.gradient_lines[i - step.gradients.begin] = w.gradients.line(i, 0);
+      point_phases(r, step, w);
+      for (int64_t panel = panels.begin; panel < panels.end; ++panel) {
+        const int64_t slot = panel - panels.begin;
+        for (int64_t i = step.gradients.begin; i < step.gradients.end; ++i)
+          gradient_of_z(r, step, i, panel, slot, w, worker);
+        if (multiplies) add_products(r, step, slot, w, sums + slot * panel_elements());
+        if (step.inputs.size() > 0) write_inputs(r, step, panel, slot, w);
+      }
+      done.next = step.gradients.end, done.ready = step.inputs.end;
+    }
+  }
+
+  Step next_step(const Region& r, const Progress& done) const {
+    const Span& owned = r.lines.outputs;
+    const int64_t limit = done.next < owned.begin ? owned.begin
+                          : done.next < owned.end ? owned.end
+                                                  : r.lines.inside.end;
+    Step step{{done.next, std::min(done.next + group_lines(), limit)}, {done.ready, r.lines.inputs.end}, false};
+    step.owned = done.next >= owned.begin && done.next < owned.end;
+    if (step.gradients.end < r.lines.inside.end)
+      step.inputs.end = std::clamp(step.gradients.end * lines_.stride - lines_.pad, done.ready, r.lines.inputs.end);
+    step.inputs.end = std::min(step.inputs.end, done.ready + group_lines() * lines_.stride);
+    return step;
+  }
+
+  // Stages the inputs of the step's windows, and points windows[line][tap] at them.
+  void read_inputs(const Region& r, const Step& step, const Span& panels, const Worker& w, Progress* done) const {
+    const int64_t first = step.gradients.begin * lines_.stride - lines_.pad;
+    const int64_t end = (step.gradients.end - 1) * lines_.stride - lines_.pad + lines_.reach() + 1;
+    for (int64_t h = std::max(done->staged, first); h < std::min(end, p_.in_height); ++h)
+      stager_.stage(r.image, h, r.columns_read, panels, w.stage, w.inputs);
+    done->staged = std::max(done->staged, end);
+    const C** window = w.windows;
+    for (int64_t i = step.gradients.begin; i < step.gradients.end; ++i)
+      for (int64_t t = 0; t < p_.taps(); ++t) {
+        const int64_t h = i * lines_.stride - lines_.pad + t / p_.filter_width * lines_.dilation;
+        const C* line = h >= 0 && h < p_.in_height ? w.inputs.line(h, 0) : w.inputs.zeros();
+        *window++ = line + t % p_.filter_width * columns_.dilation * kDepthwisePanel;
+      }
+  }
+
+  PanelLines<C> windows(const Worker& w, int64_t lines, int64_t columns, int64_t slot, int64_t first_column) const {
+    const int64_t step = columns_.stride * kDepthwisePanel;
+    return {w.windows, lines, columns, p_.taps(), step, slot * w.inputs.panel_elements() + first_column * step};
+  }
+
+  // Line i of the gradient of z, for a panel, into the ring.
+  void gradient_of_z(const Region& r, const Step& step, int64_t i, int64_t panel, int64_t slot, const Worker& w,
+                     int worker) const {
+    const Span &all = r.columns.gradients, &inside = r.columns.inside, &owned = r.columns.outputs;
+    C* line = w.gradients.line(i, slot);
+    C *first = line + (inside.begin - all.begin) * kDepthwisePanel, *last = first + inside.size() * kDepthwisePanel;
+    std::fill(line, panels_.cols(panel) < kDepthwisePanel ? last : first, C(0));
+    std::fill(last, line + all.size() * kDepthwisePanel, C(0));
+    if (!p_.training) {
+      PanelLines<C> in = windows(w, 1, inside.size(), slot, 0);
+      in.sources += (i - step.gradients.begin) * p_.taps();
+      k_.depthwise(in, convolution_scratch_.filters + panel * panel_elements(), w.z, 0, kDepthwisePanel);
+    }
+    for (const Span& span : {Span{inside.begin, owned.begin}, owned, Span{owned.end, inside.end}}) {
+      if (span.size() == 0) continue;
+      const int64_t pixel = (r.image * p_.out_height + i) * p_.out_width + span.begin;
+      const int64_t at = (span.begin - inside.begin) * kDepthwisePanel;
+      GradientBlock<C> g = blocks_.read(pixel, span.size(), panels_.channel(panel), panels_.cols(panel), worker);
+      if (!p_.training) g.z = w.z + at, g.ld_z = kDepthwisePanel;
+      blocks_.apply(g, pixel, panels_.channel(panel), {first + at, kDepthwisePanel}, worker,
+                    step.owned && span.begin == owned.begin && span.end == owned.end);
+    }
+  }
+
+  // The step's part of the gradient by the filters.
+  void add_products(const Region& r, const Step& step, int64_t slot, const Worker& w, C* sums) const {
+    const Span& owned = r.columns.outputs;
+    k_.depthwise_outer(
+        windows(w, step.gradients.size(), owned.size(), slot, owned.begin - r.columns.inside.begin), w.gradient_lines,
+        slot * w.gradients.panel_elements() + (owned.begin - r.columns.gradients.begin) * kDepthwisePanel, sums);
+  }
+
+  // For each phase the lines of step.inputs, and where they read the gradient of z.
+  void point_phases(const Region& r, const Step& step, const Worker& w) const {
+    const C** source = w.sources;
+    PhaseLines* to = w.phases;
+    for (const Phase& phase : phases_) {
+      const auto first_of = [](const Span& span, int64_t phase, const Axis& axis) {
+        return span.begin + ((phase - span.begin - axis.pad) % axis.stride + axis.stride) % axis.stride;
+      };
+      const int64_t h0 = first_of(step.inputs, phase.line, lines_);
+      const int64_t w0 = first_of(r.columns.inputs, phase.column, columns_);
+      const int64_t lines = ceil_div(std::max<int64_t>(0, step.inputs.end - h0), lines_.stride);
+      const int64_t columns = ceil_div(std::max<int64_t>(0, r.columns.inputs.end - w0), columns_.stride);
+      *to++ = {{source, lines, columns, phase.taps(), kDepthwisePanel, 0},
+               phase.first_tap,
+               ((h0 - step.inputs.begin) * r.columns.inputs.size() + w0 - r.columns.inputs.begin) * kDepthwisePanel};
+      for (int64_t l = 0; l < lines; ++l)
+        source = point_line(r, phase, h0 + l * lines_.stride, w0, w.gradients, source);
+    }
+  }
+
+  const C** point_line(const Region& r, const Phase& phase, int64_t h, int64_t w0, const LineRing<C>& ring,
+                       const C** source) const {
+    for (int64_t row : phase.rows) {
+      const int64_t i = floor_div(h + lines_.pad - row * lines_.dilation, lines_.stride);
+      const C* line = i >= 0 && i < p_.out_height ? ring.line(i, 0) : ring.zeros();
+      for (int64_t col : phase.cols) {
+        const int64_t j = floor_div(w0 + columns_.pad - col * columns_.dilation, columns_.stride);
+        *source++ = line + (j - r.columns.gradients.begin) * kDepthwisePanel;
+      }
+    }
+    return source;
+  }
+
+  // The lines of the gradient by the inputs that the step completes, for a panel.
+  void write_inputs(const Region& r, const Step& step, int64_t panel, int64_t slot, const Worker& w) const {
+    const Span& columns = r.columns.inputs;
+    const int64_t line = columns.size() * kDepthwisePanel, m = panels_.multiplier, cols = panels_.cols(panel) / m;
+    for (size_t i = 0; i < phases_.size(); ++i) {
+      PanelLines<C> in = w.phases[i].lines;
+      in.offset = slot * w.gradients.panel_elements();
+      k_.depthwise(in, transposed_ + panel * panel_elements() + w.phases[i].first_tap * kDepthwisePanel,
+                   w.tile + w.phases[i].out, lines_.stride * line, columns_.stride * kDepthwisePanel);
+    }
+    if (m > 1) k_.depthwise_fold(w.tile, step.inputs.size() * columns.size(), cols, m);
+    for (int64_t h = step.inputs.begin; h < step.inputs.end; ++h)
+      d_inputs_.write((r.image * p_.in_height + h) * p_.in_width + columns.begin, columns.size(),
+                      panels_.channel(panel) / m, cols, {w.tile + (h - step.inputs.begin) * line, kDepthwisePanel});
+  }
+
+  // Adds the ranges' sums of a panel and stores them.
+  void finish(int64_t panel) const {
+    C* sums = sums_ + panel * panel_elements();
+    for (int64_t range = 1; range < ranges(); ++range)
+      for (int64_t i = 0; i < panel_elements(); ++i) sums[i] += sums[range * panels_.count() * panel_elements() + i];
+    char* to = static_cast<char*>(b_.d_filters) + panels_.channel(panel) * storage_.element_bytes;
+    storage_.kernels.store(sums, kDepthwisePanel, p_.taps(), panels_.cols(panel), to, p_.out_channels, 1, false);
+  }
+
+  const ConvBnParams& p_;
+  BackwardBuffers b_;
+  const ComputeKernels<C>& k_;
+  Storage<C> storage_;
+  Axis lines_, columns_;
+  DepthwisePanels panels_;
+  Image<C> inputs_, d_inputs_;
+  PanelStager<C> stager_;
+  DepthwiseConvolution<C> convolution_;
+  GradientBlocks<C> blocks_;
+  std::vector<Phase> phases_;
+  std::vector<int64_t> transposed_taps_;  // of the filters, in the order of the phases
+  typename DepthwiseConvolution<C>::Scratch convolution_scratch_{};
+  C *sums_, *transposed_;  // [ranges][panels][taps][kDepthwisePanel], [panels][taps][kDepthwisePanel]
+  std::vector<Worker> workers_;
+};
+
+}  // namespace
+
+size_t backward_depthwise_scratch(const KernelSet& set, const ConvBnParams& p, const DeviceInfo& device) {
+  return with_compute_type(p.dtype, [&](auto c) {
+    Arena arena;
+    DepthwiseBackward<decltype(c)>(set, p, device, {}, nullptr, &arena);
+    return arena.used();
+  });
+}
+
+Status run_backward_depthwise(const KernelSet& set, const StageCall& call) {
+  with_compute_type(call.params.dtype, [&](auto c) {
+    Arena arena(call.scratch);
+    DepthwiseBackward<decltype(c)>(set, call.params, call.device, *call.backward, call.conv_out, &arena)
+        .run(call.parallel);
+  });
+  return Status{};
+}
+
+}  // namespace fusedconvbn

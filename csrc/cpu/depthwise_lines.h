@@ -1,0 +1,127 @@
+// Scratch of depthwise convolutions: panels of channels, rings of lines, strips of columns.
+//
+// The source lines that a few output lines need lie in scratch, a panel of kDepthwisePanel channels at a time, with
+// their zero padding: so kernels read whole aligned vectors and no window is a special case. A line is staged once and
+// stays until the lines below no longer need it. Panels hold output channels; with a multiplier a staged line repeats
+// each input channel for each output channel that reads it.
+#pragma once
+
+#include <algorithm>
+#include <cstdint>
+#include <vector>
+
+#include "arena.h"
+#include "image.h"
+
+namespace fusedconvbn {
+
+struct Span {
+  int64_t begin, end;
+  int64_t size() const { return std::max<int64_t>(0, end - begin); }
+};
+
+// Part `index` of `count` nearly equal ones of [0, size).
+inline Span part(int64_t index, int64_t count, int64_t size) {
+  return {index * size / count, (index + 1) * size / count};
+}
+
+// Output channels as panels. With a multiplier a panel ends between two input channels.
+struct DepthwisePanels {
+  int64_t channels, multiplier;  // output channels; of them for each input channel
+
+  int64_t width() const { return kDepthwisePanel / multiplier * multiplier; }
+  int64_t count() const { return ceil_div(channels, width()); }
+  int64_t channel(int64_t panel) const { return panel * width(); }
+  int64_t cols(int64_t panel) const { return std::min(width(), channels - channel(panel)); }
+  // Panels of a task: equal shares of which each has at most `most` panels.
+  int64_t share(int64_t most) const {
+    return ceil_div(count(), ceil_div(count(), std::clamp<int64_t>(most, 1, count())));
+  }
+};
+
+// Lines of panels of which the last `lines` are kept: line h of a panel lies where line h - lines lay. One more line
+// is all zeros.
+template <class C>
+struct LineRing {
+  C* data;  // [panels][lines + 1][pixels][kDepthwisePanel]
+  int64_t panels, lines, pixels;
+
+  static LineRing carve(Arena* arena, int64_t panels, int64_t lines, int64_t pixels) {
+    LineRing ring{nullptr, panels, lines, pixels};
+    ring.data = arena->take<C>(panels * ring.panel_elements());
+    return ring;
+  }
+  int64_t line_elements() const { return pixels * kDepthwisePanel; }
+  int64_t panel_elements() const { return (lines + 1) * line_elements(); }
+  C* line(int64_t h, int64_t panel) const { return data + panel * panel_elements() + h % lines * line_elements(); }
+  const C* zeros() const { return data + lines * line_elements(); }  // of panel 0; others at panel_elements()
+  void zero_last_lines() const {
+    for (int64_t p = 0; p < panels; ++p) {
+      C* line = data + p * panel_elements() + lines * line_elements();
+      std::fill(line, line + line_elements(), C(0));
+    }
+  }
+};
+
+// Copies lines of an image into panels.
+template <class C>
+class PanelStager {
+ public:
+  PanelStager(const ComputeKernels<C>& kernels, const Image<C>& source, const DepthwisePanels& panels)
+      : kernels_(kernels), source_(source), panels_(panels) {}
+
+  int64_t scratch_elements(int64_t pixels) const { return panels_.multiplier > 1 ? pixels * kDepthwisePanel : 0; }
+
+  // Columns [columns.begin, columns.end) of line h into the ring, zeros where the image has none.
+  void stage(int64_t image, int64_t h, const Span& columns, const Span& panels, C* scratch,
+             const LineRing<C>& ring) const {
+    const Grid& grid = source_.grid();
+    const int64_t begin = std::clamp<int64_t>(columns.begin, 0, grid.width);
+    const int64_t count = std::clamp<int64_t>(columns.end, begin, grid.width) - begin;
+    const int64_t before = std::clamp<int64_t>(begin - columns.begin, 0, columns.size());
+    for (int64_t p = 0; p < panels.size(); ++p) {
+      C* line = ring.line(h, p);
+      std::fill(line, line + before * kDepthwisePanel, C(0));
+      std::fill(line + (before + count) * kDepthwisePanel, line + columns.size() * kDepthwisePanel, C(0));
+    }
+    if (count == 0) return;
+    const int64_t first = (image * grid.height + h) * grid.width + begin;
+    C* to = ring.line(h, 0) + before * kDepthwisePanel;
+    for (int64_t panel = panels.begin; panel < panels.end; ++panel, to += ring.panel_elements())
+      copy(first, count, panel, scratch, to);
+  }
+
+ private:
+  void copy(int64_t first, int64_t count, int64_t panel, C* scratch, C* to) const {
+    const int64_t m = panels_.multiplier, channel = panels_.channel(panel) / m, cols = panels_.cols(panel) / m;
+    if (m > 1) {
+      source_.copy(first, count, channel, cols, {scratch, kDepthwisePanel});
+      kernels_.depthwise_spread(scratch, count, cols, m, to);
+    } else if (source_.direct()) {
+      const Block<C> block = source_.read(first, count, channel, cols, nullptr);
+      kernels_.depthwise_copy(block.data, block.ld, count, cols, to);
+    } else {
+      if (cols < kDepthwisePanel) std::fill(to, to + count * kDepthwisePanel, C(0));
+      source_.copy(first, count, channel, cols, {to, kDepthwisePanel});
+    }
+  }
+
+  const ComputeKernels<C>& kernels_;
+  Image<C> source_;
+  DepthwisePanels panels_;
+};
+
+// The filters' elements of each tap as packed[panels][taps][kDepthwisePanel].
+template <class C>
+void pack_panels(const void* filters, const std::vector<int64_t>& tap_offset, const Storage<C>& storage,
+                 const DepthwisePanels& panels, C* packed) {
+  for (int64_t panel = 0; panel < panels.count(); ++panel)
+    for (int64_t offset : tap_offset) {
+      const char* from = static_cast<const char*>(filters) + (offset + panels.channel(panel)) * storage.element_bytes;
+      std::fill(packed, packed + kDepthwisePanel, C(0));
+      storage.kernels.load(from, 0, 1, 1, panels.cols(panel), packed, kDepthwisePanel);
+      packed += kDepthwisePanel;
+    }
+}
+
+}  // namespace fusedconvbn

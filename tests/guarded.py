@@ -1,0 +1,124 @@
+"""Runs the kernels on guarded memory: whatever they read that nobody wrote is NaN, whatever they write astray shows.
+
+Each array of a call lies between bytes that are all ones, NaN in every type. Results and workspace are such bytes at
+first, so that a result that is not written, or made of scratch that is not, is NaN too. Where AddressSanitizer runs, it
+reports whoever touches the bytes around.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import ctypes
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import numpy as np
+
+from fusedconvbn import _load, raw
+
+RESULTS = {"forward": 6, "backward": 7}  # of the arrays of a call, the last ones before the workspace
+LINE = 64  # bytes: results begin there, unless they are to be off it
+GUARD = 4 * LINE
+
+
+class _Sanitizer:
+    """AddressSanitizer's own marks on memory; nothing, where the process runs without it."""
+
+    def __init__(self):
+        process = ctypes.CDLL(None)
+        self.forbid = getattr(process, "__asan_poison_memory_region", self._nothing)
+        self.allow = getattr(process, "__asan_unpoison_memory_region", self._nothing)
+
+    @staticmethod
+    def _nothing(address: ctypes.c_void_p, size: ctypes.c_size_t) -> None:
+        pass
+
+
+SANITIZER = _Sanitizer()
+
+
+class Guarded:
+    """A copy of `array` that begins `offset` elements behind a cache line; of a result the size only is taken."""
+
+    def __init__(self, array: np.ndarray, offset: int, is_result: bool):
+        self.original, self.is_result = array, is_result
+        self._memory = np.full(array.nbytes + 2 * GUARD + LINE, 0xFF, np.uint8)
+        start = -self._memory.ctypes.data % LINE + GUARD + offset * array.itemsize
+        self._around = (slice(0, start), slice(start + array.nbytes, None))
+        self.array = self._memory[start : start + array.nbytes].view(array.dtype).reshape(array.shape)
+        if not is_result:
+            self.array[...] = array
+
+    def mark(self, act: Callable[[ctypes.c_void_p, ctypes.c_size_t], None]) -> None:
+        """Forbids or allows access to what is around."""
+        for around in self._around:
+            memory = self._memory[around]
+            act(ctypes.c_void_p(memory.ctypes.data), ctypes.c_size_t(memory.nbytes))
+
+    def check(self, what: str) -> None:
+        for side, around in zip(("before", "behind"), self._around):
+            touched = np.flatnonzero(self._memory[around] != 0xFF)
+            assert not touched.size, f"{touched.size} bytes {side} {what} were written"
+        if not self.is_result:
+            same = np.array_equal(self.array.view(np.uint8), np.ascontiguousarray(self.original).view(np.uint8))
+            assert same, f"{what} was written"
+
+    def copy_back(self) -> None:
+        if self.is_result:
+            self.original[...] = self.array
+
+
+class GuardedCore:
+    """fusedconvbn._core with guarded calls."""
+
+    def __init__(self, core: Any, offset: int):
+        self._core, self._offset = core, offset
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._core, name)
+
+    def forward(self, plan: Any, *arrays: np.ndarray | None) -> None:
+        self._run("forward", plan, arrays[:-1])
+
+    def backward(self, plan: Any, *arrays: np.ndarray | None) -> None:
+        self._run("backward", plan, arrays[:-1])
+
+    def _run(self, direction: str, plan: Any, arrays: tuple[np.ndarray | None, ...]) -> None:
+        first_result = len(arrays) - RESULTS[direction]
+        guarded = [
+            None if array is None else Guarded(array, self._offset, position >= first_result)
+            for position, array in enumerate(arrays)
+        ]
+        workspace = Guarded(np.empty(plan.workspace_bytes, np.uint8), 0, True)
+        everything = [*filter(None, guarded), workspace]
+        for memory in everything:
+            memory.mark(SANITIZER.forbid)
+        try:
+            getattr(self._core, direction)(plan, *(g and g.array for g in guarded), workspace.array)
+        finally:
+            for memory in everything:
+                memory.mark(SANITIZER.allow)
+        for position, g in enumerate(guarded):
+            if g is not None:
+                g.check(f"array {position} of {direction}")
+                g.copy_back()
+        workspace.check("the workspace")
+
+
+@contextlib.contextmanager
+def guarded(offset: int = 0) -> Iterator[None]:
+    """Within it, calls of `raw` run on guarded memory whose arrays begin `offset` elements behind a cache line."""
+    load = raw._load
+    raw._load = _Loader(GuardedCore(_load.core(), offset))
+    try:
+        yield
+    finally:
+        raw._load = load
+
+
+class _Loader:
+    def __init__(self, core: GuardedCore):
+        self._core = core
+
+    def core(self) -> GuardedCore:
+        return self._core

@@ -1,0 +1,106 @@
+"""Every kernel that supports a problem, on problems drawn by a seed, on guarded memory, against the float64 oracle.
+
+A part runs in `make test`, all of it in `make check`. A failure prints the problem as an expression and each run of it
+that failed. To hunt on, or to run one seed again:
+
+    FUSEDCONVBN_FUZZ_SEED=1234 FUSEDCONVBN_FUZZ_CASES=1 python -m pytest tests/test_fuzz.py
+"""
+
+import itertools
+import os
+from collections import Counter
+from dataclasses import replace
+from functools import cache
+
+import pytest
+from cases import ACTIVATIONS, Case
+from fuzz import Draw, Run, draw, runs
+from guarded import guarded
+from raw_problem import Problem
+
+from fusedconvbn import raw
+
+FAST, ALL = 300, 2100
+LEAST = 10  # cases of the fast part that each row is to meet
+FIRST = int(os.environ.get("FUSEDCONVBN_FUZZ_SEED", 0))
+CASES = int(os.environ.get("FUSEDCONVBN_FUZZ_CASES", ALL))
+SEEDS = [
+    pytest.param(seed, id=f"seed{seed}", marks=[pytest.mark.slow] if CASES == ALL and seed >= FIRST + FAST else [])
+    for seed in range(FIRST, FIRST + CASES)
+]
+
+
+class Checker:
+    """Runs of one draw; the oracle's results are kept for each algorithm."""
+
+    def __init__(self, drawn: Draw):
+        self.drawn = drawn
+        self.problem = cache(self._problem)
+
+    def _problem(self, algorithm: str, recomputes: bool) -> Problem:
+        return Problem(replace(self.drawn.case, algorithm=algorithm), recomputes=recomputes)
+
+    def check(self, run: Run) -> None:
+        problem, drawn = self.problem(run.transforms, run.recomputes), self.drawn
+        with guarded(drawn.offset):
+            if run.direction == "forward":
+                result = problem.run_forward(**run.forced)
+            else:
+                needs = {"needs_inputs": drawn.needs_inputs, "needs_filters": drawn.needs_filters}
+                result = problem.run_backward(run.saved, **run.forced, **needs)
+        if run.direction == "forward":
+            problem.check_forward(result)
+        else:
+            problem.check_backward(result, **needs)
+
+
+def failures(drawn: Draw) -> list[str]:
+    """What each run that is not as the oracle says has to say."""
+    checker, found = Checker(drawn), []
+    for run in runs(drawn.case):
+        try:
+            checker.check(run)
+        except (AssertionError, ValueError) as error:
+            found.append(f"  {run}: {error}")
+    return found
+
+
+@pytest.mark.parametrize("seed", SEEDS)
+def test_every_kernel_that_supports_it(seed):
+    drawn = draw(seed)
+    assert (found := failures(drawn)) == [], "\n".join([f"seed {seed}, {drawn}", *found])
+
+
+def test_every_kernel_meets_many_cases_of_the_fast_part():
+    met = Counter(name for seed in range(FAST) for name in _rows(draw(seed).case))
+    few = {row.name: met[row.name] for row in raw.kernels() if row.available and met[row.name] < LEAST}
+    assert few == {}
+
+
+def _rows(case: Case) -> set[str]:
+    return {name for run in runs(case) for name in run.planned}
+
+
+def test_draws_hold_each_kind_of_problem():
+    cases = [draw(seed).case for seed in range(FAST)]
+    assert {case.activation for case in cases} == set(ACTIVATIONS)
+    kinds = set(itertools.product(("f32", "f64", "f16", "bf16"), ("NHWC", "NCHW"), (False, True)))
+    assert {(case.dtype, case.data_format, case.training) for case in cases} == kinds
+    counts = {
+        "empty batch": sum(case.batch == 0 for case in cases),
+        "empty output": sum(case.batch > 0 and 0 in case.output_shape for case in cases),
+        "one element a channel": sum(case.output_shape == (1, 1, 1, case.out_channels) for case in cases),
+        "unbiased": sum(case.unbiased for case in cases),
+        "large mean": sum(case.inputs_mean > 0 for case in cases),
+        "groups": sum(1 < case.groups < case.in_channels for case in cases),
+        "multiplier": sum(case.groups == case.in_channels > 1 and case.out_channels > case.groups for case in cases),
+        "asymmetric padding": sum(case.padding not in ("SAME", "VALID") for case in cases),
+        "dilated and strided": sum(case.strides != (1, 1) and case.dilations != (1, 1) for case in cases),
+    }
+    assert {kind: count for kind, count in counts.items() if count < 3} == {}
+
+
+def test_a_seed_gives_the_same_problem_again():
+    """And the expression that a failure prints is that problem."""
+    for seed in range(50):
+        assert draw(seed) == draw(seed) == eval(str(draw(seed)))

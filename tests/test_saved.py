@@ -1,0 +1,99 @@
+"""What training saves for backward: the convolution, moments of the inputs, or nothing."""
+
+from dataclasses import replace
+
+import ml_dtypes
+import numpy as np
+import pytest
+from cases import Case, expanding_cases, op_cases, output_size
+from raw_problem import Problem
+
+from fusedconvbn import raw
+
+RECOMPUTED = [case for case in op_cases() if case.training][::5]
+# Of one or two pixels z - mean is a difference of nearly equal numbers, and no tolerance for it follows from z.
+EXPANDING = [case for case in expanding_cases() if case.batch * np.prod(output_size(case)) > 8]
+
+
+def results(case, forward_options, backward_options, threads=1):
+    """Forward, then backward from what it saved."""
+    problem, attributes = Problem(case), case.attributes
+    forward = raw.forward(*problem.arguments, **attributes, **forward_options, threads=threads)
+    problem.check_forward(forward)
+    saved = {name: getattr(forward, name) for name in ("output", "batch_mean", "inv_std", "conv_out")}
+    upstream = dict(zip(("moving_mean_gradient", "moving_variance_gradient"), problem.upstream[1:]))
+    backward = raw.backward(
+        problem.upstream[0], *problem.arguments, **saved, **upstream, **attributes, **backward_options, threads=threads
+    )
+    return problem, forward, backward
+
+
+@pytest.mark.parametrize("case", RECOMPUTED, ids=str)
+def test_nothing_saved_changes_no_result(case):
+    options = {"save": "recompute"}
+    _, forward, backward = results(case, options, options)
+    assert forward.conv_out is None
+    _, saving, expected = results(case, {}, {})
+    for name, one, other in zip(raw.ForwardResult._fields[:-1], forward[:-1], saving[:-1]):
+        np.testing.assert_array_equal(one, other, name)
+    for name, one, other in zip(raw.BackwardResult._fields, backward, expected):  # by other rows, where depthwise
+        eps = float(ml_dtypes.finfo(one.dtype).eps) if one is not None else 0
+        if eps and one.size:
+            np.testing.assert_allclose(one, other, atol=16 * eps * np.abs(other).max(), rtol=0, err_msg=name)
+
+
+@pytest.mark.parametrize("case", EXPANDING, ids=str)
+def test_moments(case):
+    if case.isa not in {row.isa for row in raw.kernels() if row.available}:
+        pytest.skip(f"this machine has no {case.isa}")
+    forward, backward = ({"kernel": f"{stage}_moments_{case.isa}"} for stage in ("forward", "backward"))
+    problem, result, gradients = results(replace(case, isa=None), forward, backward)
+    assert result.conv_out.shape == (case.in_channels + 2, case.in_channels)
+    problem.check_backward(gradients)
+
+
+@pytest.mark.parametrize("case", [case for case in EXPANDING if case.activation and not case.residual][:4], ids=str)
+def test_moments_without_the_output_recompute(case):
+    problem = Problem(replace(case, isa=None))
+    saved = {**problem.saved, "conv_out": problem.moments, "output": None}
+    upstream = dict(zip(("moving_mean_gradient", "moving_variance_gradient"), problem.upstream[1:]))
+    result = raw.backward(problem.upstream[0], *problem.arguments, **saved, **upstream, **problem.case.attributes)
+    without = problem.run_backward()
+    np.testing.assert_allclose(result.filters, without.filters, rtol=1e-3, atol=1e-3 * np.abs(without.filters).max())
+
+
+def test_large_expanding_layers_save_moments():
+    case = Case(batch=4, height=56, width=56, in_channels=64, out_channels=256, kernel=(1, 1), training=True)
+    shapes = case.inputs_shape, case.filters_shape
+    assert raw.plan(*shapes, training=True, activation="relu").conv_out_shape == [66, 64]
+    assert raw.plan(*shapes, training=True, activation="silu").conv_out_shape == [4, 56, 56, 256]
+    assert raw.plan(*shapes, training=True, algorithm="direct").conv_out_shape == [4, 56, 56, 256]
+    assert raw.plan(*shapes, training=True, activation="silu", save="recompute").conv_out_shape == []
+    assert raw.plan(*shapes).conv_out_shape == []
+
+
+@pytest.mark.parametrize("threads", [2, 3, 8])
+def test_moments_give_the_same_bits_for_any_threads(threads):
+    case = Case(batch=3, height=29, width=31, in_channels=40, out_channels=120, kernel=(1, 1), training=True,
+                residual=True, activation="relu")  # fmt: skip
+    kernels = {"kernel": "forward_moments_generic"}, {"kernel": "backward_moments_generic"}
+    *_, forward, backward = results(case, *kernels)
+    *_, again, backward_again = results(case, *kernels, threads=threads)
+    for one, other in zip((*forward, *backward), (*again, *backward_again)):
+        assert one.tobytes() == other.tobytes()
+
+
+@pytest.mark.parametrize("mean", [0, 10, 100, 1e3, 1e4])
+def test_variance_by_moments_under_a_large_mean(mean):
+    """At most 3 times the error that direct sums over z make, or 1e-5."""
+    case = Case(batch=4, height=28, width=28, in_channels=24, out_channels=96, kernel=(1, 1), training=True)
+    problem = Problem(case)
+    problem.arguments.inputs[:] += np.float32(mean)
+    z = problem.arguments.inputs.astype(np.float64) @ problem.arguments.filters[0, 0].astype(np.float64)
+    inv_std = 1 / np.sqrt(z.var((0, 1, 2)) + case.epsilon)
+
+    def error(row):
+        result = raw.forward(*problem.arguments, **case.attributes, kernel=row)
+        return np.abs(result.inv_std / inv_std - 1).max()
+
+    assert error("forward_moments_generic") < max(1e-5, 3 * error("forward_direct_generic"))
