@@ -84,7 +84,7 @@ PAYS = ((2, 14, 14, 32), (3, 3, 32, 40), {"padding": "SAME"})
 )
 @pytest.mark.parametrize("direction", ["forward", "backward"])
 def test_algorithm(inputs, filters, attributes, expected, direction):
-    kernels = raw.plan(inputs, filters, training=True, direction=direction, **attributes).kernels
+    kernels = raw.plan(inputs, filters, training=True, direction=direction, isa="generic", **attributes).kernels
     algorithms = {name.split("_")[0]: name.split("_")[1] for name in kernels}
     gradients = {"reduce": "direct", "dgrad": expected, "wgrad": expected}
     wanted = {"forward": expected} if direction == "forward" else gradients
@@ -124,13 +124,13 @@ def test_isa(isa, available_isas):
     assert all(name.endswith(isa) for name in plan(isa=isa, direction="backward").kernels)
 
 
-@pytest.mark.parametrize("isa", ["generic", "avx2", "avx512"])
+@pytest.mark.parametrize("isa", ["generic", "avx2", "avx512", "amx"])
 def test_isa_by_environment(isa, available_isas, monkeypatch):
     if isa not in available_isas:
         pytest.skip(f"this machine has no {isa}")
     monkeypatch.setenv("FUSEDCONVBN_ISA", isa)
-    assert all(name.endswith(isa) for name in plan(direction="backward").kernels)
-    order = ("generic", "avx2", "avx512")
+    assert all(name.endswith(isa) for name in plan(direction="backward", training=True, dtype="bfloat16").kernels)
+    order = ("generic", "avx2", "avx512", "amx")
     assert {row.isa for row in raw.kernels() if row.available} == set(order[: order.index(isa) + 1])
 
 
@@ -142,7 +142,7 @@ def test_environment_limits_the_argument(monkeypatch):
 
 def test_unknown_isa_in_the_environment(monkeypatch):
     monkeypatch.setenv("FUSEDCONVBN_ISA", "mmx")
-    with pytest.raises(ValueError, match=r"FUSEDCONVBN_ISA must be generic, avx2 or avx512\. Received: mmx"):
+    with pytest.raises(ValueError, match=r"FUSEDCONVBN_ISA must be one of generic, avx2, avx512, amx\. Received: mmx"):
         plan()
 
 

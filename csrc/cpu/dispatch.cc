@@ -88,6 +88,21 @@ bool backward_depthwise_applies(const ConvBnParams& p) {
   return depthwise_applies(p) && (!p.training || has_conv_out(p));
 }
 
+// Products on AMX: lines that fit a strip, and little padding between them.
+bool amx_applies(const ConvBnParams& p) {
+  constexpr int64_t kMaxWidth = 4096, kMaxPadding = 32, kMaxHeight = 64;
+  return p.dtype == DType::kBFloat16 && p.groups == 1 && p.out_width <= kMaxWidth &&
+         (p.filter_height - 1) * p.dilation_height <= kMaxHeight &&
+         std::max({(p.filter_width - 1) * p.dilation_width, p.pad_left, p.pad_right}) <= kMaxPadding;
+}
+// With frozen statistics the gradient of z is not rounded: the stages do that.
+bool amx_backward_applies(const ConvBnParams& p) {
+  return amx_applies(p) && has_conv_out(p) && p.data_format == DataFormat::kNHWC && p.pixels() > 0;
+}
+bool suits_amx(const ConvBnParams& p) {
+  return p.algorithm != Algorithm::kWinograd2 && p.algorithm != Algorithm::kWinograd4;
+}
+
 size_t no_scratch(const ConvBnParams&, const DeviceInfo&) { return 0; }
 
 Status run_forward_reference(const StageCall& call) { return reference_forward(call.params, *call.forward); }
@@ -145,8 +160,22 @@ Kernel saving_moments(Kernel row) {
       FCB_ROW(wgrad_direct, kWgrad, any_problem, any_problem, isa, Isa_),                                \
       FCB_ROW(backward_depthwise, kBackward, backward_depthwise_applies, any_problem, isa, Isa_)
 
+// Their kernels are those of AMX: the name says it once.
+#define FCB_AMX_ROW(name, stage, applies)      \
+  {#name,                                      \
+   Stage::stage,                               \
+   Isa::kAmx,                                  \
+   applies,                                    \
+   suits_amx,                                  \
+   scratch_with<&kKernelsAmx, name##_scratch>, \
+   run_with<&kKernelsAmx, run_##name>}
+
 const std::vector<Kernel>& kernel_table() {
   static const std::vector<Kernel> table = {
+#if defined(__x86_64__) && !defined(FUSEDCONVBN_NO_AMX)
+      FCB_AMX_ROW(forward_direct_amx, kForward, amx_applies),
+      FCB_AMX_ROW(backward_direct_amx, kBackward, amx_backward_applies),
+#endif
 #if defined(__x86_64__)
       FCB_ROWS(avx512, Avx512),
       FCB_ROWS(avx2, Avx2),
@@ -177,6 +206,7 @@ const char* name_of(Isa isa) {
     case Isa::kGeneric: return "generic";
     case Isa::kAvx2: return "avx2";
     case Isa::kAvx512: return "avx512";
+    case Isa::kAmx: return "amx";
   }
   return "";
 }
