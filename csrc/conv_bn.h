@@ -28,7 +28,8 @@ enum class Save { kConv, kBFloat16, kRecompute };
 // What forward in training leaves in conv_out for backward: nothing, z, or the second moments of the inputs, from which
 // backward needs no z (cpu/gram.h).
 enum class Saved { kNothing, kConv, kMoments };
-enum class Isa { kGeneric, kAvx2, kAvx512 };
+enum class Isa { kGeneric, kAvx2, kAvx512, kAmx };  // each has what those before it have
+constexpr Isa kIsas[] = {Isa::kGeneric, Isa::kAvx2, Isa::kAvx512, Isa::kAmx};
 
 struct Status {
   std::string message;  // empty: success
@@ -123,7 +124,7 @@ struct DeviceInfo {
   int threads = 1;          // how many run_*'s ParallelFor may run at once
 };
 
-// What this machine offers; the environment variable FUSEDCONVBN_ISA (generic, avx2, avx512) lowers it.
+// What this machine offers; the environment variable FUSEDCONVBN_ISA (generic, avx2, avx512, amx) lowers it.
 Status detect_device(int threads, DeviceInfo* device);
 
 // How many of `threads` shorten a call: work for less than some microseconds is done before another thread has begun.

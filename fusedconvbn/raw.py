@@ -19,7 +19,7 @@ from fusedconvbn import _arguments, _load
 
 _DTYPES = ("float32", "float64", "float16", "bfloat16")  # in the order of the core's `enum class DType`
 _PADDINGS = ("VALID", "SAME", "EXPLICIT")  # of `enum class Padding`
-_ISAS = ("generic", "avx2", "avx512")
+_ISAS = ("generic", "avx2", "avx512", "amx")
 _SAVED = ("nothing", "conv", "moments")  # of `enum class Saved`
 _MAX_THREADS = 1024
 
@@ -87,8 +87,8 @@ def plan(
         direction: "forward" or "backward".
         saved: Backward, in training: what the forward plan's `saved` was, "conv", "moments" or "nothing". With
             "moments", the output is taken to be at hand.
-        isa: The best instruction set that may be used: "generic", "avx2" or "avx512"; None: the machine's best. The
-            environment variable FUSEDCONVBN_ISA lowers what the machine is taken to have.
+        isa: The best instruction set that may be used: "generic", "avx2", "avx512" or "amx"; None: the machine's best.
+            The environment variable FUSEDCONVBN_ISA lowers what the machine is taken to have.
         kernel: A name that `kernels()` lists, used for the stage that it serves; None: the first of each stage that
             supports the problem. The environment variable FUSEDCONVBN_KERNEL does the same.
         threads: How many threads are to run it.

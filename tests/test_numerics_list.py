@@ -77,7 +77,8 @@ BACKWARD = pytest.mark.parametrize(("case", "run"), copying_runs("backward", SMA
 
 def test_every_kernel_can_copy():
     met = {name for mark in (FORWARD, BACKWARD) for param in mark.args[1] for name in param.values[1].planned}
-    assert {row.name for row in raw.kernels() if row.available} <= met
+    exact = {row.name for row in raw.kernels() if row.available and not row.name.endswith("_direct_amx")}  # float32's
+    assert exact <= met
 
 
 @pytest.mark.parametrize("mean", [0, 10, 1e2, 1e3, 1e4])

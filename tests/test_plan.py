@@ -19,10 +19,10 @@ def plan(**options):
 
 
 def test_is_printable():
-    text = str(plan(isa="generic"))
+    text = str(plan(isa="generic", algorithm="direct"))
     assert "forward_direct_generic" in text
-    assert f"workspace {plan(isa='generic').workspace_bytes} bytes" in text
-    assert text in repr(plan(isa="generic"))
+    assert f"workspace {plan(isa='generic', algorithm='direct').workspace_bytes} bytes" in text
+    assert text in repr(plan(isa="generic", algorithm="direct"))
 
 
 @pytest.mark.parametrize("direction", ["forward", "backward"])
@@ -75,15 +75,16 @@ PAYS = ((2, 14, 14, 32), (3, 3, 32, 40), {"padding": "SAME"})
         ((2, 14, 14, 64), (3, 3, 32, 40), {"padding": "SAME"}, "direct"),  # two groups
         ((2, 14, 14, 32), (3, 1, 32, 40), {"padding": "SAME"}, "direct"),
         ((2, 14, 14, 32), (5, 5, 32, 40), {"padding": "SAME"}, "direct"),
-        ((2, 14, 14, 24), (3, 3, 24, 40), {"padding": "SAME"}, "direct"),  # too few channels for it to pay
+        ((2, 14, 14, 40), (3, 3, 40, 15), {"padding": "SAME"}, "direct"),  # too few channels for it to pay
         ((2, 14, 14, 3), (3, 3, 3, 40), {"padding": "SAME", "algorithm": "winograd2"}, "winograd2"),
-        ((1, 7, 7, 64), (3, 3, 64, 64), {"padding": "SAME"}, "direct"),  # too few pixels
+        ((1, 2, 2, 64), (3, 3, 64, 64), {"padding": "SAME"}, "direct"),  # too few pixels
+        ((32, 2, 2, 64), (3, 3, 64, 64), {"padding": "SAME"}, "winograd2"),  # most of 4x4 tiles would be empty
     ],
     ids=str,
 )
 @pytest.mark.parametrize("direction", ["forward", "backward"])
 def test_algorithm(inputs, filters, attributes, expected, direction):
-    kernels = raw.plan(inputs, filters, training=True, direction=direction, **attributes).kernels
+    kernels = raw.plan(inputs, filters, training=True, direction=direction, isa="generic", **attributes).kernels
     algorithms = {name.split("_")[0]: name.split("_")[1] for name in kernels}
     gradients = {"reduce": "direct", "dgrad": expected, "wgrad": expected}
     wanted = {"forward": expected} if direction == "forward" else gradients
@@ -123,13 +124,13 @@ def test_isa(isa, available_isas):
     assert all(name.endswith(isa) for name in plan(isa=isa, direction="backward").kernels)
 
 
-@pytest.mark.parametrize("isa", ["generic", "avx2", "avx512"])
+@pytest.mark.parametrize("isa", ["generic", "avx2", "avx512", "amx"])
 def test_isa_by_environment(isa, available_isas, monkeypatch):
     if isa not in available_isas:
         pytest.skip(f"this machine has no {isa}")
     monkeypatch.setenv("FUSEDCONVBN_ISA", isa)
-    assert all(name.endswith(isa) for name in plan(direction="backward").kernels)
-    order = ("generic", "avx2", "avx512")
+    assert all(name.endswith(isa) for name in plan(direction="backward", training=True, dtype="bfloat16").kernels)
+    order = ("generic", "avx2", "avx512", "amx")
     assert {row.isa for row in raw.kernels() if row.available} == set(order[: order.index(isa) + 1])
 
 
@@ -141,7 +142,7 @@ def test_environment_limits_the_argument(monkeypatch):
 
 def test_unknown_isa_in_the_environment(monkeypatch):
     monkeypatch.setenv("FUSEDCONVBN_ISA", "mmx")
-    with pytest.raises(ValueError, match=r"FUSEDCONVBN_ISA must be generic, avx2 or avx512\. Received: mmx"):
+    with pytest.raises(ValueError, match=r"FUSEDCONVBN_ISA must be one of generic, avx2, avx512, amx\. Received: mmx"):
         plan()
 
 

@@ -10,7 +10,10 @@ from fusedconvbn import raw
 
 KERNELS = raw.kernels()
 CASES = op_cases()[::17]
+AMX_CASES = [case for case in op_cases() if case.dtype == "bf16" and case.groups == 1]
 SPECIAL_CASES = {  # by a word in the names of the rows that serve no others
+    "backward_direct_amx": [case for case in AMX_CASES if case.training and case.data_format == "NHWC"],
+    "amx": AMX_CASES[::2],
     "winograd": [replace(case, isa=None) for case in winograd_cases()[::23]],
     "depthwise": [replace(case, isa=None) for case in depthwise_cases()[::5]],
     "columns": [case for case in op_cases() if case.groups == 1][::13],

@@ -6,6 +6,8 @@
 #include <algorithm>
 #include <vector>
 
+#include "amx_convolve.h"
+#include "amx_dgrad.h"
 #include "compute_type.h"
 #include "convolve.h"
 #include "stages.h"
@@ -45,14 +47,13 @@ Image<C> phase_image(const void* data, const Storage<C>& storage, const ConvBnPa
 template <class C, template <class> class Conv>
 class Phase {
  public:
-  Phase(const KernelSet& set, const ConvBnParams& p, const void* conv_grad, const void* d_inputs, int64_t height,
+  Phase(const KernelSet& set, const ConvBnParams& p, const Image<C>& conv_grad, const void* d_inputs, int64_t height,
         int64_t width)
       : p_(p),
         k_(compute_kernels<C>(set)),
         storage_(storage_of<C>(set, p.dtype)),
         output_(phase_image<C>(d_inputs, storage_, p, height, width)),
-        convolution_(k_, storage_, source(conv_grad), windows(height, width), {p.groups, p.group_out(), p.group_in()}) {
-  }
+        convolution_(k_, storage_, conv_grad, windows(height, width), {p.groups, p.group_out(), p.group_in()}) {}
 
   size_t scratch_bytes(int workers) const {
     Arena arena, zeros;
@@ -78,11 +79,6 @@ class Phase {
       const int64_t first = block * kBlockRows, rows = std::min(kBlockRows, pixels - first);
       output_.write(first, rows, 0, p_.in_channels, {zeros, 0});
     });
-  }
-
-  Image<C> source(const void* conv_grad) const {
-    return Image<C>(conv_grad, {{}, sizeof(C), true},
-                    image_grid(DataFormat::kNHWC, p_.batch, p_.out_height, p_.out_width, p_.out_channels));
   }
 
   Windows windows(int64_t height, int64_t width) {
@@ -115,26 +111,38 @@ std::vector<int64_t> distinct_phases(int64_t in, int64_t filter, int64_t stride,
   return phases;
 }
 
+template <class C, template <class> class Conv>
+size_t scratch_as(const KernelSet& set, const ConvBnParams& p, const Image<C>& conv_grad, int workers) {
+  size_t bytes = 0;
+  for (int64_t h : distinct_phases(p.in_height, p.filter_height, p.stride_height, p.dilation_height, p.pad_top))
+    for (int64_t w : distinct_phases(p.in_width, p.filter_width, p.stride_width, p.dilation_width, p.pad_left))
+      bytes = std::max(bytes, Phase<C, Conv>(set, p, conv_grad, nullptr, h, w).scratch_bytes(workers));
+  return bytes;
+}
+
+template <class C, template <class> class Conv>
+void run_as(const KernelSet& set, const ConvBnParams& p, const Image<C>& conv_grad, const BackwardBuffers& b,
+            int workers, char* scratch, ParallelFor* parallel) {
+  for (int64_t h = 0; h < std::min(p.stride_height, p.in_height); ++h)
+    for (int64_t w = 0; w < std::min(p.stride_width, p.in_width); ++w)
+      Phase<C, Conv>(set, p, conv_grad, b.d_inputs, h, w).run(b.filters, workers, scratch, parallel);
+}
+
 template <template <class> class Conv>
 size_t scratch_of(const KernelSet& set, const ConvBnParams& p, const DeviceInfo& device) {
   return with_compute_type(p.dtype, [&](auto c) {
-    size_t bytes = 0;
-    for (int64_t h : distinct_phases(p.in_height, p.filter_height, p.stride_height, p.dilation_height, p.pad_top))
-      for (int64_t w : distinct_phases(p.in_width, p.filter_width, p.stride_width, p.dilation_width, p.pad_left))
-        bytes = std::max(bytes, Phase<decltype(c), Conv>(set, p, nullptr, nullptr, h, w).scratch_bytes(device.threads));
-    return bytes;
+    using C = decltype(c);
+    return scratch_as<C, Conv>(set, p, conv_grad_image<C>(set, p, nullptr), device.threads);
   });
 }
 
 template <template <class> class Conv>
 Status run_with(const KernelSet& set, const StageCall& call) {
   if (call.backward->d_inputs == nullptr) return Status{};
-  const ConvBnParams& p = call.params;
-  with_compute_type(p.dtype, [&](auto c) {
-    for (int64_t h = 0; h < std::min(p.stride_height, p.in_height); ++h)
-      for (int64_t w = 0; w < std::min(p.stride_width, p.in_width); ++w)
-        Phase<decltype(c), Conv>(set, p, call.conv_grad, call.backward->d_inputs, h, w)
-            .run(call.backward->filters, call.device.threads, call.scratch, call.parallel);
+  with_compute_type(call.params.dtype, [&](auto c) {
+    using C = decltype(c);
+    run_as<C, Conv>(set, call.params, conv_grad_image<C>(set, call.params, call.conv_grad), *call.backward,
+                    call.device.threads, call.scratch, call.parallel);
   });
   return Status{};
 }
@@ -149,6 +157,13 @@ size_t dgrad_winograd2_scratch(const KernelSet& set, const ConvBnParams& p, cons
 }
 size_t dgrad_winograd4_scratch(const KernelSet& set, const ConvBnParams& p, const DeviceInfo& device) {
   return scratch_of<Winograd4>(set, p, device);
+}
+size_t dgrad_amx_scratch(const KernelSet& set, const ConvBnParams& p, const Image<float>& conv_grad, int workers) {
+  return scratch_as<float, AmxConvolution>(set, p, conv_grad, workers);
+}
+void run_dgrad_amx(const KernelSet& set, const ConvBnParams& p, const Image<float>& conv_grad, const BackwardBuffers& b,
+                   int workers, char* scratch, ParallelFor* parallel) {
+  run_as<float, AmxConvolution>(set, p, conv_grad, b, workers, scratch, parallel);
 }
 Status run_dgrad_direct(const KernelSet& set, const StageCall& call) { return run_with<Convolution>(set, call); }
 Status run_dgrad_winograd2(const KernelSet& set, const StageCall& call) { return run_with<Winograd2>(set, call); }

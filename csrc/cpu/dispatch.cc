@@ -1,5 +1,7 @@
 #include "dispatch.h"
 
+#include <algorithm>
+
 #include "../reference.h"
 #include "../shape.h"
 #include "kernels.h"
@@ -12,21 +14,46 @@ namespace {
 bool any_problem(const ConvBnParams&) { return true; }
 bool no_problem(const ConvBnParams&) { return false; }
 
-// Where the transforms cost less than the products they save: F(2x2) has 2.25 times fewer, F(4x4) 4 times.
+// Estimated time of a 3x3 convolution, in ns for each pair of an input and an output channel, from measurements with
+// AVX-512: `elements` of a filter as the algorithm wants it, 9 or (M+2)^2, are each multiplied once a tile (a pixel
+// where there are no transforms), and made or read once, at a price.
+double cost(int64_t elements, int64_t tiles, double product, double filter) {
+  return static_cast<double>(elements) * (filter + product * static_cast<double>(tiles));
+}
+
+// Of a convolution with these outputs, by F(MxM, 3x3), or direct where M is 1.
+double convolution_cost(int64_t m, int64_t batch, int64_t height, int64_t width, double filter) {
+  constexpr double kProduct = 0.0125, kTransformed = 1.15 * kProduct;  // ns: 160 GFLOP/s, and transforms with them
+  const int64_t tiles = batch * ((height + m - 1) / m) * ((width + m - 1) / m);
+  return m == 1 ? cost(9, tiles, kProduct, filter) : cost((m + 2) * (m + 2), tiles, kTransformed, filter);
+}
+
+// Whether F(MxM, 3x3) is the fastest algorithm by far enough, if `filter` is the price of an element of a filter.
 template <int M>
-bool suits_winograd(const ConvBnParams& p, int64_t height, int64_t width) {
-  constexpr int64_t kMinChannels = 32, kMinPixels = 192;
+bool suits_winograd(const ConvBnParams& p, int64_t height, int64_t width, double filter) {
+  constexpr int64_t kMinChannels = 16;
+  constexpr double kMargin = 1.08;  // over the direct algorithm
   if (p.algorithm != Algorithm::kAuto) return p.algorithm == (M == 2 ? Algorithm::kWinograd2 : Algorithm::kWinograd4);
-  return !(M == 4 && p.strict) && p.in_channels >= kMinChannels && p.out_channels >= kMinChannels &&
-         p.batch * height * width >= kMinPixels;
+  if ((M == 4 && p.strict) || std::min(p.in_channels, p.out_channels) < kMinChannels) return false;
+  const auto of = [&](int64_t m) { return convolution_cost(m, p.batch, height, width, filter); };
+  return kMargin * of(M) <= of(1) && (M == 2 || of(4) <= of(2));
+}
+// Transformed filters are dear where they leave the caches.
+double transform_cost(const ConvBnParams& p) {
+  constexpr int64_t kCached = 128 << 10;  // filters of 3x3
+  return p.in_channels * p.out_channels > kCached ? 0.7 : 0.25;
 }
 template <int M>
 bool forward_winograd(const ConvBnParams& p) {
-  return suits_winograd<M>(p, p.out_height, p.out_width);
+  return suits_winograd<M>(p, p.out_height, p.out_width, transform_cost(p));
 }
 template <int M>
 bool dgrad_winograd(const ConvBnParams& p) {
-  return suits_winograd<M>(p, p.in_height, p.in_width);
+  return suits_winograd<M>(p, p.in_height, p.in_width, transform_cost(p));
+}
+template <int M>
+bool wgrad_winograd(const ConvBnParams& p) {
+  return suits_winograd<M>(p, p.out_height, p.out_width, 0.1);  // sums are transformed in cache
 }
 
 // The second moments serve 1x1 filters whose data needs no conversion.
@@ -48,12 +75,32 @@ bool suits_moments(const ConvBnParams& p) {
          p.pixels() * p.out_channels * 4 >= kMinBytes && p.pixels() >= kMinPixelsPerChannel * p.in_channels;
 }
 bool one_group(const ConvBnParams& p) { return p.groups == 1; }
-// Where the direct algorithm would fill at most half the columns of a panel.
-bool few_input_channels(const ConvBnParams& p) { return p.in_channels <= 16; }
+// Where the direct algorithm would fill at most half the columns of a panel, and a window's lines of phases are short.
+bool few_input_channels(const ConvBnParams& p) {
+  constexpr int64_t kMaxStep = 8;
+  for (int64_t step : {p.stride_height, p.stride_width, p.dilation_height, p.dilation_width})
+    if (step > kMaxStep) return false;
+  return p.in_channels <= 16;
+}
 
 // It reads z where there is one, and recomputes it with frozen statistics.
 bool backward_depthwise_applies(const ConvBnParams& p) {
   return depthwise_applies(p) && (!p.training || has_conv_out(p));
+}
+
+// Products on AMX: lines that fit a strip, and little padding between them.
+bool amx_applies(const ConvBnParams& p) {
+  constexpr int64_t kMaxWidth = 4096, kMaxPadding = 32, kMaxHeight = 64;
+  return p.dtype == DType::kBFloat16 && p.groups == 1 && p.out_width <= kMaxWidth &&
+         (p.filter_height - 1) * p.dilation_height <= kMaxHeight &&
+         std::max({(p.filter_width - 1) * p.dilation_width, p.pad_left, p.pad_right}) <= kMaxPadding;
+}
+// With frozen statistics the gradient of z is not rounded: the stages do that.
+bool amx_backward_applies(const ConvBnParams& p) {
+  return amx_applies(p) && has_conv_out(p) && p.data_format == DataFormat::kNHWC && p.pixels() > 0;
+}
+bool suits_amx(const ConvBnParams& p) {
+  return p.algorithm != Algorithm::kWinograd2 && p.algorithm != Algorithm::kWinograd4;
 }
 
 size_t no_scratch(const ConvBnParams&, const DeviceInfo&) { return 0; }
@@ -108,13 +155,27 @@ Kernel saving_moments(Kernel row) {
       FCB_ROW(dgrad_winograd2, kDgrad, winograd_applies, dgrad_winograd<2>, isa, Isa_),                  \
       FCB_ROW(dgrad_columns, kDgrad, one_group, few_input_channels, isa, Isa_),                          \
       FCB_ROW(dgrad_direct, kDgrad, any_problem, any_problem, isa, Isa_),                                \
-      FCB_ROW(wgrad_winograd4, kWgrad, winograd_applies, forward_winograd<4>, isa, Isa_),                \
-      FCB_ROW(wgrad_winograd2, kWgrad, winograd_applies, forward_winograd<2>, isa, Isa_),                \
+      FCB_ROW(wgrad_winograd4, kWgrad, winograd_applies, wgrad_winograd<4>, isa, Isa_),                  \
+      FCB_ROW(wgrad_winograd2, kWgrad, winograd_applies, wgrad_winograd<2>, isa, Isa_),                  \
       FCB_ROW(wgrad_direct, kWgrad, any_problem, any_problem, isa, Isa_),                                \
       FCB_ROW(backward_depthwise, kBackward, backward_depthwise_applies, any_problem, isa, Isa_)
 
+// Their kernels are those of AMX: the name says it once.
+#define FCB_AMX_ROW(name, stage, applies)      \
+  {#name,                                      \
+   Stage::stage,                               \
+   Isa::kAmx,                                  \
+   applies,                                    \
+   suits_amx,                                  \
+   scratch_with<&kKernelsAmx, name##_scratch>, \
+   run_with<&kKernelsAmx, run_##name>}
+
 const std::vector<Kernel>& kernel_table() {
   static const std::vector<Kernel> table = {
+#if defined(__x86_64__) && !defined(FUSEDCONVBN_NO_AMX)
+      FCB_AMX_ROW(forward_direct_amx, kForward, amx_applies),
+      FCB_AMX_ROW(backward_direct_amx, kBackward, amx_backward_applies),
+#endif
 #if defined(__x86_64__)
       FCB_ROWS(avx512, Avx512),
       FCB_ROWS(avx2, Avx2),
@@ -145,6 +206,7 @@ const char* name_of(Isa isa) {
     case Isa::kGeneric: return "generic";
     case Isa::kAvx2: return "avx2";
     case Isa::kAvx512: return "avx512";
+    case Isa::kAmx: return "amx";
   }
   return "";
 }

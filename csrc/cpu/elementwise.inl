@@ -1,14 +1,31 @@
 // Everything that is computed element by element on a block, or summed over its rows.
 
+constexpr int64_t kFetchBytes = 8192;
+
+template <class T>
+FCB_INLINE const T* row(const void* block, int64_t r, int64_t ld) {
+  return static_cast<const T*>(block) + r * ld;
+}
+template <class T>
+FCB_INLINE T* row(void* block, int64_t r, int64_t ld) {
+  return static_cast<T*>(block) + r * ld;
+}
+
+// Asks for 16-bit numbers that are read some 8 KiB later, in blocks of whole rows.
+template <class C, class T>
+FCB_INLINE void fetch_ahead(const void* block, int64_t r, int64_t ld, int64_t c) {
+  if constexpr (!__is_same(C, T)) __builtin_prefetch(row<T>(block, r, ld) + c + kFetchBytes / sizeof(T));
+}
+
 // Calls f(read, write, column) for each vector of columns; the last one may be a part.
 template <class C, class F>
 FCB_INLINE void for_vectors(int64_t cols, F f) {
   int64_t c = 0;
   for (; c + kLanes<C> <= cols; c += kLanes<C>)
-    f([](const C* p) { return load(p); }, [](C* p, Vector<C> v) { store(p, v); }, c);
+    f([](const auto* p) { return load(p); }, [](auto* p, Vector<C> v) { store(p, v); }, c);
   if (c == cols) return;
   const int64_t part = cols - c;
-  f([part](const C* p) { return load_part(p, part); }, [part](C* p, Vector<C> v) { store_part(p, v, part); }, c);
+  f([part](const auto* p) { return load_part(p, part); }, [part](auto* p, Vector<C> v) { store_part(p, v, part); }, c);
 }
 
 // The sums over the rows of f(column vector of a row), in four parts: one would wait for each addition, and err more.
@@ -29,15 +46,19 @@ static void moments(const C* block, int64_t ld, int64_t rows, int64_t cols, C* m
   for_vectors<C>(cols, [&](auto read, auto write, int64_t c) {
     const Vector<C> count = Vector<C>{} + C(rows);
     const Vector<C> m = sum_rows<C>(rows, [&](int64_t r) { return read(block + r * ld + c); }) / count;
-    // rows times the rounding error of m; corrected by it, both results are exact to the last bits.
-    const Vector<C> rest = sum_rows<C>(rows, [&](int64_t r) { return read(block + r * ld + c) - m; });
-    const Vector<C> square = sum_rows<C>(rows, [&](int64_t r) {
+    // rest: rows times the rounding error of m; corrected by it, both results are exact to the last bits.
+    Vector<C> rest[2] = {}, square[2] = {};
+    const auto add = [&](int64_t r, int i) {
       const Vector<C> d = read(block + r * ld + c) - m;
-      return d * d;
-    });
-    const Vector<C> error = rest / count, better = m + error;
+      rest[i] += d;
+      square[i] += d * d;
+    };
+    int64_t r = 0;
+    for (; r + 2 <= rows; r += 2) add(r, 0), add(r + 1, 1);
+    if (r < rows) add(r, 0);
+    const Vector<C> all = rest[0] + rest[1], error = all / count, better = m + error;
     write(mean + c, error == error ? better : m);  // an infinite m stays: its error is NaN
-    write(squares + c, square - error * rest);
+    write(squares + c, square[0] + square[1] - error * all);
   });
 }
 
@@ -56,9 +77,9 @@ FCB_INLINE void affine_block(AffineBlock<C> b) {
     for_vectors<C>(b.cols, [&](auto read, auto write, int64_t c) {
       const Vector<C> mean = read(b.mean + c), scale = read(b.scale + c), beta = read(b.beta + c);
       for (int64_t r = first; r < end; ++r) {
-        Vector<C> u = (read(b.z + r * b.ld_z + c) - mean) * scale + beta;
-        if (b.residual) u += read(b.residual + r * b.ld_residual + c);
-        C* y = b.y + r * b.ld_y + c;
+        Vector<C> u = (read(row<C>(b.z, r, b.ld_z) + c) - mean) * scale + beta;
+        if (b.residual) u += read(row<C>(b.residual, r, b.ld_residual) + c);
+        C* y = row<C>(b.y, r, b.ld_y) + c;
         if constexpr (Stream) {
           stream(y, activate<A, C>(u));
         } else {
@@ -77,23 +98,23 @@ static void affine(const AffineBlock<C>& b) {
   end_streaming();
 }
 
-// du of one vector of channels, whose constants are given.
-template <class C, Activation A, Preactivation P, class Read>
+// du of one vector of channels, whose constants are given; T: of memory.
+template <class C, class T, Activation A, Preactivation P, class Read>
 FCB_INLINE Vector<C> gradient_of_u(const GradientBlock<C>& b, Read read, int64_t r, int64_t c, Vector<C> centered,
                                    Vector<C> scale, Vector<C> beta) {
-  const Vector<C> dy = read(b.dy + r * b.ld_dy + c);
+  const Vector<C> dy = read(row<T>(b.dy, r, b.ld_dy) + c);
   if constexpr (A == Activation::kNone) {
     return dy;
   } else if constexpr (P == Preactivation::kOutput) {
-    return dy * derivative_of_output<A, C>(read(b.extra + r * b.ld_extra + c));
+    return dy * derivative_of_output<A, C>(read(row<T>(b.extra, r, b.ld_extra) + c));
   } else {
     Vector<C> u = centered * scale + beta;
-    if constexpr (P == Preactivation::kConvAndResidual) u += read(b.extra + r * b.ld_extra + c);
+    if constexpr (P == Preactivation::kConvAndResidual) u += read(row<T>(b.extra, r, b.ld_extra) + c);
     return dy * derivative<A, C>(u);
   }
 }
 
-template <class C, Activation A, Preactivation P>
+template <class C, class T, Activation A, Preactivation P>
 static void reduce(const GradientBlock<C>& block) {
   const GradientBlock<C> b = block;
   for_row_groups(b.rows, [&](int64_t first, int64_t end) {
@@ -101,8 +122,10 @@ static void reduce(const GradientBlock<C>& block) {
       const Vector<C> mean = read(b.mean + c), scale = read(b.scale + c), beta = read(b.beta + c);
       Vector<C> sum_du{}, sum_du_z{}, sum_z{};
       for (int64_t r = first; r < end; ++r) {
-        const Vector<C> centered = read(b.z + r * b.ld_z + c) - mean;
-        const Vector<C> du = gradient_of_u<C, A, P>(b, read, r, c, centered, scale, beta);
+        fetch_ahead<C, T>(b.z, r, b.ld_z, c);
+        fetch_ahead<C, T>(b.dy, r, b.ld_dy, c);
+        const Vector<C> centered = read(row<T>(b.z, r, b.ld_z) + c) - mean;
+        const Vector<C> du = gradient_of_u<C, T, A, P>(b, read, r, c, centered, scale, beta);
         sum_du += du;
         sum_du_z += du * centered;
         sum_z += centered;
@@ -114,7 +137,8 @@ static void reduce(const GradientBlock<C>& block) {
   });
 }
 
-template <class C, Activation A, Preactivation P>
+// T: of memory, D: of the gradient of z.
+template <class C, class T, class D, Activation A, Preactivation P>
 static void apply(const GradientBlock<C>& block) {
   const GradientBlock<C> b = block;
   for_row_groups(b.rows, [&](int64_t first, int64_t end) {
@@ -123,11 +147,13 @@ static void apply(const GradientBlock<C>& block) {
       const Vector<C> slope = read(b.slope + c), curve = b.curve ? read(b.curve + c) : slope,
                       offset = b.curve ? read(b.offset + c) : slope;
       for (int64_t r = first; r < end; ++r) {
-        const Vector<C> centered = read(b.z + r * b.ld_z + c) - mean;
-        const Vector<C> du = gradient_of_u<C, A, P>(b, read, r, c, centered, scale, beta);
-        if (b.d_residual) write(b.d_residual + r * b.ld_d_residual + c, du);
+        fetch_ahead<C, T>(b.z, r, b.ld_z, c);
+        fetch_ahead<C, T>(b.dy, r, b.ld_dy, c);
+        const Vector<C> centered = read(row<T>(b.z, r, b.ld_z) + c) - mean;
+        const Vector<C> du = gradient_of_u<C, T, A, P>(b, read, r, c, centered, scale, beta);
+        if (b.d_residual) write(row<T>(b.d_residual, r, b.ld_d_residual) + c, du);
         const Vector<C> d_conv = slope * du;
-        write(b.d_conv + r * b.ld_d_conv + c, b.curve ? d_conv + (curve * centered + offset) : d_conv);
+        write(row<D>(b.d_conv, r, b.ld_d_conv) + c, b.curve ? d_conv + (curve * centered + offset) : d_conv);
       }
     });
   });

@@ -3,6 +3,7 @@
 #include <cstring>
 #include <vector>
 
+#include "amx_convolve.h"
 #include "compute_type.h"
 #include "convolve.h"
 #include "depthwise.h"
@@ -62,16 +63,11 @@ class Forward {
   // Without pixels there is nothing to learn: the moving statistics stay.
   void train(ParallelFor* parallel) const {
     if (p_.pixels() == 0) return keep_moving_statistics();
-    const auto save = [this](const Tile<C>& t) {
-      conv_out_.write(t.first, t.rows, t.channel, t.cols, {t.data, t.ld});
-      // The statistics are those of z as stored.
-      if (conv_out_.rounds()) conv_out_.copy(t.first, t.rows, t.channel, t.cols, {t.data, t.ld});
-    };
     const auto measure = [this](const Tile<C>& t) {
       const int64_t at = t.block * p_.out_channels + t.channel;
       k_.moments(t.data, t.ld, t.rows, t.cols, moments_.mean + at, moments_.squares + at);
     };
-    convolve(parallel, {save, measure});
+    convolve(parallel, {[this](const Tile<C>& t) { save(t); }, measure});
     parallel->run(ceil_div(p_.out_channels, kChannelChunk), [&](int64_t chunk, int) { learn(chunk * kChannelChunk); });
     normalize_all(parallel);
   }
@@ -146,21 +142,34 @@ class Forward {
     static_cast<C*>(to)[c] = static_cast<C>(p_.momentum * old + (1 - p_.momentum) * value);
   }
 
+  // Stores z, and leaves in the tile what was stored: the statistics are of that.
+  void save(const Tile<C>& t) const {
+    if (conv_out_.in_place())
+      return conv_out_.in_place_kernels().round(t.data, t.ld, t.rows, t.cols, conv_out_.address(t.first, t.channel),
+                                                conv_out_.ld(), conv_out_.streams(t.channel, t.cols));
+    conv_out_.write(t.first, t.rows, t.channel, t.cols, {t.data, t.ld});
+    if (conv_out_.rounds()) conv_out_.copy(t.first, t.rows, t.channel, t.cols, {t.data, t.ld});
+  }
+
   // The blocks written last are still in cache and come first.
   void normalize_all(ParallelFor* parallel) const {
-    const int64_t width = conv_out_.direct() ? p_.out_channels : columns();
+    const int64_t width = conv_out_.direct() || conv_out_.in_place() ? p_.out_channels : columns();
     const int64_t chunks = ceil_div(p_.out_channels, width), blocks = ceil_div(p_.pixels(), kBlockRows);
     parallel->run(blocks * chunks, [&](int64_t task, int worker) {
       const int64_t first = (blocks - 1 - task / chunks) * kBlockRows, channel = task % chunks * width;
       const int64_t rows = std::min(kBlockRows, p_.pixels() - first);
       const int64_t cols = std::min(width, p_.out_channels - channel);
-      const Block<C> z = conv_out_.read(first, rows, channel, cols, z_[worker]);
-      normalize(z, {z_[worker], cols, first, rows, channel, cols, 0, worker});
+      const Tile<C> tile{z_[worker], cols, first, rows, channel, cols, 0, worker};
+      if (conv_out_.in_place())
+        normalize_in_place(output_.in_place_kernels().affine, conv_out_.address(first, 0), conv_out_.ld(), tile);
+      else
+        normalize(conv_out_.read(first, rows, channel, cols, z_[worker]), tile);
     });
   }
 
   // output = activation((z - mean) * scale + beta + residual), computed in the tile where it cannot be in place.
   void normalize(const Block<C>& z, const Tile<C>& t) const {
+    if (output_.in_place()) return normalize_in_place(output_.in_place_kernels().affine_of_tile, z.data, z.ld, t);
     Block<C> extra{nullptr, 0};
     if (residual_.present()) extra = residual_.read(t.first, t.rows, t.channel, t.cols, extra_[t.worker]);
     const Block<C> y = output_.target(t.first, t.channel, {t.data, t.ld});
@@ -169,6 +178,16 @@ class Forward {
                                                 static_cast<const C*>(b_.beta) + t.channel,
                                                 output_.streams(t.channel, t.cols)});
     output_.write(t.first, t.rows, t.channel, t.cols, y);
+  }
+
+  // The same where 16-bit numbers lie in rows.
+  template <class Table>
+  void normalize_in_place(const Table& table, const void* z, int64_t ld_z, const Tile<C>& t) const {
+    const void* residual = residual_.present() ? residual_.address(t.first, t.channel) : nullptr;
+    table[static_cast<int>(p_.activation)](
+        {z, ld_z, residual, residual_.ld(), output_.address(t.first, t.channel), output_.ld(), t.rows, t.cols,
+         static_cast<const C*>(b_.batch_mean) + t.channel, scale_ + t.channel,
+         static_cast<const C*>(b_.beta) + t.channel, output_.streams(t.channel, t.cols)});
   }
 
   const ConvBnParams& p_;
@@ -287,18 +306,21 @@ size_t packed_of(const KernelSet& set, const ConvBnParams& p, const DeviceInfo& 
   return measure<Conv>(set, p, device, [](const auto& forward) { return forward.packed_bytes(); });
 }
 
+template <class C, template <class> class Conv>
+void run_as(const KernelSet& set, const StageCall& call) {
+  const Forward<C, Conv> forward(set, call.params, call.device, forward_buffers(call), conv_out_image<C>(set, call),
+                                 call.scratch);
+  if (call.backward)
+    forward.recompute(call.parallel);
+  else if (call.params.training)
+    forward.train(call.parallel);
+  else
+    forward.infer(call.parallel);
+}
+
 template <template <class> class Conv>
 Status run_with(const KernelSet& set, const StageCall& call) {
-  with_compute_type(call.params.dtype, [&](auto c) {
-    const Forward<decltype(c), Conv> forward(set, call.params, call.device, forward_buffers(call),
-                                             conv_out_image<decltype(c)>(set, call), call.scratch);
-    if (call.backward)
-      forward.recompute(call.parallel);
-    else if (call.params.training)
-      forward.train(call.parallel);
-    else
-      forward.infer(call.parallel);
-  });
+  with_compute_type(call.params.dtype, [&](auto c) { run_as<decltype(c), Conv>(set, call); });
   return Status{};
 }
 
@@ -352,6 +374,15 @@ Status run_forward_winograd2(const KernelSet& set, const StageCall& call) { retu
 Status run_forward_winograd4(const KernelSet& set, const StageCall& call) { return run_packing<Winograd4>(set, call); }
 Status run_forward_depthwise(const KernelSet& set, const StageCall& call) {
   return run_with<DepthwiseConvolution>(set, call);
+}
+
+size_t forward_direct_amx_scratch(const KernelSet& set, const ConvBnParams& p, const DeviceInfo& device) {
+  return Forward<float, AmxConvolution>(set, p, device, {}, conv_grad_image<float>(set, p, nullptr), nullptr)
+      .scratch_bytes();
+}
+Status run_forward_direct_amx(const KernelSet& set, const StageCall& call) {
+  run_as<float, AmxConvolution>(set, call);
+  return Status{};
 }
 
 }  // namespace fusedconvbn

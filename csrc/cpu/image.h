@@ -60,11 +60,20 @@ class Image {
       : data_(static_cast<char*>(const_cast<void*>(data))),
         storage_(storage),
         grid_(grid),
-        direct_(storage.is_compute_type && grid.channel_stride == 1 && grid.uniform()) {}
+        rows_(grid.channel_stride == 1 && grid.uniform()),
+        direct_(storage.is_compute_type && rows_) {}
 
   bool direct() const { return direct_; }
   bool present() const { return data_ != nullptr; }
   const Grid& grid() const { return grid_; }
+  const void* memory() const { return data_; }
+  // Whether 16-bit numbers can be worked on where they lie, by in_place_kernels().
+  bool in_place() const { return rows_ && storage_.kernels.in_place.round != nullptr; }
+  const InPlaceKernels<C>& in_place_kernels() const { return storage_.kernels.in_place; }
+  char* address(int64_t first, int64_t channel) const {
+    return data_ + (first * grid_.pixel_stride + channel) * storage_.element_bytes;
+  }
+  int64_t ld() const { return grid_.pixel_stride; }
   bool rounds() const { return !storage_.is_compute_type; }
 
   // Whether blocks written in place should go past the caches: where the image will not stay in them anyway.
@@ -72,7 +81,7 @@ class Image {
     constexpr int64_t kInCache = 4 << 20, kLine = 64;  // bytes: an L2 of 2 MiB and some of L3
     const auto aligned = [](int64_t bytes) { return bytes % kLine == 0; };
     const int64_t bytes = storage_.element_bytes;
-    return storage_.is_compute_type && grid_.channel_stride == 1 &&
+    return ((storage_.is_compute_type && grid_.channel_stride == 1) || in_place()) &&
            grid_.pixels() * grid_.pixel_stride * bytes > kInCache && aligned(reinterpret_cast<intptr_t>(data_)) &&
            aligned(grid_.pixel_stride * bytes) && aligned(grid_.line_stride * bytes) &&
            aligned(grid_.image_stride * bytes) && aligned(channel * bytes) && aligned(cols * bytes);
@@ -108,7 +117,7 @@ class Image {
 
  private:
   Block<C> place(int64_t first, int64_t channel) const {
-    return {reinterpret_cast<C*>(data_) + first * grid_.pixel_stride + channel, grid_.pixel_stride};
+    return {reinterpret_cast<C*>(address(first, channel)), grid_.pixel_stride};
   }
 
   template <class F>
@@ -123,7 +132,7 @@ class Image {
   char* data_;
   Storage<C> storage_;
   Grid grid_;
-  bool direct_;
+  bool rows_, direct_;  // pixels are rows of channels; and that in the compute type
 };
 
 // z or its gradient as one backward stage hands it to the next: compute type, NHWC whatever the data format.

@@ -3,6 +3,9 @@
 // link time and run on a machine that lacks the instructions.
 #include <stdint.h>
 #if defined(__x86_64__)
+#if defined(__GNUC__) && !defined(__clang__)
+#pragma GCC diagnostic ignored "-Wmaybe-uninitialized"  // gcc 12 says so of its own intrinsics
+#endif
 #include <immintrin.h>
 #endif
 
@@ -19,6 +22,8 @@ namespace {
 
 namespace fusedconvbn {
 namespace {
+#include "storage.inl"
+
 #include "elementwise.inl"
 
 #include "gemm.inl"  // kTileRows and the panel of all that follows
@@ -26,27 +31,50 @@ namespace {
 #include "depthwise.inl"
 #include "planes.inl"
 #include "pointwise.inl"
-#include "storage.inl"
 #include "winograd.inl"
+#if defined(__AMX_BF16__)
+#include "amx.inl"
+#endif
+
+template <int A, class C, class T, class D, class Table>
+static constexpr void fill_gradients(Table* reduces, Table* applies) {
+  if constexpr (A < kActivationCount) {
+    constexpr Activation a = static_cast<Activation>(A);
+    constexpr auto conv = Preactivation::kConv, both = Preactivation::kConvAndResidual, out = Preactivation::kOutput;
+    if (reduces) (*reduces)[A][0] = reduce<C, T, a, conv>, (*reduces)[A][1] = reduce<C, T, a, both>;
+    (*applies)[A][0] = apply<C, T, D, a, conv>, (*applies)[A][1] = apply<C, T, D, a, both>;
+    if constexpr (derivative_from_output(a)) {
+      if (reduces) (*reduces)[A][2] = reduce<C, T, a, out>;
+      (*applies)[A][2] = apply<C, T, D, a, out>;
+    }
+    fill_gradients<A + 1, C, T, D>(reduces, applies);
+  }
+}
 
 template <int A, class C>
 static constexpr void fill_activation(ComputeKernels<C>* k) {
   if constexpr (A < kActivationCount) {
     constexpr Activation a = static_cast<Activation>(A);
     k->affine[A] = affine<C, a>;
-    k->reduce[A][0] = reduce<C, a, Preactivation::kConv>;
-    k->reduce[A][1] = reduce<C, a, Preactivation::kConvAndResidual>;
-    k->apply[A][0] = apply<C, a, Preactivation::kConv>;
-    k->apply[A][1] = apply<C, a, Preactivation::kConvAndResidual>;
     if constexpr (a == Activation::kNone || derivative_from_output(a)) k->mask[A] = mask<C, a>;
-    if constexpr (derivative_from_output(a)) {
-      k->reduce[A][2] = reduce<C, a, Preactivation::kOutput>;
-      k->apply[A][2] = apply<C, a, Preactivation::kOutput>;
-    }
     fill_activation<A + 1>(k);
   }
 }
 
+#if defined(__AMX_BF16__)
+static constexpr AmxKernels amx_kernels() {
+  AmxKernels k{};
+  k.begin = amx_begin;
+  k.end = amx_end;
+  k.multiply = amx_multiply;
+  k.pack = amx_pack;
+  k.transpose = amx_transpose;
+  k.pairs = amx_pairs_of_rows;
+  k.outer = amx_outer;
+  fill_gradients<0, float, BFloat16, BFloat16>(static_cast<decltype(&k.apply)>(nullptr), &k.apply);
+  return k;
+}
+#endif
 template <class C, int M>
 static constexpr WinogradKernels<C> winograd_kernels() {
   return {winograd_window<C, M>, winograd_gradient<C, M>, winograd_filter<C, M>, winograd_filter_gradient<C, M>,
@@ -78,12 +106,18 @@ static constexpr ComputeKernels<C> compute_kernels() {
   k.center_rows = center_rows<C>;
   k.product = product<C>;
   fill_activation<0>(&k);
+  fill_gradients<0, C, C, C>(&k.reduce, &k.apply);
+#if defined(__AMX_BF16__)
+  if constexpr (__is_same(C, float)) k.amx = amx_kernels();
+#endif
   return k;
 }
 
+#include "in_place.inl"
+
 template <class C, class T>
 static constexpr StorageKernels<C> storage_kernels() {
-  return {load_block<C, T>, store_block<C, T>};
+  return {load_block<C, T>, store_block<C, T>, in_place_kernels<C, T>()};
 }
 
 static constexpr KernelSet kernel_set() {

@@ -44,14 +44,14 @@ struct PanelLines {
   int64_t lines, columns, taps, step, offset;
 };
 
-// y = activation((z - mean) * scale + beta + residual), for `cols` channels.
+// y = activation((z - mean) * scale + beta + residual), for `cols` channels. The kernel says what types they point to.
 template <class C>
 struct AffineBlock {
-  const C* z;
+  const void* z;
   int64_t ld_z;
-  const C* residual;  // may be null
+  const void* residual;  // may be null
   int64_t ld_residual;
-  C* y;
+  void* y;
   int64_t ld_y;
   int64_t rows, cols;
   const C *mean, *scale, *beta;  // [cols]
@@ -61,14 +61,14 @@ struct AffineBlock {
 // How the activation's argument u is had again.
 enum class Preactivation { kConv, kConvAndResidual, kOutput };
 
-// du = dy * activation'(u), u as in AffineBlock.
+// du = dy * activation'(u), u as in AffineBlock. The kernel says what types they point to.
 template <class C>
 struct GradientBlock {
-  const C* dy;
+  const void* dy;
   int64_t ld_dy;
-  const C* z;
+  const void* z;
   int64_t ld_z;
-  const C* extra;  // residual or output, as Preactivation says
+  const void* extra;  // residual or output, as Preactivation says
   int64_t ld_extra;
   int64_t rows, cols;
   const C *mean, *scale, *beta;  // [cols]
@@ -77,10 +77,55 @@ struct GradientBlock {
   // apply: d_conv = slope * du + curve * (z - mean) + offset; d_residual = du. With frozen statistics curve is null and
   // slope * du is all: 0 * z would be NaN where z is infinite.
   const C *slope, *curve, *offset;  // [cols]
-  C* d_conv;
+  void* d_conv;
   int64_t ld_d_conv;
-  C* d_residual;  // may be null
+  void* d_residual;  // may be null
   int64_t ld_d_residual;
+};
+
+// Rows of bfloat16 at equal distances times packed filters. Row r of tap t begins at rows + tap_offset[t] + r * stride
+// and has chunks * chunk elements; all in elements.
+struct AmxRows {
+  const uint16_t* rows;
+  int64_t stride;
+  const int64_t* tap_offset;
+  int64_t taps, chunks, chunk;
+  int64_t count;  // at least 32, or there is memory behind the last row: whole tiles are read
+};
+
+// The depth of a product in pieces: a piece is `depth` rows, a multiple of 32, and lies so many elements behind the
+// last.
+struct AmxPieces {
+  const uint16_t* columns;
+  int64_t ld, columns_step;
+  const uint16_t* panel;
+  int64_t panel_step;
+  int64_t pieces, depth;
+};
+
+// Packed filters: [taps][chunks][2 halves of the panel][chunk / 2][16 columns][2], the last pair being the elements 2i
+// and 2i + 1 of the depth.
+struct AmxKernels {
+  // Between these a thread's tiles are set up for rows of `chunk` elements, even, at most 32.
+  void (*begin)(int64_t chunk);
+  void (*end)();
+  // As InPlaceKernels::apply, d_conv also of bfloat16.
+  void (*apply[kActivationCount][3])(const GradientBlock<float>&);
+  // tile[count][32] = the sum over taps and chunks of rows * filters.
+  void (*multiply)(const AmxRows& rows, const uint16_t* filters, float* tile);
+  // Packs a tap: element k of its depth has the columns at rows[k], or is 0 where rows[k] is null; cols <= 32, the
+  // others are 0.
+  void (*pack)(const uint16_t* const* rows, int64_t column_stride, int64_t cols, int64_t chunks, int64_t chunk,
+               uint16_t* packed);
+
+  // For the gradient by the filters, rows are the depth; both fill up to a multiple of 32 of them with 0.
+  // columns[cols][ld] = the transposed rows[count][stride]; cols is rounded up to a multiple of 32, the others
+  // undefined.
+  void (*transpose)(const uint16_t* rows, int64_t stride, int64_t count, int64_t cols, uint16_t* columns, int64_t ld);
+  // Panels of 32 columns of rows[count][stride], each [depth / 2][32][2]: as filters.
+  void (*pairs)(const uint16_t* rows, int64_t stride, int64_t count, int64_t cols, uint16_t* panels);
+  // sums[32][32] = or += the sum over pieces of columns[32][ld] * panel[depth / 2][32][2], as set up by begin(32).
+  void (*outer)(const AmxPieces& pieces, bool add, float* sums);
 };
 
 // du = dy * activation'(u) where that follows from y.
@@ -171,6 +216,20 @@ struct ComputeKernels {
   void (*affine[kActivationCount])(const AffineBlock<C>&);
   void (*reduce[kActivationCount][3])(const GradientBlock<C>&);  // [activation][Preactivation]
   void (*apply[kActivationCount][3])(const GradientBlock<C>&);
+
+  AmxKernels amx;  // null but for float on AMX
+};
+
+// What is computed element by element on blocks of 16-bit numbers that lie in memory with their channels consecutive.
+// All pointers of AffineBlock and GradientBlock are to that type, but those that a kernel's comment names.
+template <class C>
+struct InPlaceKernels {
+  void (*affine[kActivationCount])(const AffineBlock<C>&);
+  void (*affine_of_tile[kActivationCount])(const AffineBlock<C>&);  // z is of C
+  void (*reduce[kActivationCount][3])(const GradientBlock<C>&);
+  void (*apply[kActivationCount][3])(const GradientBlock<C>&);  // d_conv is of C
+  // Stores a block and leaves in it what was stored.
+  void (*round)(C* block, int64_t ld, int64_t rows, int64_t cols, void* memory, int64_t ld_memory, bool stream);
 };
 
 // Between memory of a data type and blocks of its compute type. Element (pixel, channel) of the memory is at
@@ -181,6 +240,7 @@ struct StorageKernels {
                int64_t ld);
   void (*store)(const C* block, int64_t ld, int64_t rows, int64_t cols, void* memory, int64_t pixel_stride,
                 int64_t channel_stride, bool stream);
+  InPlaceKernels<C> in_place;  // null where there are none
 };
 
 struct KernelSet {
@@ -192,7 +252,7 @@ struct KernelSet {
 
 extern const KernelSet kKernelsGeneric;
 #if defined(__x86_64__)
-extern const KernelSet kKernelsAvx2, kKernelsAvx512;
+extern const KernelSet kKernelsAvx2, kKernelsAvx512, kKernelsAmx;
 #endif
 
 }  // namespace fusedconvbn

@@ -11,7 +11,7 @@ GradientBlocks<C> gradient_blocks(const KernelSet& set, const ConvBnParams& p, c
                                   const BackwardBuffers& buffers, const void* conv_out, Arena* arena) {
   const Image<C> z = has_conv_out(p) ? Image<C>(conv_out, storage_of<C>(set, p.dtype), output_grid(p))
                                      : conv_grad_image<C>(set, p, conv_out);
-  return GradientBlocks<C>(set, p, buffers, z, GradientBlocks<C>::blocks(p), device.threads, arena);
+  return GradientBlocks<C>(set, p, buffers, z, GradientBlocks<C>::blocks(p), device.threads, arena, true);
 }
 
 template <class C>

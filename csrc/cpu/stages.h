@@ -32,6 +32,7 @@ inline bool depthwise_applies(const ConvBnParams& p) {
 FCB_PACKING_STAGE(forward_direct);
 FCB_PACKING_STAGE(forward_winograd2);
 FCB_PACKING_STAGE(forward_winograd4);
+FCB_STAGE(forward_direct_amx);
 FCB_STAGE(forward_depthwise);
 
 // The same for 1x1 filters in training, with the statistics from the second moments of the inputs; saves those, no z.
@@ -58,6 +59,9 @@ FCB_STAGE(backward_moments);
 
 // The whole of backward, in two passes; the gradient of z never reaches memory.
 FCB_STAGE(backward_depthwise);
+
+// The whole of backward for bfloat16 on AMX.
+FCB_STAGE(backward_direct_amx);
 
 #undef FCB_PACKING_STAGE
 #undef FCB_STAGE

@@ -53,7 +53,7 @@ ConvBnParams make_params(const std::array<int64_t, 4>& inputs_shape, const std::
 
 std::string isas_up_to(Isa best) {
   std::string names;
-  for (Isa isa : {Isa::kGeneric, Isa::kAvx2, Isa::kAvx512})
+  for (Isa isa : kIsas)
     if (isa <= best) names += (names.empty() ? "" : ", ") + std::string(name_of(isa));
   return names;
 }
@@ -63,7 +63,7 @@ DeviceInfo make_device(const std::string& isa, int threads) {
   DeviceInfo device;
   raise_if(detect_device(threads, &device));
   if (isa.empty()) return device;
-  for (Isa candidate : {Isa::kGeneric, Isa::kAvx2, Isa::kAvx512}) {
+  for (Isa candidate : kIsas) {
     if (isa != name_of(candidate) || candidate > device.isa) continue;
     device.isa = candidate;
     return device;

@@ -1,0 +1,244 @@
+// Products of bfloat16 on AMX: tiles of 16 rows of 64 bytes, of which there are 8.
+//
+// Budget: 2 x 2 accumulators of 16 x 16 floats, 2 tiles of rows, 2 of filters: 4 loads (8 cycles each from L1) for 4
+// products (16 cycles each). Products are exact and summed in float, to nearest; subnormals count as 0.
+
+struct alignas(64) TileConfig {
+  uint8_t palette = 1, start_row = 0, reserved[14] = {};
+  uint16_t row_bytes[16] = {};
+  uint8_t rows[16] = {};
+};
+
+static void amx_begin(int64_t chunk) {
+  TileConfig config;
+  for (int t = 0; t < 8; ++t) {
+    const bool left = t == 4 || t == 5, right = t >= 6;
+    config.row_bytes[t] = static_cast<uint16_t>(left ? 2 * chunk : 64);
+    config.rows[t] = static_cast<uint8_t>(right ? chunk / 2 : 16);
+  }
+  __asm__ volatile("" : : "r"(&config) : "memory");  // the intrinsic names only the first 8 bytes
+  _tile_loadconfig(&config);
+}
+
+static void amx_end() { _tile_release(); }
+
+constexpr int64_t kAmxRows = 32, kAmxPanel = 32;  // of the 2 x 2 tiles
+constexpr int64_t kAmxTile = 16;
+
+FCB_INLINE void amx_zero() {
+  _tile_zero(0);
+  _tile_zero(1);
+  _tile_zero(2);
+  _tile_zero(3);
+}
+
+// The accumulators as [32][32].
+FCB_INLINE void amx_store(float* tile) {
+  constexpr int64_t kTileBytes = kAmxPanel * sizeof(float);
+  _tile_stored(0, tile, kTileBytes);
+  _tile_stored(1, tile + kAmxTile, kTileBytes);
+  _tile_stored(2, tile + kAmxTile * kAmxPanel, kTileBytes);
+  _tile_stored(3, tile + kAmxTile * kAmxPanel + kAmxTile, kTileBytes);
+}
+
+// 32 rows from `first` on.
+FCB_INLINE void amx_multiply_rows(const AmxRows& in, int64_t first, const uint16_t* filters, float* tile) {
+  const int64_t row_bytes = in.stride * 2, half = in.chunk * kAmxTile;
+  amx_zero();
+  for (int64_t t = 0; t < in.taps; ++t) {
+    const uint16_t* rows = in.rows + in.tap_offset[t] + first * in.stride;
+    for (int64_t j = 0; j < in.chunks; ++j, rows += in.chunk, filters += 2 * half) {
+      _tile_loadd(6, filters, 64);
+      _tile_loadd(4, rows, row_bytes);
+      _tile_dpbf16ps(0, 4, 6);
+      _tile_loadd(7, filters + half, 64);
+      _tile_dpbf16ps(1, 4, 7);
+      _tile_loadd(5, rows + kAmxTile * in.stride, row_bytes);
+      _tile_dpbf16ps(2, 5, 6);
+      _tile_dpbf16ps(3, 5, 7);
+    }
+  }
+  amx_store(tile);
+}
+
+// The last 32 rows end with the last row: some are computed twice rather than any read behind it.
+static void amx_multiply(const AmxRows& in, const uint16_t* filters, float* tile) {
+  for (int64_t r = 0; r < in.count; r += kAmxRows) {
+    const int64_t first = in.count < kAmxRows || r + kAmxRows <= in.count ? r : in.count - kAmxRows;
+    amx_multiply_rows(in, first, filters, tile + first * kAmxPanel);
+  }
+}
+
+// 16 columns of two rows, as pairs.
+FCB_INLINE __m512i amx_pairs(const uint16_t* even, const uint16_t* odd, __mmask16 columns) {
+  const __m512i low = _mm512_cvtepu16_epi32(_mm256_maskz_loadu_epi16(even ? columns : 0, even));
+  const __m512i high = _mm512_cvtepu16_epi32(_mm256_maskz_loadu_epi16(odd ? columns : 0, odd));
+  return _mm512_or_si512(low, _mm512_slli_epi32(high, 16));
+}
+
+// 16 x 16 elements of 32 bits.
+FCB_INLINE void amx_transpose_16(__m512i (&v)[16]) {
+  __m512i t[16];
+#pragma GCC unroll 8
+  for (int i = 0; i < 16; i += 2) {
+    t[i] = _mm512_unpacklo_epi32(v[i], v[i + 1]);
+    t[i + 1] = _mm512_unpackhi_epi32(v[i], v[i + 1]);
+  }
+#pragma GCC unroll 4
+  for (int i = 0; i < 16; i += 4) {  // v[i + j]: column j of each lane, of rows i .. i + 3
+    v[i] = _mm512_unpacklo_epi64(t[i], t[i + 2]);
+    v[i + 1] = _mm512_unpackhi_epi64(t[i], t[i + 2]);
+    v[i + 2] = _mm512_unpacklo_epi64(t[i + 1], t[i + 3]);
+    v[i + 3] = _mm512_unpackhi_epi64(t[i + 1], t[i + 3]);
+  }
+#pragma GCC unroll 4
+  for (int j = 0; j < 4; ++j) {  // the 4 x 4 matrix of lanes of each j
+    const __m512i a = _mm512_shuffle_i32x4(v[j], v[j + 4], 0x44), b = _mm512_shuffle_i32x4(v[j], v[j + 4], 0xee);
+    const __m512i c = _mm512_shuffle_i32x4(v[j + 8], v[j + 12], 0x44);
+    const __m512i d = _mm512_shuffle_i32x4(v[j + 8], v[j + 12], 0xee);
+    t[j] = _mm512_shuffle_i32x4(a, c, 0x88);
+    t[j + 4] = _mm512_shuffle_i32x4(a, c, 0xdd);
+    t[j + 8] = _mm512_shuffle_i32x4(b, d, 0x88);
+    t[j + 12] = _mm512_shuffle_i32x4(b, d, 0xdd);
+  }
+#pragma GCC unroll 16
+  for (int i = 0; i < 16; ++i) v[i] = t[i];
+}
+
+// 16 columns that lie apart, each of consecutive elements from `first` on: whole pairs of them.
+FCB_INLINE void amx_pack_columns(const uint16_t* first, int64_t column_stride, int64_t cols, int64_t depth,
+                                 int64_t chunk, uint16_t* packed) {
+  const __mmask32 mask = depth >= 32 ? ~0u : (1u << depth) - 1;
+  __m512i v[16];
+#pragma GCC unroll 16
+  for (int c = 0; c < 16; ++c) v[c] = _mm512_maskz_loadu_epi16(c < cols ? mask : 0, first + c * column_stride);
+  amx_transpose_16(v);
+#pragma GCC unroll 16
+  for (int k = 0; k < 16; ++k)
+    if (k < chunk / 2) _mm512_storeu_si512(packed + k * 2 * kAmxTile, v[k]);
+}
+
+FCB_INLINE void amx_pack_rows(const uint16_t* const* rows, int64_t skipped, int64_t cols, int64_t chunk,
+                              uint16_t* packed) {
+  const __mmask16 columns = static_cast<__mmask16>((1u << cols) - 1);
+  for (int64_t k = 0; k < chunk; k += 2, packed += 2 * kAmxTile) {
+    const uint16_t *even = rows[k] ? rows[k] + skipped : nullptr, *odd = rows[k + 1] ? rows[k + 1] + skipped : nullptr;
+    _mm512_storeu_si512(packed, amx_pairs(even, odd, columns));
+  }
+}
+
+// The same element by element: of merged taps.
+FCB_INLINE void amx_pack_elements(const uint16_t* const* rows, int64_t skipped, int64_t column_stride, int64_t cols,
+                                  int64_t chunk, uint16_t* packed) {
+  for (int64_t k = 0; k < chunk; ++k)
+    for (int64_t c = 0; c < kAmxTile; ++c)
+      packed[(k / 2 * kAmxTile + c) * 2 + k % 2] = rows[k] && c < cols ? rows[k][skipped + c * column_stride] : 0;
+}
+
+// How many of the rows point to consecutive elements, the others being null; -1: they do not.
+FCB_INLINE int64_t amx_consecutive(const uint16_t* const* rows, int64_t chunk) {
+  int64_t depth = 0;
+  while (depth < chunk && rows[depth] && rows[depth] == rows[0] + depth) ++depth;
+  for (int64_t k = depth; k < chunk; ++k)
+    if (rows[k]) return -1;
+  return depth;
+}
+
+static void amx_pack(const uint16_t* const* rows, int64_t column_stride, int64_t cols, int64_t chunks, int64_t chunk,
+                     uint16_t* packed) {
+  for (int64_t j = 0; j < chunks; ++j, rows += chunk) {
+    const int64_t depth = amx_consecutive(rows, chunk);
+    for (int64_t c = 0; c < kAmxPanel; c += kAmxTile, packed += chunk * kAmxTile) {
+      const int64_t width = cols <= c ? 0 : cols - c < kAmxTile ? cols - c : kAmxTile, skipped = c * column_stride;
+      if (column_stride == 1)
+        amx_pack_rows(rows, skipped, width, chunk, packed);
+      else if (depth <= 0 || width == 0)
+        amx_pack_elements(rows, skipped, column_stride, width, chunk, packed);
+      else
+        amx_pack_columns(rows[0] + skipped, column_stride, width, depth, chunk, packed);
+    }
+  }
+}
+
+FCB_INLINE __m512i amx_row(const uint16_t* rows, int64_t stride, int64_t r, int64_t count, __mmask32 columns) {
+  return r < count ? _mm512_maskz_loadu_epi16(columns, rows + r * stride) : _mm512_setzero_si512();
+}
+
+FCB_INLINE __mmask32 amx_columns(int64_t left) { return left >= kAmxPanel ? ~0u : (1u << left) - 1; }
+
+// 32 rows by 32 columns. Unpacking pairs rows within each 16 bytes: columns 0 .. 3 of each 8 come first, then 4 .. 7.
+FCB_INLINE void amx_transpose_32(const uint16_t* rows, int64_t stride, int64_t count, __mmask32 columns, uint16_t* to,
+                                 int64_t ld) {
+  __m512i low[16], high[16];
+#pragma GCC unroll 16
+  for (int i = 0; i < 16; ++i) {
+    const __m512i even = amx_row(rows, stride, 2 * i, count, columns);
+    const __m512i odd = amx_row(rows, stride, 2 * i + 1, count, columns);
+    low[i] = _mm512_unpacklo_epi16(even, odd);
+    high[i] = _mm512_unpackhi_epi16(even, odd);
+  }
+  amx_transpose_16(low);
+  amx_transpose_16(high);
+#pragma GCC unroll 16
+  for (int i = 0; i < 16; ++i) {
+    const int64_t column = i / 4 * 8 + i % 4;
+    _mm512_storeu_si512(to + column * ld, low[i]);
+    _mm512_storeu_si512(to + (column + 4) * ld, high[i]);
+  }
+}
+
+static void amx_transpose(const uint16_t* rows, int64_t stride, int64_t count, int64_t cols, uint16_t* columns,
+                          int64_t ld) {
+  for (int64_t r = 0; r < count; r += kAmxRows)
+    for (int64_t c = 0; c < cols; c += kAmxPanel)
+      amx_transpose_32(rows + r * stride + c, stride, count - r, amx_columns(cols - c), columns + c * ld + r, ld);
+}
+
+static void amx_pairs_of_rows(const uint16_t* rows, int64_t stride, int64_t count, int64_t cols, uint16_t* panels) {
+  alignas(64) uint16_t first[32], second[32];
+  for (uint16_t i = 0; i < 32; ++i) {
+    first[i] = static_cast<uint16_t>(i / 2 + i % 2 * 32);
+    second[i] = static_cast<uint16_t>(16 + i / 2 + i % 2 * 32);
+  }
+  const __m512i left = _mm512_load_si512(first), right = _mm512_load_si512(second);
+  const int64_t depth = (count + kAmxRows - 1) / kAmxRows * kAmxRows;
+  for (int64_t r = 0; r < depth; r += 2)
+    for (int64_t c = 0; c < cols; c += kAmxPanel) {
+      const __mmask32 columns = amx_columns(cols - c);
+      const __m512i even = amx_row(rows + c, stride, r, count, columns);
+      const __m512i odd = amx_row(rows + c, stride, r + 1, count, columns);
+      uint16_t* to = panels + c * depth + r * kAmxPanel;
+      _mm512_storeu_si512(to, _mm512_permutex2var_epi16(even, left, odd));
+      _mm512_storeu_si512(to + kAmxPanel, _mm512_permutex2var_epi16(even, right, odd));
+    }
+}
+
+FCB_INLINE void amx_outer_piece(const uint16_t* columns, int64_t ld, const uint16_t* panel, int64_t depth) {
+  constexpr int64_t kPairBytes = 2 * kAmxPanel * sizeof(uint16_t);
+  for (int64_t k = 0; k < depth; k += 32, columns += 32, panel += 32 * kAmxPanel) {
+    _tile_loadd(6, panel, kPairBytes);
+    _tile_loadd(4, columns, 2 * ld);
+    _tile_dpbf16ps(0, 4, 6);
+    _tile_loadd(7, panel + 2 * kAmxTile, kPairBytes);
+    _tile_dpbf16ps(1, 4, 7);
+    _tile_loadd(5, columns + kAmxTile * ld, 2 * ld);
+    _tile_dpbf16ps(2, 5, 6);
+    _tile_dpbf16ps(3, 5, 7);
+  }
+}
+
+static void amx_outer(const AmxPieces& in, bool add, float* sums) {
+  constexpr int64_t kSumBytes = kAmxPanel * sizeof(float);
+  float* lower = sums + kAmxTile * kAmxPanel;
+  if (add) {
+    _tile_loadd(0, sums, kSumBytes);
+    _tile_loadd(1, sums + kAmxTile, kSumBytes);
+    _tile_loadd(2, lower, kSumBytes);
+    _tile_loadd(3, lower + kAmxTile, kSumBytes);
+  } else {
+    amx_zero();
+  }
+  for (int64_t i = 0; i < in.pieces; ++i)
+    amx_outer_piece(in.columns + i * in.columns_step, in.ld, in.panel + i * in.panel_step, in.depth);
+  amx_store(sums);
+}
