@@ -63,7 +63,9 @@ class Convolution {
         depth_(channels.depth),
         cols_(channels.cols),
         blocks_in_task_(ceil_div(std::min(4 * windows.width, kMaxTaskRows), kBlockRows)),
-        reader_(source, groups_ * depth_, windows, groups_ == 1, kBlockRows, blocks_in_task_ * kBlockRows) {
+        in_cache_(fits_cache(source.grid())),
+        table_rows_(in_cache_ ? std::max(kBlockRows, windows.positions()) : kBlockRows),
+        reader_(source, groups_ * depth_, windows, groups_ == 1, table_rows_, blocks_in_task_ * kBlockRows) {
     if (!reader_.staged()) blocks_in_task_ = 1;
   }
 
@@ -101,17 +103,28 @@ class Convolution {
     if (!filters.packed) pack(filters, s, s.filters, parallel);
     const C* packed = filters.packed ? static_cast<const C*>(filters.packed) : s.filters;
 
-    const int64_t block_tasks = ceil_div(blocks(), blocks_in_task_);
     // Few blocks: tasks of fewer panels, so that every thread has several.
-    const int64_t panel_tasks = std::min(panels(), ceil_div(4 * parallel->threads(), block_tasks));
+    const int64_t threads = parallel->threads(), wanted = threads == 1 ? 1 : 4 * threads;
+    const bool all_blocks = in_cache_ && !reader_.staged() && panels() >= wanted;
+    const int64_t task_blocks = all_blocks ? blocks() : blocks_in_task_;
+    const int64_t block_tasks = ceil_div(blocks(), task_blocks);
+    const int64_t panel_tasks = std::min(panels(), ceil_div(wanted, block_tasks));
     parallel->run(block_tasks * panel_tasks, [&](int64_t task, int worker) {
-      const int64_t block = task / panel_tasks * blocks_in_task_, share = task % panel_tasks;
-      run_task(block, std::min(block + blocks_in_task_, blocks()), share * panels() / panel_tasks,
+      const int64_t block = task / panel_tasks * task_blocks, share = task % panel_tasks;
+      run_task(block, std::min(block + task_blocks, blocks()), share * panels() / panel_tasks,
                (share + 1) * panels() / panel_tasks, packed, s, worker, epilogue);
     });
   }
 
  private:
+  // Whether the source stays in half of an L2 of 2 MiB while the filters pass by. Then each panel of them is used for
+  // all blocks at once, and read from memory once.
+  bool fits_cache(const Grid& source) const {
+    constexpr int64_t kMaxBytes = 1 << 20, kMaxBlocks = 4;  // and the pointers of all positions are few
+    const int64_t elements = windows_.batch * source.height * source.width * groups_ * depth_;
+    return blocks() <= kMaxBlocks && elements * static_cast<int64_t>(sizeof(C)) <= kMaxBytes;
+  }
+
   int64_t panels_in_group() const { return ceil_div(cols_, kernels_.panel); }
   int64_t panels() const { return groups_ * panels_in_group(); }
   int64_t tap_elements() const { return depth_ * kernels_.panel; }
@@ -138,20 +151,39 @@ class Convolution {
     const int64_t begin = block * kBlockRows, end = std::min(block_end * kBlockRows, windows_.positions());
     const auto& scratch = s.reader[worker];
     reader_.stage(begin, end - begin, scratch);
-    for (int64_t first = begin; first < end; first += kBlockRows) {
-      const int64_t rows = std::min(kBlockRows, end - first);
+    for (int64_t first = begin; first < end; first += table_rows_) {
+      const int64_t rows = std::min(table_rows_, end - first);
       reader_.point(first, rows, scratch);
-      for (int64_t panel = panel_begin; panel < panel_end; ++panel) {
-        const int64_t group = panel / panels_in_group(), column = panel % panels_in_group() * kernels_.panel;
-        const int64_t cols = std::min(kernels_.panel, cols_ - column);
-        kernels_.gemm({scratch.rows, kBlockRows, rows, reader_.taps(), reader_.depth() * depth_, group * depth_},
-                      packed + panel * panel_elements(), s.tile[worker]);
-        const Tile<C> tile{s.tile[worker], kernels_.panel,     first, rows, group * cols_ + column,
-                           cols,           first / kBlockRows, worker};
-        epilogue.emit(tile);
-        if (epilogue.finish) epilogue.finish(tile);
-      }
+      for (int64_t panel = panel_begin; panel < panel_end; ++panel)
+        for (int64_t done = 0; done < rows; done += kBlockRows) {
+          const int64_t count = std::min(kBlockRows, rows - done);
+          GatheredRows<C> in{scratch.rows + done,
+                             table_rows_,
+                             count,
+                             reader_.taps(),
+                             reader_.depth() * depth_,
+                             panel / panels_in_group() * depth_};
+          const C* filters = packed + panel * panel_elements();
+          if (in_cache_ && panel + 1 < panel_end) fetch_share(filters + panel_elements(), done, rows, &in);
+          kernels_.gemm(in, filters, s.tile[worker]);
+          emit({s.tile[worker], kernels_.panel, first + done, count, 0, 0, (first + done) / kBlockRows, worker}, panel,
+               epilogue);
+        }
     }
+  }
+
+  // Of the next panel, as much as `in` is of the `rows` that this one serves.
+  void fetch_share(const C* panel, int64_t done, int64_t rows, GatheredRows<C>* in) const {
+    in->ahead = panel + panel_elements() * done / rows;
+    in->ahead_end = panel + panel_elements() * (done + in->count) / rows;
+  }
+
+  void emit(Tile<C> tile, int64_t panel, const TileEpilogue<C>& epilogue) const {
+    const int64_t group = panel / panels_in_group(), column = panel % panels_in_group() * kernels_.panel;
+    tile.channel = group * cols_ + column;
+    tile.cols = std::min(kernels_.panel, cols_ - column);
+    epilogue.emit(tile);
+    if (epilogue.finish) epilogue.finish(tile);
   }
 
   const ComputeKernels<C>& kernels_;
@@ -159,6 +191,8 @@ class Convolution {
   Windows windows_;
   int64_t groups_, depth_, cols_;
   int64_t blocks_in_task_;  // enough lines that staging those above and below costs little
+  bool in_cache_;           // see fits_cache()
+  int64_t table_rows_;      // positions whose pointers are at hand at once
   WindowReader<C> reader_;
 };
 

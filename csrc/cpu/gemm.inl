@@ -6,11 +6,12 @@ template <class C>
 constexpr int64_t kPanel = 2 * kLanes<C>;
 constexpr int kTileRows = FCB_TILE_ROWS;
 
-// acc[r] += row r of a times b, over `depth`; element k of row r is a[r][k].
+// acc[r] += row r of a times b, over begin <= k < end; element k of row r is a[r][k].
 template <class C, int R>
-FCB_INLINE void accumulate(const C* const (&a)[R], const C* b, int64_t depth, Vector<C> (&acc)[R][2]) {
+FCB_INLINE void accumulate(const C* const (&a)[R], const C* b, int64_t begin, int64_t end, Vector<C> (&acc)[R][2]) {
+  b += begin * kPanel<C>;
 #pragma GCC unroll 4
-  for (int64_t k = 0; k < depth; ++k, b += kPanel<C>) {
+  for (int64_t k = begin; k < end; ++k, b += kPanel<C>) {
     const Vector<C> b0 = load(b), b1 = load(b + kLanes<C>);
 #pragma GCC unroll 16
     for (int r = 0; r < R; ++r) {
@@ -29,8 +30,23 @@ FCB_INLINE void fetch_rows(const C* const* rows, int64_t offset, int64_t depth) 
     for (int64_t k = 0; k < depth && k < kLines * kLine; k += kLine) __builtin_prefetch(rows[r] + offset + k);
 }
 
+// Memory that is asked for a few lines at a time, so that the multiplications do not wait for them.
+template <class C>
+struct Fetch {
+  static constexpr int64_t kStep = 16;  // of the depth: 16 * 12 * 2 multiplications hide some lines from the L3
+  static constexpr int64_t kLine = 64 / sizeof(C);
+  const C *next, *end;
+  int64_t lines;  // a step
+};
+
+template <class C>
+FCB_INLINE void fetch(Fetch<C>* f) {
+  for (int64_t i = 0; i < f->lines && f->next < f->end; ++i, f->next += Fetch<C>::kLine)
+    __builtin_prefetch(f->next, 0, 2);
+}
+
 template <class C, int R>
-static void gemm_tile(const GatheredRows<C>& in, int64_t first, const C* filters, C* tile) {
+static void gemm_tile(const GatheredRows<C>& in, int64_t first, const C* filters, C* tile, Fetch<C>* ahead) {
   Vector<C> acc[R][2] = {};
   for (int64_t t = 0; t < in.taps; ++t) {
     const C* const* rows = in.rows + t * in.row_stride + first;
@@ -38,7 +54,11 @@ static void gemm_tile(const GatheredRows<C>& in, int64_t first, const C* filters
 #pragma GCC unroll 16
     for (int r = 0; r < R; ++r) a[r] = rows[r] + in.offset;
     if (t + 1 < in.taps) fetch_rows<C, R>(rows + in.row_stride, in.offset, in.depth);
-    accumulate<C, R>(a, filters, in.depth, acc);
+    const int64_t step = ahead->lines > 0 ? Fetch<C>::kStep : in.depth;
+    for (int64_t k = 0; k < in.depth; k += step) {
+      fetch(ahead);
+      accumulate<C, R>(a, filters, k, k + step < in.depth ? k + step : in.depth, acc);
+    }
     filters += in.depth * kPanel<C>;
   }
 #pragma GCC unroll 16
@@ -48,20 +68,26 @@ static void gemm_tile(const GatheredRows<C>& in, int64_t first, const C* filters
   }
 }
 
-template <class C, int R>
-static void gemm_remainder(const GatheredRows<C>& in, int64_t first, const C* filters, C* tile) {
+template <class C, int R = kTileRows>
+FCB_INLINE void gemm_rows(const GatheredRows<C>& in, int64_t first, int64_t rows, const C* filters, C* tile,
+                          Fetch<C>* ahead) {
   if constexpr (R > 0) {
-    if (in.count - first == R) return gemm_tile<C, R>(in, first, filters, tile);
-    gemm_remainder<C, R - 1>(in, first, filters, tile);
+    if (rows == R) return gemm_tile<C, R>(in, first, filters, tile + first * kPanel<C>, ahead);
+    gemm_rows<C, R - 1>(in, first, rows, filters, tile, ahead);
   }
 }
 
+// In tiles of about as many rows: one of few rows has too few accumulators to keep the multipliers busy.
 template <class C>
 static void gemm(const GatheredRows<C>& in, const C* filters, C* tile) {
-  int64_t first = 0;
-  for (; first + kTileRows <= in.count; first += kTileRows)
-    gemm_tile<C, kTileRows>(in, first, filters, tile + first * kPanel<C>);
-  gemm_remainder<C, kTileRows - 1>(in, first, filters, tile + first * kPanel<C>);
+  const int64_t tiles = (in.count + kTileRows - 1) / kTileRows;
+  const int64_t steps = tiles * in.taps * ((in.depth + Fetch<C>::kStep - 1) / Fetch<C>::kStep);
+  const int64_t lines = (in.ahead_end - in.ahead) / Fetch<C>::kLine;
+  Fetch<C> ahead{in.ahead, in.ahead_end, steps == 0 ? 0 : (lines + steps - 1) / steps};
+  for (int64_t t = 0, first = 0, rows; t < tiles; ++t, first += rows) {
+    rows = (in.count - first + tiles - t - 1) / (tiles - t);
+    gemm_rows(in, first, rows, filters, tile, &ahead);
+  }
 }
 
 // Asks for the next lines of `ahead`.

@@ -17,6 +17,7 @@ template <class C>
 struct GatheredRows {
   const C* const* rows;
   int64_t row_stride, count, taps, depth, offset;
+  const C *ahead = nullptr, *ahead_end = nullptr;  // gemm: memory to be fetched meanwhile, evenly
 };
 
 // Memory that the next block will read. A kernel asks for a part of it every `steps` steps of its own, so that few

@@ -26,7 +26,7 @@ static void plane_tile(const C* a, int64_t lda, const C* b, int64_t depth, C* ti
     const C* rows[R];
 #pragma GCC unroll 16
     for (int r = 0; r < R; ++r) rows[r] = a + r * lda + k;
-    accumulate<C, R>(rows, b, end, acc);
+    accumulate<C, R>(rows, b, 0, end, acc);
     b += end * kPanel<C>;
   }
 #pragma GCC unroll 16
