@@ -64,18 +64,11 @@ class KernelCalls:
             threads=threads,
         )  # fmt: skip
 
-    def saved_by(self, plan: Any) -> str:
-        """What a plan of forward leaves for backward, as plan() takes it."""
-        if not plan.conv_out_shape:
-            return "nothing"
-        return "conv" if tuple(plan.conv_out_shape) == self.output.shape else "moments"
-
     def forward(self, plan: Any) -> Call:
         """Writes `output`, and in training what backward reads."""
-        saved = self.saved_by(plan)
-        if saved not in self._kept:
-            self._kept[saved] = _empty(tuple(plan.conv_out_shape), self.output.dtype)
-        arrays = (*self._images, *self._vectors, self._residual, self.output, *self.moments, self._kept[saved])
+        if plan.saved not in self._kept:
+            self._kept[plan.saved] = _empty(tuple(plan.conv_out_shape), self.output.dtype)
+        arrays = (*self._images, *self._vectors, self._residual, self.output, *self.moments, self._kept[plan.saved])
         workspace = self._workspace_for(plan)
         return lambda: _load.core().forward(plan, *arrays, workspace)
 
@@ -116,7 +109,7 @@ class MeasuredKernels(Measured):
         plan = copies[0].plan("forward", threads=self._threads)
         runs = [copy.forward(plan) for copy in copies]
         if problem.mode == TRAIN_STEP:
-            saved = copies[0].saved_by(plan)
+            saved = plan.saved
             plan = copies[0].plan("backward", saved=saved, threads=self._threads)
             runs = [run for pair in zip(runs, (copy.backward(plan, saved) for copy in copies)) for run in pair]
 

@@ -88,9 +88,8 @@ class StageTimer:
         """In training, of the rows that leave the same for backward as the chosen one: the step judges the others."""
         calls = KernelCalls(problem)
         chosen = calls.plan("forward")
-        saved = calls.saved_by(chosen)
         plans = self._plans(calls, "forward", "forward")
-        runs = {name: calls.forward(plan) for name, plan in plans.items() if calls.saved_by(plan) == saved}
+        runs = {name: calls.forward(plan) for name, plan in plans.items() if plan.saved == chosen.saved}
         [name] = chosen.kernels
         return [self._stage(problem.mode, name, runs)] if name in runs else []
 
@@ -104,7 +103,7 @@ class StageTimer:
     def _stages_of_backward(self, calls: KernelCalls) -> list[Stage]:
         """Of each: the time with it less the time of the reduction alone."""
         plans = self._plans(calls, "forward", "forward").values()
-        calls.forward(next(plan for plan in plans if calls.saved_by(plan) == "conv"))()
+        calls.forward(next(plan for plan in plans if plan.saved == "conv"))()
         reduction = self._staged(calls, "conv")
         base = calls.backward(reduction, "conv", needs_inputs=False, needs_filters=False)
         stages = []
@@ -124,16 +123,16 @@ class StageTimer:
         """Forward with each row, then backward in every way from what it leaves; `lost` by the choice in its stages."""
         runs = {}
         for forward in self._plans(calls, "forward", "forward").values():
-            saved = calls.saved_by(forward)
+            saved = forward.saved
             in_one = self._plans(calls, "backward", "backward", saved).values()
             for backward in (calls.plan("backward", saved=saved), self._staged(calls, saved), *in_one):
                 name = _name(forward, backward)
                 runs[name] = _both(calls.forward(forward), calls.backward(backward, saved))
         forward = calls.plan("forward")
-        backward = calls.plan("backward", saved=calls.saved_by(forward))
+        backward = calls.plan("backward", saved=forward.saved)
         chosen = _name(forward, backward)
         if chosen not in runs:  # it is excluded
-            runs[chosen] = _both(calls.forward(forward), calls.backward(backward, calls.saved_by(forward)))
+            runs[chosen] = _both(calls.forward(forward), calls.backward(backward, forward.saved))
         stage = self._stage(TRAIN_STEP, chosen, runs)
         lost_seconds = sum(lost.get(kernel, 0.0) for kernel in backward.kernels)
         least = min(stage.seconds[stage.best], stage.seconds[stage.chosen] - lost_seconds)

@@ -26,7 +26,7 @@ enum class DataFormat { kNHWC, kNCHW };
 enum class Algorithm { kAuto, kDirect, kWinograd2, kWinograd4 };
 enum class Save { kConv, kBFloat16, kRecompute };
 // What forward in training leaves in conv_out for backward: nothing, z, or the second moments of the inputs, from which
-// backward needs no z (cpu/gram.h).
+// backward needs no z (cpu/second_moments.h).
 enum class Saved { kNothing, kConv, kMoments };
 enum class Isa { kGeneric, kAvx2, kAvx512, kAmx };  // each has what those before it have
 constexpr Isa kIsas[] = {Isa::kGeneric, Isa::kAvx2, Isa::kAvx512, Isa::kAmx};

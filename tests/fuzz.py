@@ -55,8 +55,8 @@ def draw(seed: int, work: int = 1_200_000) -> Draw:
         epsilon=rng.choice((1e-3, 1e-5)), momentum=rng.choice((0.9, 0.99, 0.0, 1.0)), padding=_padding(rng, case),
         inputs_mean=rng.choices((0.0, 10.0, 300.0), (8, 1, 1))[0],
     )  # fmt: skip
-    if kind is _expanding and rng.random() < 0.7:  # as networks train them: there are kernels for just that
-        case = replace(case, dtype="f32", data_format="NHWC", training=True, padding="SAME")
+    if kind in TRAINED and rng.random() < 0.7:
+        case = replace(case, **TRAINED[kind])
     case = _sized(rng, case, work)
     if case.dtype == "f16":
         case = replace(case, inputs_mean=min(case.inputs_mean, 10.0))  # or d_filters would overflow
@@ -90,6 +90,10 @@ def _expanding(rng: random.Random) -> Case:
     )
 
 
+def _half_precision(rng: random.Random) -> Case:
+    return rng.choice((_dense, _pointwise))(rng)
+
+
 def _three_by_three(rng: random.Random) -> Case:
     return Case(in_channels=_size(rng), out_channels=_size(rng), kernel=(3, 3))
 
@@ -115,7 +119,14 @@ def _first_layer(rng: random.Random) -> Case:
     return Case(in_channels=rng.choice((1, 2, 3, 3, 3, 4)), out_channels=_size(rng, 97), kernel=kernel, strides=strides)
 
 
-KINDS = {_dense: 3, _pointwise: 3, _expanding: 5, _three_by_three: 5, _grouped: 2, _depthwise: 4, _first_layer: 2}
+KINDS = {
+    _dense: 3, _pointwise: 3, _expanding: 5, _half_precision: 3, _three_by_three: 5, _grouped: 2, _depthwise: 4,
+    _first_layer: 2,
+}  # fmt: skip
+TRAINED = {  # as networks train them: there are kernels for just that
+    _expanding: {"dtype": "f32", "data_format": "NHWC", "training": True, "padding": "SAME"},
+    _half_precision: {"dtype": "bf16", "data_format": "NHWC", "training": True},
+}
 
 
 def _padding(rng: random.Random, case: Case) -> Any:
@@ -220,5 +231,5 @@ def _planned(case: Case, run: Run) -> Run:
         if run.kernel and ("does not support this problem" in str(error) or "algorithm must be" in str(error)):
             return run
         raise
-    saved = raw._SAVED[plan.saved] if run.direction == "forward" and case.training else run.saved
+    saved = plan.saved if run.direction == "forward" and case.training else run.saved
     return run._replace(planned=tuple(plan.kernels), saved=saved)

@@ -88,8 +88,8 @@ class Problem:
         if conv_out != "conv":
             saved = {**saved, "conv_out": self.moments if conv_out == "moments" else None}
         return raw.backward(
-            self.upstream[0], *self.arguments, **saved, moving_mean_gradient=self.upstream[1],
-            moving_variance_gradient=self.upstream[2], **{**self.case.attributes, **options},
+            self.upstream[0], *self.arguments, moving_mean_gradient=self.upstream[1],
+            moving_variance_gradient=self.upstream[2], **{**saved, **self.case.attributes, **options},
         )  # fmt: skip
 
     def check_forward(self, result: raw.ForwardResult) -> None:

@@ -23,7 +23,10 @@ def test_every_pair_of_levels_is_there(cases):
     for first, second in itertools.combinations(listed[0], 2):
         alone = [{case[name] for case in listed} for name in (first, second)]
         pairs = {(case[first], case[second]) for case in listed}
-        assert pairs == set(itertools.product(*alone)), (first, second)
+        wanted = set(itertools.product(*alone))
+        if (first, second) == ("dtype", "isa"):  # AMX is for bfloat16
+            wanted -= {(dtype, "amx") for dtype in ("f32", "f64", "f16")}
+        assert pairs == wanted, (first, second)
 
 
 def test_every_level_is_there():

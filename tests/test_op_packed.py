@@ -140,16 +140,32 @@ def test_they_take_no_more_memory_than_allowed(limit, printed, monkeypatch):
     assert run_python(LIMITED) == printed
 
 
-def test_memory_of_old_values_is_given_back():
-    """A hundred values of 2.4 MB, each of which was kept."""
+def whole(filters):
+    return filters
+
+
+def slices(filters):
+    return tf.split(filters, 1, axis=0)[0]
+
+
+@pytest.mark.parametrize("sizes", [(4,), (4, 28)], ids=["one row", "two rows"])
+@pytest.mark.parametrize("of", [whole, slices])
+def test_memory_of_old_values_is_given_back(sizes, of):
+    """A hundred values of 2.4 MB, each of which was kept, in as many forms as rows read it."""
     filters = tf.Variable(tf.random.normal([3, 3, 256, 256]))
-    inputs = tf.random.normal([1, 4, 4, 256])
+    inputs = [tf.random.normal([1, size, size, 256]) for size in sizes]
     zeros, ones = tf.zeros(256), tf.ones(256)
-    call = tf.function(lambda: fusedconvbn.fused_conv_bn(inputs, filters, ones, zeros, zeros, ones).output)
+
+    def outputs():
+        return [fusedconvbn.fused_conv_bn(x, of(filters), ones, zeros, zeros, ones, padding="SAME").output
+                for x in inputs]  # fmt: skip
+
+    call = tf.function(outputs)
 
     def step():
         filters.assign_add(tf.ones_like(filters))
-        called(call)
+        for _ in range(3):
+            call()
 
     def resident_bytes():
         with open("/proc/self/statm") as file:

@@ -97,3 +97,21 @@ def test_variance_by_moments_under_a_large_mean(mean):
         return np.abs(result.inv_std / inv_std - 1).max()
 
     assert error("forward_moments_generic") < max(1e-5, 3 * error("forward_direct_generic"))
+
+
+@pytest.mark.parametrize("spread", [1, 1e-1, 1e-2, 1e-3, 1e-4])
+def test_variance_by_moments_of_inputs_that_move_together(spread):
+    """z is a small difference of inputs that are nearly equal: its variance must not be one of theirs."""
+    case = Case(batch=4, height=28, width=28, in_channels=24, out_channels=96, kernel=(1, 1), training=True,
+                epsilon=0.0)  # fmt: skip
+    problem = Problem(case)
+    inputs, filters = problem.arguments.inputs, problem.arguments.filters
+    inputs[:] = spread * inputs + problem.case.random("common").standard_normal((*inputs.shape[:3], 1))
+    filters -= filters.mean(2, keepdims=True)
+    variance = (inputs.astype(np.float64) @ filters[0, 0].astype(np.float64)).var((0, 1, 2))
+
+    def error(row):
+        result = raw.forward(*problem.arguments, **case.attributes, kernel=row)
+        return np.abs(np.square(result.inv_std.astype(np.float64)) * variance - 1).max()
+
+    assert error("forward_moments_generic") < max(1e-5, 3 * error("forward_direct_generic"))

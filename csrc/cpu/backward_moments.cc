@@ -2,7 +2,7 @@
 //
 // With x the inputs less their mean m, S = sum x x', du = dy activation'(u) and G = sum x du', all sums over pixels:
 //   d_beta = sum du, d_gamma = inv diag(W' G), since z - mean(z) = W' x; x is less the rounded m, which G makes up for
-//   dz = slope du + curve W' x + offset  (the constants of reduce.cc)
+//   dz = slope du + curve W' x + offset  (the constants of channel_gradients.h)
 //   d_filters = G slope + S W curve + m (sum dz)', and sum dz is known without summing
 //   d_inputs = W dz = [du x 1] [W slope; W curve W'; W offset]'
 // Pass 1 reads dy, y and the inputs for G. Pass 2 reads them again for d_inputs: one product a block. Neither z nor its
@@ -11,11 +11,11 @@
 #include <cstring>
 #include <vector>
 
+#include "channel_gradients.h"
 #include "compute_type.h"
 #include "convolve.h"
 #include "second_moments.h"
 #include "stages.h"
-#include "statistics.h"
 
 namespace fusedconvbn {
 namespace {
@@ -33,17 +33,20 @@ class BackwardByMoments {
         reader_(Image<C>(b.inputs, storage_, input_grid(p)), p.in_channels, forward_windows(p), false, kBlockRows,
                 kBlockRows),
         d_inputs_(b.d_inputs, storage_, strided_grid(p)),
+        arena_(scratch),
+        channels_(p, b, 0, &arena_),
         product_(set, static_cast<const C*>(b.filters), p.in_channels, p.out_channels),
         ld_du_(padded_columns(k_, p.out_channels)),
         ld_x_(padded_columns(k_, p.in_channels)),
         ld_joined_(padded_columns(k_, depth())) {
     ranges_ = std::clamp<int64_t>(std::min(blocks() / kMinBlocks, kMaxSums / sum_elements()), 1, kMaxRanges);
-    carve(scratch, device.threads);
+    carve(device.threads);
   }
 
-  size_t scratch_bytes() const { return scratch_bytes_; }
+  size_t scratch_bytes() const { return arena_.used(); }
 
   void run(ParallelFor* parallel) const {
+    channels_.prepare();
     parallel->run(ranges_, [&](int64_t range, int worker) { correlate(range, workers_[worker]); });
     parallel->run(ceil_div(p_.out_channels, kChannelChunk), [&](int64_t chunk, int) { finish(chunk * kChannelChunk); });
     if (b_.d_filters) filters_gradient(parallel);
@@ -78,11 +81,10 @@ class BackwardByMoments {
   static const C* values(const void* array) { return static_cast<const C*>(array); }
   static void set(void* array, int64_t c, double value) { static_cast<C*>(array)[c] = static_cast<C>(value); }
 
-  void carve(char* scratch, int workers) {
-    Arena arena(scratch);
+  void carve(int workers) {
+    Arena& arena = arena_;
     sums_ = arena.take<C>(ranges_ * sum_elements());
     sum_du_ = arena.take<double>(ranges_ * p_.out_channels);
-    for (C** array : {&slope_, &curve_, &offset_}) *array = arena.take<C>(p_.out_channels);
     packed_ = arena.take<C>(panels() * depth() * k_.panel);
     scaled_ = arena.take<C>((p_.in_channels + 1) * ld_du_);
     scaled_rows_ = arena.take<const C*>(p_.in_channels + 1);
@@ -92,7 +94,6 @@ class BackwardByMoments {
                           arena.take<C>(kBlockRows * ld_x_), arena.take<C>(p_.out_channels),
                           arena.take<C>(kBlockRows * ld_joined_), arena.take<const C*>(kBlockRows),
                           arena.take<C>(kBlockRows * k_.panel)});
-    scratch_bytes_ = arena.used();
   }
 
   // du of a block, from dy and y; x of a block.
@@ -154,20 +155,8 @@ class BackwardByMoments {
         w_g[k - begin] += static_cast<double>(values(b_.filters)[c * p_.out_channels + k]) * g[k];
       }
     }
-    for (int64_t k = begin; k < end; ++k) finish(k, d_beta[k - begin], w_g[k - begin] * values(b_.inv_std)[k]);
-  }
-
-  void finish(int64_t k, double d_beta, double d_gamma) const {
-    const double n = static_cast<double>(p_.pixels()), learned = (1 - p_.momentum) / n;
-    const double inv_std = values(b_.inv_std)[k], slope = values(b_.gamma)[k] * inv_std;
-    const double g_mean = values(b_.moving_mean_gradient)[k], g_variance = values(b_.moving_variance_gradient)[k];
-    set(b_.d_beta, k, d_beta);
-    set(b_.d_gamma, k, d_gamma);
-    set(b_.d_moving_mean, k, p_.momentum * g_mean);
-    set(b_.d_moving_variance, k, p_.momentum * g_variance);
-    set(slope_, k, slope);
-    set(curve_, k, 2 * learned * moving_variance_factor(p_) * g_variance - slope * inv_std * d_gamma / n);
-    set(offset_, k, learned * g_mean - slope * d_beta / n);
+    for (int64_t k = begin; k < end; ++k)
+      channels_.finish(k, d_beta[k - begin], w_g[k - begin] * values(b_.inv_std)[k], 0);
   }
 
   // G slope + S W curve + m sum dz; of sum dz all but what the moving mean adds cancels.
@@ -180,8 +169,8 @@ class BackwardByMoments {
               const int64_t c = first + r;
               const double sum_dz = (1 - p_.momentum) * values(b_.moving_mean_gradient)[k];
               set(b_.d_filters, c * p_.out_channels + k,
-                  static_cast<double>(slope_[k]) * sums_[c * ld_du_ + k] +
-                      curve_[k] * s_w[r * product_.panel() + k - column] + saved_.mean()[c] * sum_dz);
+                  static_cast<double>(channels_.slope()[k]) * sums_[c * ld_du_ + k] +
+                      channels_.curve()[k] * s_w[r * product_.panel() + k - column] + saved_.mean()[c] * sum_dz);
             }
         });
   }
@@ -198,8 +187,9 @@ class BackwardByMoments {
     for (int64_t c = 0; c <= p_.in_channels; ++c) {
       scaled_rows_[c] = scaled_ + c * ld_du_;
       for (int64_t k = 0; k < p_.out_channels; ++k)
-        scaled_[c * ld_du_ + k] =
-            c < p_.in_channels ? values(b_.filters)[c * p_.out_channels + k] * curve_[k] : offset_[k];
+        scaled_[c * ld_du_ + k] = c < p_.in_channels
+                                      ? values(b_.filters)[c * p_.out_channels + k] * channels_.curve()[k]
+                                      : channels_.offset()[k];
     }
   }
 
@@ -210,7 +200,7 @@ class BackwardByMoments {
     storage_.kernels.load(values(b_.filters) + column * rows, 1, rows, rows, cols, packed, k_.panel);
     k_.gemm({scaled_rows_, p_.in_channels + 1, p_.in_channels + 1, 1, rows, 0}, packed, packed + rows * k_.panel);
     for (int64_t k = 0; k < rows; ++k)
-      for (int64_t c = 0; c < k_.panel; ++c) packed[k * k_.panel + c] *= slope_[k];
+      for (int64_t c = 0; c < k_.panel; ++c) packed[k * k_.panel + c] *= channels_.slope()[k];
   }
 
   void clear_inputs_gradient(ParallelFor* parallel) const {
@@ -244,17 +234,17 @@ class BackwardByMoments {
   SavedMoments<C> saved_;
   WindowReader<C> reader_;
   Image<C> d_inputs_;
+  Arena arena_;
+  ChannelGradients<C> channels_;
   MomentsTimesFilters<C> product_;
   int64_t ld_du_, ld_x_, ld_joined_, ranges_;
-  C* sums_;                      // [ranges][rows][ld_du]: G
-  double* sum_du_;               // [ranges][K]
-  C *slope_, *curve_, *offset_;  // [K]
-  C* packed_;                    // [panels][depth][panel]
-  C* scaled_;                    // [C + 1][ld_du]
+  C* sums_;         // [ranges][rows][ld_du]: G
+  double* sum_du_;  // [ranges][K]
+  C* packed_;       // [panels][depth][panel]
+  C* scaled_;       // [C + 1][ld_du]
   const C** scaled_rows_;
   typename MomentsTimesFilters<C>::Scratch product_scratch_;
   std::vector<Worker> workers_;
-  size_t scratch_bytes_ = 0;
 };
 
 // Without pixels nothing was learned, and only the moving statistics passed through.

@@ -66,6 +66,33 @@ class ChannelGradients {
     });
   }
 
+  // The same for one channel whose sums the caller has: d_beta, d_gamma and the error of the mean that was subtracted.
+  void finish(int64_t c, double d_beta, double d_gamma, double mean_error) const {
+    set(b_.d_beta, c, d_beta);
+    set(b_.d_gamma, c, d_gamma);
+    const double g_mean = values(b_.moving_mean_gradient)[c], g_variance = values(b_.moving_variance_gradient)[c];
+    const double inv_std = inv_std_[c], slope = values(b_.gamma)[c] * inv_std;
+    double curve = 0, offset = 0;
+    if (learns()) {
+      const double n = static_cast<double>(p_.pixels()), learned = (1 - p_.momentum) / n;
+      curve = 2 * learned * moving_variance_factor(p_) * g_variance - slope * inv_std * d_gamma / n;
+      offset = learned * g_mean - slope * d_beta / n - curve * mean_error;
+      set(b_.d_moving_mean, c, p_.momentum * g_mean);
+      set(b_.d_moving_variance, c, p_.momentum * g_variance);
+    } else {
+      set(b_.d_moving_mean, c, g_mean - slope * d_beta);
+      set(b_.d_moving_variance, c, g_variance - 0.5 * slope * inv_std * d_gamma);
+    }
+    slope_[c] = static_cast<C>(slope);
+    curve_[c] = static_cast<C>(curve);
+    offset_[c] = static_cast<C>(offset);
+  }
+
+  // The constants of dz.
+  const C* slope() const { return slope_; }
+  const C* curve() const { return curve_; }
+  const C* offset() const { return offset_; }
+
   // Sets the constants of dz in `g`.
   void set_constants(int64_t channel, GradientBlock<C>* g) const {
     g->slope = slope_ + channel;
@@ -86,27 +113,6 @@ class ChannelGradients {
     const double d_beta = sum(sum_du_, c),
                  mean_error = learns() ? sum(sum_z_, c) / static_cast<double>(p_.pixels()) : 0;
     finish(c, d_beta, (sum(sum_du_z_, c) - mean_error * d_beta) * inv_std_[c], mean_error);
-  }
-
-  void finish(int64_t c, double d_beta, double d_gamma, double mean_error) const {
-    set(b_.d_beta, c, d_beta);
-    set(b_.d_gamma, c, d_gamma);
-    const double g_mean = values(b_.moving_mean_gradient)[c], g_variance = values(b_.moving_variance_gradient)[c];
-    const double inv_std = inv_std_[c], slope = values(b_.gamma)[c] * inv_std;
-    double curve = 0, offset = 0;
-    if (learns()) {
-      const double n = static_cast<double>(p_.pixels()), learned = (1 - p_.momentum) / n;
-      curve = 2 * learned * moving_variance_factor(p_) * g_variance - slope * inv_std * d_gamma / n;
-      offset = learned * g_mean - slope * d_beta / n - curve * mean_error;
-      set(b_.d_moving_mean, c, p_.momentum * g_mean);
-      set(b_.d_moving_variance, c, p_.momentum * g_variance);
-    } else {
-      set(b_.d_moving_mean, c, g_mean - slope * d_beta);
-      set(b_.d_moving_variance, c, g_variance - 0.5 * slope * inv_std * d_gamma);
-    }
-    slope_[c] = static_cast<C>(slope);
-    curve_[c] = static_cast<C>(curve);
-    offset_[c] = static_cast<C>(offset);
   }
 
   const ConvBnParams& p_;

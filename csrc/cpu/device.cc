@@ -33,26 +33,35 @@ bool amx_is_usable() { return cpu_has_amx_bfloat16() && system_permits_tiles(); 
 bool amx_is_usable() { return false; }
 #endif
 
-Isa best_isa() {
+Isa best_vector_isa() {
 #if defined(__x86_64__)
   __builtin_cpu_init();
   const bool avx2 = __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") && __builtin_cpu_supports("f16c");
   const bool avx512 = __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512vl") &&
                       __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512bw");
-  if (avx2 && avx512) return amx_is_usable() ? Isa::kAmx : Isa::kAvx512;
+  if (avx2 && avx512) return Isa::kAvx512;
   if (avx2) return Isa::kAvx2;
 #endif
   return Isa::kGeneric;
 }
 
+// The permission, which has a price (larger stacks of signal handlers), is asked for once, and only if it may be used.
+Isa best_isa(bool tiles) {
+  static const Isa vectors = best_vector_isa();
+  if (!tiles || vectors != Isa::kAvx512) return vectors;
+  static const bool usable = amx_is_usable();
+  return usable ? Isa::kAmx : vectors;
+}
+
 }  // namespace
 
 Status detect_device(int threads, DeviceInfo* device) {
-  static const Isa best = best_isa();  // once: it asks the system for a permission
+  const char* limit = std::getenv("FUSEDCONVBN_ISA");
+  const bool limited = limit != nullptr && *limit != 0;
+  const Isa best = best_isa(!limited || std::string(limit) == name_of(Isa::kAmx));
   device->isa = best;
   device->threads = threads;
-  const char* limit = std::getenv("FUSEDCONVBN_ISA");
-  if (limit == nullptr || *limit == 0) return Status{};
+  if (!limited) return Status{};
   std::string names;
   for (Isa isa : kIsas) {
     names += std::string(names.empty() ? "" : ", ") + name_of(isa);

@@ -103,6 +103,9 @@ bool suits_amx(const ConvBnParams& p) {
   return p.algorithm != Algorithm::kWinograd2 && p.algorithm != Algorithm::kWinograd4;
 }
 
+// It rounds the gradient of z.
+bool suits_amx_backward(const ConvBnParams& p) { return suits_amx(p) && !p.strict; }
+
 size_t no_scratch(const ConvBnParams&, const DeviceInfo&) { return 0; }
 
 Status run_forward_reference(const StageCall& call) { return reference_forward(call.params, *call.forward); }
@@ -161,20 +164,20 @@ Kernel saving_moments(Kernel row) {
       FCB_ROW(backward_depthwise, kBackward, backward_depthwise_applies, any_problem, isa, Isa_)
 
 // Their kernels are those of AMX: the name says it once.
-#define FCB_AMX_ROW(name, stage, applies)      \
-  {#name,                                      \
-   Stage::stage,                               \
-   Isa::kAmx,                                  \
-   applies,                                    \
-   suits_amx,                                  \
-   scratch_with<&kKernelsAmx, name##_scratch>, \
+#define FCB_AMX_ROW(name, stage, applies, suits) \
+  {#name,                                        \
+   Stage::stage,                                 \
+   Isa::kAmx,                                    \
+   applies,                                      \
+   suits,                                        \
+   scratch_with<&kKernelsAmx, name##_scratch>,   \
    run_with<&kKernelsAmx, run_##name>}
 
 const std::vector<Kernel>& kernel_table() {
   static const std::vector<Kernel> table = {
 #if defined(__x86_64__) && !defined(FUSEDCONVBN_NO_AMX)
-      FCB_AMX_ROW(forward_direct_amx, kForward, amx_applies),
-      FCB_AMX_ROW(backward_direct_amx, kBackward, amx_backward_applies),
+      FCB_AMX_ROW(forward_direct_amx, kForward, amx_applies, suits_amx),
+      FCB_AMX_ROW(backward_direct_amx, kBackward, amx_backward_applies, suits_amx_backward),
 #endif
 #if defined(__x86_64__)
       FCB_ROWS(avx512, Avx512),

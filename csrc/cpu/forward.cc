@@ -212,61 +212,38 @@ class ForwardByMoments {
       : p_(p),
         saved_{static_cast<C*>(b.conv_out), p.in_channels},
         forward_(set, p, device, b, Image<C>(b.output, storage_of<C>(set, p.dtype), output_grid(p)),
-                 scratch ? scratch + vectors_bytes(p) : nullptr),
+                 scratch ? scratch + StatisticsByMoments<C>::vectors_bytes(p.out_channels) : nullptr),
         moments_(compute_kernels<C>(set), Image<C>(b.inputs, storage_of<C>(set, p.dtype), input_grid(p)),
                  forward_windows(p), p.in_channels),
-        product_(set, static_cast<const C*>(b.filters), p.in_channels, p.out_channels) {
-    Arena vectors(scratch);
-    mean_ = vectors.take<double>(p.out_channels);
-    squares_ = vectors.take<double>(p.out_channels);
-    Arena arena(scratch ? scratch + vectors_bytes(p) : nullptr);  // the convolution's, when the moments are done
+        statistics_(set, static_cast<const C*>(b.filters), p.in_channels, p.out_channels, scratch) {
+    Arena arena(scratch ? scratch + StatisticsByMoments<C>::vectors_bytes(p.out_channels)
+                        : nullptr);  // the convolution's, when these are done
     moments_scratch_ = moments_.carve(&arena, device.threads);
-    product_scratch_ = product_.carve(&arena, device.threads);
-    scratch_bytes_ = vectors_bytes(p) + std::max(arena.used(), forward_.scratch_bytes());
+    statistics_.carve(&arena, device.threads);
+    scratch_bytes_ =
+        StatisticsByMoments<C>::vectors_bytes(p.out_channels) + std::max(arena.used(), forward_.scratch_bytes());
   }
 
   size_t scratch_bytes() const { return scratch_bytes_; }
 
+  // z that varies far less than the inputs make its terms vary is computed, and measured, where the output will lie.
   void train(ParallelFor* parallel) const {
     if (p_.pixels() == 0) {
       std::fill_n(saved_.data, (p_.in_channels + 2) * p_.in_channels, C(0));
       return forward_.train(parallel);
     }
     moments_.run(moments_scratch_, parallel, saved_);
-    std::fill(mean_, mean_ + p_.out_channels, 0.0);
-    std::fill(squares_, squares_ + p_.out_channels, 0.0);
-    product_.run(saved_, product_scratch_, parallel,
-                 [this](int64_t column, int64_t count, int64_t first, int64_t rows, const double* tile,
-                        const double* filters, int) {
-                   for (int64_t r = 0; r < rows; ++r) {
-                     const double mean = static_cast<double>(saved_.mean()[first + r]) + saved_.mean_rest()[first + r];
-                     for (int64_t k = 0; k < count; ++k) {
-                       const double w = filters[(first + r) * product_.panel() + k];
-                       mean_[column + k] += mean * w;
-                       squares_[column + k] += tile[r * product_.panel() + k] * w;
-                     }
-                   }
-                 });
-    for (int64_t k = 0; k < p_.out_channels; ++k) squares_[k] = squares_[k] < 0 ? 0 : squares_[k];
-    forward_.train_with(mean_, squares_, parallel);
+    if (!statistics_.run(saved_, parallel)) return forward_.train(parallel);
+    forward_.train_with(statistics_.mean(), statistics_.squares(), parallel);
   }
 
  private:
-  static size_t vectors_bytes(const ConvBnParams& p) {
-    Arena arena;
-    arena.take<double>(p.out_channels);
-    arena.take<double>(p.out_channels);
-    return arena.used();
-  }
-
   const ConvBnParams& p_;
   SavedMoments<C> saved_;
   Forward<C, Convolution> forward_;
   SecondMoments<C> moments_;
-  MomentsTimesFilters<C> product_;
-  double *mean_, *squares_;  // [K]
+  StatisticsByMoments<C> statistics_;
   typename SecondMoments<C>::Scratch moments_scratch_;
-  typename MomentsTimesFilters<C>::Scratch product_scratch_;
   size_t scratch_bytes_;
 };
 

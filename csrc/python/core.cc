@@ -80,6 +80,15 @@ Plan make_plan(const ConvBnParams& params, bool backward, const std::string& isa
   return plan;
 }
 
+const char* name_of(Saved saved) {
+  switch (saved) {
+    case Saved::kNothing: return "nothing";
+    case Saved::kConv: return "conv";
+    case Saved::kMoments: return "moments";
+  }
+  return "";
+}
+
 std::vector<std::string> kernel_names(const Plan& plan) {
   std::vector<std::string> names;
   for (const Kernel* kernel : plan.stages) names.emplace_back(kernel->name);
@@ -195,8 +204,8 @@ void define_plan(py::module_* m) {
       .def_property_readonly("useful_threads",
                              [](const Plan& plan) { return useful_threads(plan.params, plan.device.threads); })
       .def_property_readonly(
-          "saved", [](const Plan& plan) { return static_cast<int>(plan.saved); },
-          "Forward: what it leaves for backward, as a number of the core's `enum class Saved`.")
+          "saved", [](const Plan& plan) { return name_of(plan.saved); },
+          "Forward: what it leaves for backward: 'nothing', 'conv' or 'moments'.")
       .def_property_readonly(
           "conv_out_shape", [](const Plan& plan) { return conv_out_shape(plan.params, plan.saved); },
           "Forward: the shape of what it leaves; empty if that is nothing.")

@@ -31,61 +31,75 @@ PackedFilters* PackedFilters::global() {
 bool PackedFilters::may_keep(const tensorflow::Tensor& filters) {
   tensorflow::Tensor tensor = filters;
   tensorflow::TensorBuffer* buffer = tensorflow::DMAHelper::buffer(&tensor);
-  return buffer != nullptr && buffer->OwnsMemory() && buffer->root_buffer()->OwnsMemory();
+  return buffer != nullptr && buffer->root_buffer() == buffer && buffer->OwnsMemory();
 }
 
 PackedFilters::Packed PackedFilters::get(const tensorflow::Tensor& filters, const Plan& plan,
                                          absl::FunctionRef<bool(void*)> pack) {
-  const Key key = key_of(filters, plan);
+  if (max_bytes_ == 0) return nullptr;
+  const Form form = form_of(plan);
   {
     std::lock_guard<std::mutex> lock(mutex_);
     ++now_;
-    const auto entry = entries_.find(key);
-    if (entry == entries_.end()) {
+    Copy* copy = find(filters, form);
+    if (copy == nullptr) {
       drop_unreachable();
-      entries_.insert({key, {filters, nullptr, 0, now_}});
+      entries_.insert({filters.data(), {filters, {}}}).first->second.copies[form] = {nullptr, 0, now_};
       return nullptr;
     }
-    entry->second.last_use = now_;
-    if (entry->second.packed || !reserve(plan.packed_bytes)) return entry->second.packed;
+    copy->last_use = now_;
+    if (copy->packed || !reserve(plan.packed_bytes)) return copy->packed;
   }
   const std::shared_ptr<void> packed(allocate(plan.packed_bytes).data, std::free);
-  return keep(key, packed && pack(packed.get()) ? packed : nullptr, plan.packed_bytes);
+  return keep(filters, form, packed && pack(packed.get()) ? packed : nullptr, plan.packed_bytes);
 }
 
 void PackedFilters::forget(const tensorflow::Tensor& filters) {
   std::lock_guard<std::mutex> lock(mutex_);
-  auto entry = entries_.lower_bound(Key(filters.data(), nullptr, {}));
-  while (entry != entries_.end() && std::get<0>(entry->first) == filters.data()) entry = drop(entry);
+  const auto entry = entries_.find(filters.data());
+  if (entry != entries_.end()) drop(entry);
 }
 
-PackedFilters::Key PackedFilters::key_of(const tensorflow::Tensor& filters, const Plan& plan) {
+PackedFilters::Form PackedFilters::form_of(const Plan& plan) {
   const ConvBnParams& p = plan.params;
-  return {filters.data(),
-          plan.stages[0],
+  return {plan.stages[0],
           {p.filter_height, p.filter_width, p.in_channels, p.out_channels, p.groups, static_cast<int64_t>(p.dtype)}};
+}
+
+PackedFilters::Copy* PackedFilters::find(const tensorflow::Tensor& filters, const Form& form) {
+  const auto entry = entries_.find(filters.data());
+  if (entry == entries_.end()) return nullptr;
+  const auto copy = entry->second.copies.find(form);
+  return copy == entry->second.copies.end() ? nullptr : &copy->second;
 }
 
 // Takes `bytes` of the limit, from those not used for longest if need be.
 bool PackedFilters::reserve(size_t bytes) {
-  while (bytes_ + bytes > max_bytes_) {
-    auto oldest = entries_.end();
-    for (auto it = entries_.begin(); it != entries_.end(); ++it)
-      if (it->second.packed && (oldest == entries_.end() || it->second.last_use < oldest->second.last_use)) oldest = it;
-    if (oldest == entries_.end() || now_ - oldest->second.last_use < kIdleCalls) return false;
-    drop(oldest);
-  }
+  while (bytes_ + bytes > max_bytes_)
+    if (!drop_oldest()) return false;
   bytes_ += bytes;
   return true;
 }
 
-// Ends a reservation: `packed` becomes the entry's, unless that was dropped or filled by another thread meanwhile.
-PackedFilters::Packed PackedFilters::keep(const Key& key, const Packed& packed, size_t bytes) {
+bool PackedFilters::drop_oldest() {
+  Copy* oldest = nullptr;
+  for (auto& [memory, entry] : entries_)
+    for (auto& [form, copy] : entry.copies)
+      if (copy.packed && (oldest == nullptr || copy.last_use < oldest->last_use)) oldest = &copy;
+  if (oldest == nullptr || now_ - oldest->last_use < kIdleCalls) return false;
+  bytes_ -= oldest->bytes;
+  *oldest = {nullptr, 0, oldest->last_use};
+  return true;
+}
+
+// Ends a reservation: `packed` is kept, unless the entry was dropped or filled by another thread meanwhile.
+PackedFilters::Packed PackedFilters::keep(const tensorflow::Tensor& filters, const Form& form, const Packed& packed,
+                                          size_t bytes) {
   std::lock_guard<std::mutex> lock(mutex_);
-  const auto entry = entries_.find(key);
-  if (packed && entry != entries_.end() && !entry->second.packed) {
-    entry->second.packed = packed;
-    entry->second.bytes = bytes;
+  Copy* copy = find(filters, form);
+  if (packed && copy != nullptr && !copy->packed) {
+    copy->packed = packed;
+    copy->bytes = bytes;
   } else {
     bytes_ -= bytes;
   }
@@ -93,7 +107,7 @@ PackedFilters::Packed PackedFilters::keep(const Key& key, const Packed& packed, 
 }
 
 PackedFilters::Entries::iterator PackedFilters::drop(Entries::iterator entry) {
-  bytes_ -= entry->second.bytes;
+  for (const auto& [form, copy] : entry->second.copies) bytes_ -= copy.bytes;
   return entries_.erase(entry);
 }
 

@@ -13,7 +13,7 @@
 #include <map>
 #include <memory>
 #include <mutex>
-#include <tuple>
+#include <utility>
 
 #include "../conv_bn.h"
 #include "absl/functional/function_ref.h"
@@ -28,7 +28,8 @@ class PackedFilters {
   // One for the process, never destroyed: kernels may run while it ends.
   static PackedFilters* global();
 
-  // Whether TensorFlow owns the memory of `filters`: the owner of any other may write to it at any time.
+  // Whether TensorFlow owns the memory of `filters`: the owner of any other may write to it at any time. Not of slices:
+  // they hold the whole, and each other's references would pass for somebody's.
   static bool may_keep(const tensorflow::Tensor& filters);
 
   // `filters` as `plan` reads them, or null. They are packed at the second call: what is used once is not worth it.
@@ -39,21 +40,26 @@ class PackedFilters {
   void forget(const tensorflow::Tensor& filters);
 
  private:
-  // Memory, row, shape with the number of groups and dtype: what decides the packed form, for as long as the memory is
-  // referred to.
-  using Key = std::tuple<const void*, const Kernel*, std::array<int64_t, 6>>;
-  struct Entry {
-    tensorflow::Tensor filters;
+  // Row, and shape with the number of groups and dtype: what decides the packed form of given memory.
+  using Form = std::pair<const Kernel*, std::array<int64_t, 6>>;
+  struct Copy {
     Packed packed;  // null after the first call
     size_t bytes;   // of it
     int64_t last_use;
   };
-  using Entries = std::map<Key, Entry>;
+  // One reference, however many forms: so a single one left means that nobody else has any.
+  struct Entry {
+    tensorflow::Tensor filters;
+    std::map<Form, Copy> copies;
+  };
+  using Entries = std::map<const void*, Entry>;  // by the memory, which lives as long as the reference
 
   PackedFilters();
-  static Key key_of(const tensorflow::Tensor& filters, const Plan& plan);
+  static Form form_of(const Plan& plan);
+  Copy* find(const tensorflow::Tensor& filters, const Form& form);
   bool reserve(size_t bytes);
-  Packed keep(const Key& key, const Packed& packed, size_t bytes);
+  bool drop_oldest();
+  Packed keep(const tensorflow::Tensor& filters, const Form& form, const Packed& packed, size_t bytes);
   Entries::iterator drop(Entries::iterator entry);
   void drop_unreachable();
 
