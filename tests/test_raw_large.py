@@ -2,8 +2,9 @@
 
 from dataclasses import replace
 
+import numpy as np
 import pytest
-from cases import LAYERS
+from cases import LAYERS, Case
 from raw_problem import Problem
 
 from fusedconvbn import raw
@@ -27,3 +28,20 @@ def test_the_algorithm_is_chosen_by_the_sizes():
     }  # fmt: skip
     by_transforms = {name for name, names in kernels.items() if any("winograd" in kernel for kernel in names)}
     assert by_transforms == {"winograd", "float64"}
+
+
+def test_filter_gradient_of_amx_beyond_its_cache():
+    """Sums of more than 4 MiB go by groups of strips of pixels, the last of which is shorter here."""
+    rows = {row.name: row.available for row in raw.kernels()}
+    if not rows.get("backward_direct_amx"):
+        pytest.skip("this machine has no AMX")
+    case = Case(dtype="bf16", height=8, width=25, in_channels=1024, out_channels=1056, kernel=(1, 1), training=True)
+    problem = Problem(case)
+    forward = problem.run_forward()
+    saved = {name: getattr(forward, name) for name in ("output", "batch_mean", "inv_std", "conv_out")}
+    amx, direct = (
+        raw.backward(forward.output, *problem.arguments, **saved, **case.attributes, isa=isa).filters
+        for isa in ("amx", "avx512")
+    )
+    difference = amx.astype(np.float64) - direct.astype(np.float64)
+    assert np.sqrt(np.square(difference).mean() / np.square(direct.astype(np.float64)).mean()) < 1e-2

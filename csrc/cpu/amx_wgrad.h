@@ -64,8 +64,8 @@ class AmxFilterGradient {
   void accumulate(int64_t range, int64_t part, int64_t parts, int64_t stride, const DzOf& dz_of, const Scratch& s,
                   int worker) const {
     const int64_t begin = first_strip(range), end = first_strip(range + 1);
-    for (int64_t first = begin; first < end; first += group_strips_) {
-      const int64_t pieces = std::min(group_strips_, end - first);
+    for (int64_t first = begin, pieces; first < end; first += pieces) {
+      pieces = equal_strips(first, std::min(first + group_strips_, end));
       for (int64_t i = 0; i < pieces; ++i) pack(i, first + i, dz_of(first + i), stride, part, parts, s, worker);
       multiply(range, pieces, reader_.strip(first).rows(), first > begin, part, parts, s, worker);
     }
@@ -85,6 +85,13 @@ class AmxFilterGradient {
 
  private:
   static constexpr int64_t kTile = 32;
+
+  // How many strips from `first` on have as many rows: only the last of all may have fewer.
+  int64_t equal_strips(int64_t first, int64_t end) const {
+    int64_t next = first + 1;
+    while (next < end && reader_.strip(next).rows() == reader_.strip(first).rows()) ++next;
+    return next - first;
+  }
   static constexpr int64_t kMaxRanges = 16, kSumsInCache = 4 << 20;
   static constexpr int64_t kMinGroupRows = 240, kMaxGroupRows = 960;
   static constexpr int64_t kMaxSums = 1 << 20;     // of all ranges: adding them reads them once more
