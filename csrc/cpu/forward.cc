@@ -1,12 +1,14 @@
 // The forward stage.
 #include <algorithm>
 #include <cstring>
+#include <type_traits>
 #include <vector>
 
 #include "amx_convolve.h"
 #include "compute_type.h"
 #include "convolve.h"
 #include "depthwise.h"
+#include "few_channels.h"
 #include "second_moments.h"
 #include "stages.h"
 #include "statistics.h"
@@ -15,7 +17,7 @@
 namespace fusedconvbn {
 namespace {
 
-// Conv: Convolution, Winograd2, Winograd4 or DepthwiseConvolution.
+// Conv: Convolution, Winograd2, Winograd4, FewChannelsConvolution or DepthwiseConvolution.
 template <class C, template <class> class Conv>
 class Forward {
  public:
@@ -82,7 +84,20 @@ class Forward {
 
  private:
   void convolve_and_normalize(ParallelFor* parallel) const {
-    convolve(parallel, {[this](const Tile<C>& t) { normalize({t.data, t.ld}, t); }, nullptr});
+    const TileEpilogue<C> epilogue{[this](const Tile<C>& t) { normalize({t.data, t.ld}, t); }, nullptr};
+    if constexpr (std::is_same_v<Conv<C>, FewChannelsConvolution<C>>)
+      convolution_.run(filters(), convolution_scratch_, parallel, epilogue, register_epilogue());
+    else
+      convolve(parallel, epilogue);
+  }
+
+  // Of outputs that can be written from the registers of a convolution's kernel.
+  RegisterEpilogue<C> register_epilogue() const {
+    if (!output_.direct() || residual_.present()) return {};
+    return {k_.convolve_shifted[static_cast<int>(p_.activation)], [this](const Tile<C>& t) {
+              const Block<C> y = output_.target(t.first, t.channel, {});
+              return affine_block({}, {}, y, t);
+            }};
   }
 
   int64_t columns() const { return std::max(kChannelChunk, k_.panel); }  // of a block in scratch
@@ -173,11 +188,15 @@ class Forward {
     Block<C> extra{nullptr, 0};
     if (residual_.present()) extra = residual_.read(t.first, t.rows, t.channel, t.cols, extra_[t.worker]);
     const Block<C> y = output_.target(t.first, t.channel, {t.data, t.ld});
-    k_.affine[static_cast<int>(p_.activation)]({z.data, z.ld, extra.data, extra.ld, y.data, y.ld, t.rows, t.cols,
-                                                static_cast<const C*>(b_.batch_mean) + t.channel, scale_ + t.channel,
-                                                static_cast<const C*>(b_.beta) + t.channel,
-                                                output_.streams(t.channel, t.cols)});
+    k_.affine[static_cast<int>(p_.activation)](affine_block(z, extra, y, t));
     output_.write(t.first, t.rows, t.channel, t.cols, y);
+  }
+
+  AffineBlock<C> affine_block(const Block<C>& z, const Block<C>& extra, const Block<C>& y, const Tile<C>& t) const {
+    const C *mean = static_cast<const C*>(b_.batch_mean) + t.channel,
+            *beta = static_cast<const C*>(b_.beta) + t.channel;
+    const bool stream = output_.streams(t.channel, t.cols);
+    return {z.data, z.ld, extra.data, extra.ld, y.data, y.ld, t.rows, t.cols, mean, scale_ + t.channel, beta, stream};
   }
 
   // The same where 16-bit numbers lie in rows.
@@ -333,6 +352,12 @@ size_t forward_winograd2_packed(const KernelSet& set, const ConvBnParams& p, con
 size_t forward_winograd4_packed(const KernelSet& set, const ConvBnParams& p, const DeviceInfo& device) {
   return packed_of<Winograd4>(set, p, device);
 }
+size_t forward_few_channels_scratch(const KernelSet& set, const ConvBnParams& p, const DeviceInfo& device) {
+  return scratch_of<FewChannelsConvolution>(set, p, device);
+}
+size_t forward_few_channels_packed(const KernelSet& set, const ConvBnParams& p, const DeviceInfo& device) {
+  return packed_of<FewChannelsConvolution>(set, p, device);
+}
 size_t forward_moments_scratch(const KernelSet& set, const ConvBnParams& p, const DeviceInfo& device) {
   return with_compute_type(
       p.dtype, [&](auto c) { return ForwardByMoments<decltype(c)>(set, p, device, {}, nullptr).scratch_bytes(); });
@@ -349,6 +374,9 @@ size_t forward_depthwise_scratch(const KernelSet& set, const ConvBnParams& p, co
 Status run_forward_direct(const KernelSet& set, const StageCall& call) { return run_packing<Convolution>(set, call); }
 Status run_forward_winograd2(const KernelSet& set, const StageCall& call) { return run_packing<Winograd2>(set, call); }
 Status run_forward_winograd4(const KernelSet& set, const StageCall& call) { return run_packing<Winograd4>(set, call); }
+Status run_forward_few_channels(const KernelSet& set, const StageCall& call) {
+  return run_packing<FewChannelsConvolution>(set, call);
+}
 Status run_forward_depthwise(const KernelSet& set, const StageCall& call) {
   return run_with<DepthwiseConvolution>(set, call);
 }

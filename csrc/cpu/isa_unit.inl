@@ -29,6 +29,7 @@ namespace {
 #include "gemm.inl"  // kTileRows and the panel of all that follows
 
 #include "depthwise.inl"
+#include "few_channels.inl"
 #include "planes.inl"
 #include "pointwise.inl"
 #include "winograd.inl"
@@ -56,6 +57,7 @@ static constexpr void fill_activation(ComputeKernels<C>* k) {
   if constexpr (A < kActivationCount) {
     constexpr Activation a = static_cast<Activation>(A);
     k->affine[A] = affine<C, a>;
+    if constexpr (kFusesShifted<C, a>) k->convolve_shifted[A] = convolve_shifted<C, a>;
     if constexpr (a == Activation::kNone || derivative_from_output(a)) k->mask[A] = mask<C, a>;
     fill_activation<A + 1>(k);
   }
@@ -93,6 +95,8 @@ static constexpr ComputeKernels<C> compute_kernels() {
   k.pack_columns = pack<C, static_cast<int>(kPanel<C>)>;
   k.transpose = transpose<C>;
   k.add_rows = add_rows<C>;
+  k.split = split<C>;
+  k.multiply_shifted = multiply_shifted<C>;
   k.depthwise_outer = depthwise_outer<C>;
   k.multiply_planes = multiply_planes<C>;
   k.multiply_transposed_planes = multiply_transposed_planes<C>;

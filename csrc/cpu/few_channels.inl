@@ -1,0 +1,124 @@
+// Convolutions of few source channels: the window of a position lies in planes, one a channel and phase of the stride
+// (phase_lines.h), in which the windows of neighbouring positions are neighbours. So the rows of a register tile are
+// at constant distances, and the tile has one address in place of one a row.
+
+// The elements at from[0], from[stride], ..
+FCB_INLINE Vector<float> load_strided(const float* from, int64_t stride) {
+#if defined(__AVX512F__)
+  const __m512i lanes = _mm512_setr_epi32(0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15);
+  return (Vector<float>)_mm512_i32gather_ps(_mm512_mullo_epi32(lanes, _mm512_set1_epi32(stride)), from, 4);
+#else
+  Vector<float> v;
+  for (int64_t i = 0; i < kLanes<float>; ++i) v[i] = from[i * stride];
+  return v;
+#endif
+}
+FCB_INLINE Vector<double> load_strided(const double* from, int64_t stride) {
+  Vector<double> v;
+  for (int64_t i = 0; i < kLanes<double>; ++i) v[i] = from[i * stride];
+  return v;
+}
+
+// to[planes][ld] = from[columns][planes]', the last column in part: `elements` in all.
+template <class C>
+static void split(const C* from, int64_t elements, int64_t planes, C* to, int64_t ld) {
+  for (int64_t q = 0; q < planes; ++q, ++from, --elements, to += ld) {
+    const int64_t columns = (elements + planes - 1) / planes;
+    int64_t c = 0;
+    for (; c + kLanes<C> <= columns; c += kLanes<C>) store(to + c, load_strided(from + c * planes, planes));
+    for (; c < columns; ++c) to[c] = from[c * planes];
+  }
+}
+
+// acc = R rows of the product, from row `first` on.
+template <class C, int R>
+FCB_INLINE void shifted_sums(const ShiftedRows<C>& in, int64_t first, const C* filters, Vector<C> (&acc)[R][2]) {
+  for (int64_t k = 0; k < in.depth; ++k, filters += kPanel<C>) {
+    const C* a = in.from + in.offsets[k] + first;
+    const Vector<C> b0 = load(filters), b1 = load(filters + kLanes<C>);
+#pragma GCC unroll 16
+    for (int r = 0; r < R; ++r) {
+      const Vector<C> x = broadcast(a[r]);
+      acc[r][0] += x * b0;
+      acc[r][1] += x * b1;
+    }
+  }
+}
+
+// Calls `write` with the rows of `acc`, unrolled: they are registers.
+template <class C, int R, class F>
+FCB_INLINE void for_rows(const Vector<C> (&acc)[R][2], F write) {
+#pragma GCC unroll 16
+  for (int r = 0; r < R; ++r) {
+    write(r, 0, acc[r][0]);
+    write(r, kLanes<C>, acc[r][1]);
+  }
+}
+
+// The rows of a product into a tile.
+template <class C>
+struct ToTile {
+  C* tile;
+
+  template <int R>
+  [[gnu::always_inline]] inline void operator()(int64_t first, Vector<C> (&acc)[R][2]) const {
+    C* to = tile + first * kPanel<C>;
+    for_rows<C, R>(acc, [&](int r, int64_t c, Vector<C> v) { store(to + r * kPanel<C> + c, v); });
+  }
+};
+
+// The same with batch norm and activation, into the outputs.
+template <class C, Activation A>
+struct ToOutput {
+  const AffineBlock<C>& out;
+
+  template <int R>
+  [[gnu::always_inline]] inline void operator()(int64_t first, Vector<C> (&acc)[R][2]) const {
+#pragma GCC unroll 2
+    for (int i = 0; i < 2; ++i) {
+      const int64_t c = i * kLanes<C>;
+      const Vector<C> mean = load(out.mean + c), scale = load(out.scale + c), beta = load(out.beta + c);
+#pragma GCC unroll 16
+      for (int r = 0; r < R; ++r) acc[r][i] = activate<A, C>((acc[r][i] - mean) * scale + beta);
+    }
+    C* to = row<C>(out.y, first, out.ld_y);
+    if (out.stream)
+      for_rows<C, R>(acc, [&](int r, int64_t c, Vector<C> v) { stream(to + r * out.ld_y + c, v); });
+    else
+      for_rows<C, R>(acc, [&](int r, int64_t c, Vector<C> v) { store(to + r * out.ld_y + c, v); });
+  }
+};
+
+template <class C, int R, class F>
+static void shifted_tile(const ShiftedRows<C>& in, int64_t first, const C* filters, const F& finish) {
+  Vector<C> acc[R][2] = {};
+  shifted_sums<C, R>(in, first, filters, acc);
+  finish.template operator()<R>(first, acc);
+}
+
+// In register tiles of few sizes, for there is code for each; 4 rows still are 8 sums at a time. Rows may be computed
+// twice, with the same result.
+template <class C, class F>
+static void shifted_tiles(const ShiftedRows<C>& in, const C* filters, const F& finish) {
+  int64_t r = 0;
+  for (; r + kTileRows <= in.count; r += kTileRows) shifted_tile<C, kTileRows>(in, r, filters, finish);
+  for (; kTileRows > 8 && r + 8 <= in.count; r += 8) shifted_tile<C, 8>(in, r, filters, finish);
+  for (; r + 4 <= in.count; r += 4) shifted_tile<C, 4>(in, r, filters, finish);
+  if (r < in.count && in.count >= 4) return shifted_tile<C, 4>(in, in.count - 4, filters, finish);
+  for (; r < in.count; ++r) shifted_tile<C, 1>(in, r, filters, finish);
+}
+
+template <class C>
+static void multiply_shifted(const ShiftedRows<C>& in, const C* filters, C* tile) {
+  shifted_tiles(in, filters, ToTile<C>{tile});
+}
+
+template <class C, Activation A>
+constexpr bool kFusesShifted = sizeof(C) == 4 && (A == Activation::kNone || A == Activation::kRelu ||
+                                                  A == Activation::kRelu6 || A == Activation::kLeakyRelu);
+
+template <class C, Activation A>
+static void convolve_shifted(const ShiftedRows<C>& in, const C* filters, const AffineBlock<C>& out) {
+  shifted_tiles(in, filters, ToOutput<C, A>{out});
+  if (out.stream) end_streaming();
+}
