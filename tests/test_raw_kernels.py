@@ -11,12 +11,14 @@ from fusedconvbn import raw
 KERNELS = raw.kernels()
 CASES = op_cases()[::17]
 AMX_CASES = [case for case in op_cases() if case.dtype == "bf16" and case.groups == 1]
+FEW_CHANNELS_CASES = [replace(case, isa=None) for case in few_channels_cases()]
 SPECIAL_CASES = {  # by a word in the names of the rows that serve no others
     "backward_direct_amx": [case for case in AMX_CASES if case.training and case.data_format == "NHWC"],
     "amx": AMX_CASES[::2],
     "winograd": [replace(case, isa=None) for case in winograd_cases()[::23]],
     "depthwise": [replace(case, isa=None) for case in depthwise_cases()[::5]],
-    "few_channels": [replace(case, isa=None) for case in few_channels_cases()[::4]],
+    "backward_few_channels": [case for case in FEW_CHANNELS_CASES if case.training][::3],
+    "few_channels": FEW_CHANNELS_CASES[::4],
     "columns": [case for case in op_cases() if case.groups == 1][::13],
     "moments": [replace(case, isa=None) for case in expanding_cases()[::7]],
 }

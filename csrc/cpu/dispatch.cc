@@ -86,6 +86,8 @@ bool few_input_channels(const ConvBnParams& p) {
 // Where the direct algorithm's rows are short, and lines long enough to fill its tiles.
 bool few_source_channels(const ConvBnParams& p) { return p.in_channels <= 4 && p.out_width >= 12; }
 
+bool backward_few_channels_applies(const ConvBnParams& p) { return one_group(p) && has_conv_out(p) && p.pixels() > 0; }
+
 // It reads z where there is one, and recomputes it with frozen statistics.
 bool backward_depthwise_applies(const ConvBnParams& p) {
   return depthwise_applies(p) && (!p.training || has_conv_out(p));
@@ -149,22 +151,23 @@ Kernel saving_moments(Kernel row) {
 // Of forward, with packed filters that may be kept.
 #define FCB_PACKING_ROW(name, supports, suits, isa, Isa_) \
   packing(FCB_ROW(name, kForward, supports, suits, isa, Isa_), scratch_with<&kKernels##Isa_, name##_packed>)
-#define FCB_ROWS(isa, Isa_)                                                                              \
-  saving_moments(FCB_ROW(forward_moments, kForward, forward_moments_applies, suits_moments, isa, Isa_)), \
-      FCB_ROW(backward_moments, kBackward, backward_moments_applies, any_problem, isa, Isa_),            \
-      FCB_PACKING_ROW(forward_winograd4, winograd_applies, forward_winograd<4>, isa, Isa_),              \
-      FCB_PACKING_ROW(forward_winograd2, winograd_applies, forward_winograd<2>, isa, Isa_),              \
-      FCB_ROW(forward_depthwise, kForward, depthwise_applies, any_problem, isa, Isa_),                   \
-      FCB_PACKING_ROW(forward_few_channels, one_group, few_source_channels, isa, Isa_),                  \
-      FCB_PACKING_ROW(forward_direct, any_problem, any_problem, isa, Isa_),                              \
-      FCB_ROW(reduce_direct, kReduce, any_problem, any_problem, isa, Isa_),                              \
-      FCB_ROW(dgrad_winograd4, kDgrad, winograd_applies, dgrad_winograd<4>, isa, Isa_),                  \
-      FCB_ROW(dgrad_winograd2, kDgrad, winograd_applies, dgrad_winograd<2>, isa, Isa_),                  \
-      FCB_ROW(dgrad_columns, kDgrad, one_group, few_input_channels, isa, Isa_),                          \
-      FCB_ROW(dgrad_direct, kDgrad, any_problem, any_problem, isa, Isa_),                                \
-      FCB_ROW(wgrad_winograd4, kWgrad, winograd_applies, wgrad_winograd<4>, isa, Isa_),                  \
-      FCB_ROW(wgrad_winograd2, kWgrad, winograd_applies, wgrad_winograd<2>, isa, Isa_),                  \
-      FCB_ROW(wgrad_direct, kWgrad, any_problem, any_problem, isa, Isa_),                                \
+#define FCB_ROWS(isa, Isa_)                                                                                     \
+  saving_moments(FCB_ROW(forward_moments, kForward, forward_moments_applies, suits_moments, isa, Isa_)),        \
+      FCB_ROW(backward_moments, kBackward, backward_moments_applies, any_problem, isa, Isa_),                   \
+      FCB_PACKING_ROW(forward_winograd4, winograd_applies, forward_winograd<4>, isa, Isa_),                     \
+      FCB_PACKING_ROW(forward_winograd2, winograd_applies, forward_winograd<2>, isa, Isa_),                     \
+      FCB_ROW(forward_depthwise, kForward, depthwise_applies, any_problem, isa, Isa_),                          \
+      FCB_PACKING_ROW(forward_few_channels, one_group, few_source_channels, isa, Isa_),                         \
+      FCB_PACKING_ROW(forward_direct, any_problem, any_problem, isa, Isa_),                                     \
+      FCB_ROW(reduce_direct, kReduce, any_problem, any_problem, isa, Isa_),                                     \
+      FCB_ROW(dgrad_winograd4, kDgrad, winograd_applies, dgrad_winograd<4>, isa, Isa_),                         \
+      FCB_ROW(dgrad_winograd2, kDgrad, winograd_applies, dgrad_winograd<2>, isa, Isa_),                         \
+      FCB_ROW(dgrad_columns, kDgrad, one_group, few_input_channels, isa, Isa_),                                 \
+      FCB_ROW(dgrad_direct, kDgrad, any_problem, any_problem, isa, Isa_),                                       \
+      FCB_ROW(wgrad_winograd4, kWgrad, winograd_applies, wgrad_winograd<4>, isa, Isa_),                         \
+      FCB_ROW(wgrad_winograd2, kWgrad, winograd_applies, wgrad_winograd<2>, isa, Isa_),                         \
+      FCB_ROW(wgrad_direct, kWgrad, any_problem, any_problem, isa, Isa_),                                       \
+      FCB_ROW(backward_few_channels, kBackward, backward_few_channels_applies, few_source_channels, isa, Isa_), \
       FCB_ROW(backward_depthwise, kBackward, backward_depthwise_applies, any_problem, isa, Isa_)
 
 // Their kernels are those of AMX: the name says it once.

@@ -122,3 +122,55 @@ static void convolve_shifted(const ShiftedRows<C>& in, const C* filters, const A
   shifted_tiles(in, filters, ToOutput<C, A>{out});
   if (out.stream) end_streaming();
 }
+
+template <class C>
+static void copy_windows(const GatheredRows<C>& in, C* to, int64_t ld) {
+  for (int64_t r = 0; r < in.count; ++r, to += ld) {
+    C* next = to;
+    for (int64_t t = 0; t < in.taps; ++t, next += in.depth) {
+      const C* from = in.rows[t * in.row_stride + r] + in.offset;
+      for_vectors<C>(in.depth, [&](auto read, auto write, int64_t c) { write(next + c, read(from + c)); });
+    }
+    for (; next < to + ld; ++next) *next = 0;
+  }
+}
+
+template <class C, int R>
+FCB_INLINE void add_rows(const Vector<C> (&acc)[R][2], const ColumnSegment<C>& s, int64_t row, int64_t rows) {
+#pragma GCC unroll 16
+  for (int r = 0; r < R; ++r) {
+    if (r >= rows || !s.to[row + r]) continue;
+    C* sums = s.to[row + r] + s.position;
+    store(sums, load(sums) + acc[r][0]);
+    store(sums + kLanes<C>, load(sums + kLanes<C>) + acc[r][1]);
+  }
+}
+
+template <class C>
+static void add_rows(const C* tile, const ColumnSegment<C>& s, int64_t row, int64_t rows) {
+  for (int64_t r = 0; r < rows; ++r, tile += kPanel<C>) {
+    if (!s.to[row + r]) continue;
+    C* sums = s.to[row + r] + s.position;
+    const C* from = tile + s.column;
+    for_vectors<C>(s.count,
+                   [&](auto read, auto write, int64_t c) { write(sums + c, read(sums + c) + read(from + c)); });
+  }
+}
+
+// Where a whole tile goes to one line, its rows are added from the registers.
+template <class C, int R>
+static void add_columns_tile(const C* a, int64_t lda, const C* b, int64_t depth, const ColumnSegments<C>& to) {
+  Vector<C> acc[R][2] = {};
+  product_sums<C, R>(a, lda, b, kPanel<C>, depth, acc);
+  if (to.segments->count == kPanel<C>) return add_rows<C, R>(acc, *to.segments, to.row, to.rows);
+  C tile[R * kPanel<C>];
+  for_rows<C, R>(acc, [&](int r, int64_t c, Vector<C> v) { store(tile + r * kPanel<C> + c, v); });
+  for (int64_t s = 0; s < to.count; ++s) add_rows<C>(tile, to.segments[s], to.row, to.rows);
+}
+
+template <class C>
+static void add_columns(const C* a, int64_t lda, const C* b, int64_t depth, const ColumnSegments<C>& to) {
+  if (kTileRows > 4 && to.rows <= 4) return add_columns_tile<C, 4>(a, lda, b, depth, to);
+  if (kTileRows > 8 && to.rows <= 8) return add_columns_tile<C, 8>(a, lda, b, depth, to);
+  add_columns_tile<C, kTileRows>(a, lda, b, depth, to);
+}

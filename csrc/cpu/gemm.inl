@@ -173,12 +173,3 @@ static void transpose(const C* from, int64_t ld, int64_t rows, int64_t depth, C*
             packed[(k + i) * kPanel<C> + c + r] = r < count ? from[(c + r) * ld + k + i] : 0;
     }
 }
-
-template <class C>
-static void add_rows(const C* tile, int64_t rows, int64_t cols, C* const* to, int64_t offset) {
-  for (int64_t r = 0; r < rows; ++r, tile += kPanel<C>) {
-    if (!to[r]) continue;
-    C* sums = to[r] + offset;
-    for_vectors<C>(cols, [&](auto read, auto write, int64_t c) { write(sums + c, read(sums + c) + read(tile + c)); });
-  }
-}

@@ -29,9 +29,11 @@ namespace {
 #include "gemm.inl"  // kTileRows and the panel of all that follows
 
 #include "depthwise.inl"
-#include "few_channels.inl"
 #include "planes.inl"
 #include "pointwise.inl"
+
+#include "few_channels.inl"  // products of pointwise.inl
+
 #include "winograd.inl"
 #if defined(__AMX_BF16__)
 #include "amx.inl"
@@ -94,7 +96,8 @@ static constexpr ComputeKernels<C> compute_kernels() {
   k.pack_rows = pack<C, kTileRows>;
   k.pack_columns = pack<C, static_cast<int>(kPanel<C>)>;
   k.transpose = transpose<C>;
-  k.add_rows = add_rows<C>;
+  k.copy_windows = copy_windows<C>;
+  k.add_columns = add_columns<C>;
   k.split = split<C>;
   k.multiply_shifted = multiply_shifted<C>;
   k.depthwise_outer = depthwise_outer<C>;

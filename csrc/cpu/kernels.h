@@ -43,6 +43,20 @@ struct ShiftedRows {
   int64_t depth, count;
 };
 
+// Columns [column, column + count) of a tile: column c of row r is to be added to to[r][position + c - column], if that
+// is not null.
+template <class C>
+struct ColumnSegment {
+  int64_t column, count, position;
+  C* const* to;
+};
+// The segments of a tile whose row 0 is `row` to them, and which has `rows`.
+template <class C>
+struct ColumnSegments {
+  const ColumnSegment<C>* segments;
+  int64_t count, row, rows;
+};
+
 constexpr int64_t kDepthwisePanel = 32;  // channels of a row in depthwise kernels, whatever the vectors
 
 // Lines of a depthwise convolution. Tap t of column c of line l reads the row of kDepthwisePanel channels at
@@ -191,8 +205,6 @@ struct ComputeKernels {
   void (*pack_columns)(const C* const* rows, int64_t offset, int64_t count, int64_t valid, C* packed, int64_t panel);
   // packed[depth][panel] = from[rows][depth]' and columns of zeros, rows <= panel.
   void (*transpose)(const C* from, int64_t ld, int64_t rows, int64_t depth, C* packed);
-  // to[r][offset + c] += tile[r][c], c < cols, ld = panel; nothing where to[r] is null.
-  void (*add_rows)(const C* tile, int64_t rows, int64_t cols, C* const* to, int64_t offset);
 
   // few_channels.inl. to[planes][ld] = from[columns][planes]', the last column in part: `elements` in all.
   void (*split)(const C* from, int64_t elements, int64_t planes, C* to, int64_t ld);
@@ -201,6 +213,11 @@ struct ComputeKernels {
   // The same with batch norm and activation, of a whole panel of columns; z and the residual are not read. Null for
   // double, and for activations that take long.
   void (*convolve_shifted[kActivationCount])(const ShiftedRows<C>& rows, const C* filters, const AffineBlock<C>& out);
+
+  // to[count][ld] = the windows of in.rows, tap after tap, and zeros.
+  void (*copy_windows)(const GatheredRows<C>& in, C* to, int64_t ld);
+  // Adds the tile a[depth][outer_rows]' * b[depth][panel] to where `to` says.
+  void (*add_columns)(const C* a, int64_t lda, const C* b, int64_t depth, const ColumnSegments<C>& to);
 
   // Depthwise, on rows of kDepthwisePanel channels, element by element. The row at out + l * ld_line + c * ld_column =
   // sum over taps of rows * filters[taps].

@@ -22,10 +22,9 @@ static void center_rows(const GatheredRows<C>& in, const C* mean, C* centered, i
     });
 }
 
-// R rows of the product by two vectors of its columns.
+// acc += R rows of the product by two vectors of its columns.
 template <class C, int R>
-FCB_INLINE void product_tile(const C* a, int64_t lda, const C* b, int64_t ldb, int64_t depth, C* sums, int64_t ld) {
-  Vector<C> acc[R][2] = {};
+FCB_INLINE void product_sums(const C* a, int64_t lda, const C* b, int64_t ldb, int64_t depth, Vector<C> (&acc)[R][2]) {
   for (int64_t k = 0; k < depth; ++k, a += lda, b += ldb) {
     const Vector<C> b0 = load(b), b1 = load(b + kLanes<C>);
 #pragma GCC unroll 16
@@ -35,6 +34,12 @@ FCB_INLINE void product_tile(const C* a, int64_t lda, const C* b, int64_t ldb, i
       acc[r][1] += x * b1;
     }
   }
+}
+
+template <class C, int R>
+FCB_INLINE void product_tile(const C* a, int64_t lda, const C* b, int64_t ldb, int64_t depth, C* sums, int64_t ld) {
+  Vector<C> acc[R][2] = {};
+  product_sums<C, R>(a, lda, b, ldb, depth, acc);
 #pragma GCC unroll 16
   for (int r = 0; r < R; ++r)
     for (int v = 0; v < 2; ++v) {

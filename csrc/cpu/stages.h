@@ -61,6 +61,9 @@ FCB_STAGE(backward_moments);
 // The whole of backward, in two passes; the gradient of z never reaches memory.
 FCB_STAGE(backward_depthwise);
 
+// The whole of backward for images of few channels, in two passes.
+FCB_STAGE(backward_few_channels);
+
 // The whole of backward for bfloat16 on AMX.
 FCB_STAGE(backward_direct_amx);
 
