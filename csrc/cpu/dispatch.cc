@@ -84,7 +84,10 @@ bool few_input_channels(const ConvBnParams& p) {
 }
 
 // Where the direct algorithm's rows are short, and lines long enough to fill its tiles.
-bool few_source_channels(const ConvBnParams& p) { return p.in_channels <= 4 && p.out_width >= 12; }
+bool few_source_channels(const ConvBnParams& p) {
+  return p.algorithm != Algorithm::kWinograd2 && p.algorithm != Algorithm::kWinograd4 && p.in_channels <= 4 &&
+         p.out_width >= 12;
+}
 
 bool backward_few_channels_applies(const ConvBnParams& p) { return one_group(p) && has_conv_out(p) && p.pixels() > 0; }
 
