@@ -86,7 +86,10 @@ static constexpr ComputeKernels<C> compute_kernels() {
   ComputeKernels<C> k{};
   k.panel = kPanel<C>;
   k.outer_rows = kTileRows;
+  k.lanes = kLanes<C>;
+  k.gemm_columns = kMaxVectors * kLanes<C>;
   k.gemm = gemm<C>;
+  k.end_streaming = end_streaming;
   k.depthwise = depthwise<C>;
   k.outer = outer<C>;
   k.pack_rows = pack<C, kTileRows>;

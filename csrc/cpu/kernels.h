@@ -59,6 +59,17 @@ struct AffineBlock {
   bool stream;                   // y past the caches; y and its rows aligned to 64 bytes, cols a multiple of 16
 };
 
+// What gemm does with sums that are still in registers: nothing, store them as they are, or as AffineBlock says.
+enum class Emit { kNothing, kSums, kNone, kRelu, kRelu6 };
+
+template <class C>
+struct GemmOutput {
+  C* tile;           // [count][columns]
+  bool keep = true;  // the sums are to be left there; else it is scratch
+  Emit emit = Emit::kNothing;
+  AffineBlock<C> block{};  // its z and rows are gemm's; kSums: y, ld_y, cols and stream
+};
+
 // How the activation's argument u is had again.
 enum class Preactivation { kConv, kConvAndResidual, kOutput };
 
@@ -169,11 +180,15 @@ struct WinogradKernels {
 
 template <class C>
 struct ComputeKernels {
-  int64_t panel;       // columns of a packed filter panel and of a tile
-  int64_t outer_rows;  // rows of an outer-product tile
+  int64_t panel;         // columns of a packed filter panel and of a tile
+  int64_t outer_rows;    // rows of an outer-product tile
+  int64_t lanes;         // of a vector
+  int64_t gemm_columns;  // at most
 
-  // tile[count][panel] = sum over taps and depth of rows * filters[taps][depth][panel].
-  void (*gemm)(const GatheredRows<C>& rows, const C* filters, C* tile);
+  // tile[count][columns] = sum over taps and depth of rows * filters[taps][depth][columns]; columns: a multiple of
+  // `lanes`. What it streams is ordered by end_streaming().
+  void (*gemm)(const GatheredRows<C>& rows, const C* filters, int64_t columns, const GemmOutput<C>& to);
+  void (*end_streaming)();
   // tile[rows][panel] += sum over depth of a[depth][outer_rows]' * b[depth][panel], rows <= outer_rows; the tile's
   // other rows may change. `ahead` may be null.
   void (*outer)(const C* a, const C* b, int64_t depth, int64_t rows, C* tile, Ahead<C>* ahead);
@@ -181,8 +196,8 @@ struct ComputeKernels {
   // outer_rows or of `panel` elements: element c of row i at packed[c / width * panel + i * width + c % width].
   void (*pack_rows)(const C* const* rows, int64_t offset, int64_t count, int64_t valid, C* packed, int64_t panel);
   void (*pack_columns)(const C* const* rows, int64_t offset, int64_t count, int64_t valid, C* packed, int64_t panel);
-  // packed[depth][panel] = from[rows][depth]' and columns of zeros, rows <= panel.
-  void (*transpose)(const C* from, int64_t ld, int64_t rows, int64_t depth, C* packed);
+  // packed[depth][panel] = from[rows][depth]' and columns of zeros, rows <= panel, a multiple of `lanes`.
+  void (*transpose)(const C* from, int64_t ld, int64_t rows, int64_t depth, C* packed, int64_t panel);
   // to[r][offset + c] += tile[r][c], c < cols, ld = panel; nothing where to[r] is null.
   void (*add_rows)(const C* tile, int64_t rows, int64_t cols, C* const* to, int64_t offset);
 
