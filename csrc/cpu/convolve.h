@@ -46,6 +46,18 @@ struct TileEpilogue {
   std::function<void(const Tile<C>&)> finish;
   // May be empty. What to do with a tile's sums in registers, in place of emit; Emit::kNothing if that cannot be.
   std::function<GemmOutput<C>(const Tile<C>&)> in_registers = nullptr;
+
+  GemmOutput<C> output(const Tile<C>& tile) const {
+    GemmOutput<C> to{tile.data};
+    if (in_registers) to = in_registers(tile);
+    to.keep = to.emit == Emit::kNothing || finish;
+    return to;
+  }
+  // Of a tile that output() has been made of.
+  void end(const GemmOutput<C>& to, const Tile<C>& tile) const {
+    if (to.emit == Emit::kNothing) emit(tile);
+    if (finish) finish(tile);
+  }
 };
 
 // The activations that need few registers.
@@ -54,6 +66,7 @@ inline Emit emit_of(Activation activation) {
     case Activation::kNone: return Emit::kNone;
     case Activation::kRelu: return Emit::kRelu;
     case Activation::kRelu6: return Emit::kRelu6;
+    case Activation::kLeakyRelu: return Emit::kLeakyRelu;
     default: return Emit::kNothing;
   }
 }
@@ -237,12 +250,9 @@ class Convolution {
   void multiply(const GatheredRows<C>& in, const Panel& panel, const C* filters, Tile<C> tile,
                 const TileEpilogue<C>& epilogue) const {
     tile.channel = panel.group * cols_ + panel.column;
-    GemmOutput<C> to{tile.data};
-    if (epilogue.in_registers) to = epilogue.in_registers(tile);
-    to.keep = to.emit == Emit::kNothing || epilogue.finish;
+    const GemmOutput<C> to = epilogue.output(tile);
     kernels_.gemm(in, filters, panel.width, to);
-    if (to.emit == Emit::kNothing) epilogue.emit(tile);
-    if (epilogue.finish) epilogue.finish(tile);
+    epilogue.end(to, tile);
   }
 
   const ComputeKernels<C>& kernels_;

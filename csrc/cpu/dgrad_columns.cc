@@ -10,14 +10,13 @@
 
 #include "compute_type.h"
 #include "convolve.h"
+#include "span.h"
 #include "stages.h"
 
 namespace fusedconvbn {
 namespace {
 
 constexpr int64_t kTasks = 16;  // enough for as many threads
-
-int64_t floor_div(int64_t a, int64_t b) { return (a >= 0 ? a : a - b + 1) / b; }
 
 template <class C>
 class ColumnGradient {

@@ -7,6 +7,7 @@
 #include "compute_type.h"
 #include "convolve.h"
 #include "depthwise.h"
+#include "few_channels.h"
 #include "second_moments.h"
 #include "stages.h"
 #include "statistics.h"
@@ -15,7 +16,7 @@
 namespace fusedconvbn {
 namespace {
 
-// Conv: Convolution, Winograd2, Winograd4 or DepthwiseConvolution.
+// Conv: Convolution, Winograd2, Winograd4, FewChannelsConvolution or DepthwiseConvolution.
 template <class C, template <class> class Conv>
 class Forward {
  public:
@@ -361,6 +362,12 @@ size_t forward_winograd2_packed(const KernelSet& set, const ConvBnParams& p, con
 size_t forward_winograd4_packed(const KernelSet& set, const ConvBnParams& p, const DeviceInfo& device) {
   return packed_of<Winograd4>(set, p, device);
 }
+size_t forward_few_channels_scratch(const KernelSet& set, const ConvBnParams& p, const DeviceInfo& device) {
+  return scratch_of<FewChannelsConvolution>(set, p, device);
+}
+size_t forward_few_channels_packed(const KernelSet& set, const ConvBnParams& p, const DeviceInfo& device) {
+  return packed_of<FewChannelsConvolution>(set, p, device);
+}
 size_t forward_moments_scratch(const KernelSet& set, const ConvBnParams& p, const DeviceInfo& device) {
   return with_compute_type(
       p.dtype, [&](auto c) { return ForwardByMoments<decltype(c)>(set, p, device, {}, nullptr).scratch_bytes(); });
@@ -377,6 +384,9 @@ size_t forward_depthwise_scratch(const KernelSet& set, const ConvBnParams& p, co
 Status run_forward_direct(const KernelSet& set, const StageCall& call) { return run_packing<Convolution>(set, call); }
 Status run_forward_winograd2(const KernelSet& set, const StageCall& call) { return run_packing<Winograd2>(set, call); }
 Status run_forward_winograd4(const KernelSet& set, const StageCall& call) { return run_packing<Winograd4>(set, call); }
+Status run_forward_few_channels(const KernelSet& set, const StageCall& call) {
+  return run_packing<FewChannelsConvolution>(set, call);
+}
 Status run_forward_depthwise(const KernelSet& set, const StageCall& call) {
   return run_with<DepthwiseConvolution>(set, call);
 }

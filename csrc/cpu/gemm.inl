@@ -120,13 +120,8 @@ FCB_INLINE void emit_tile(const Vector<C> (&acc)[R][N], int64_t first, const Aff
   }
 }
 
-// A whole tile, of kRows<N> rows. A function of its own, for the sake of its registers.
-template <class C, int N>
-static __attribute__((noinline)) void gemm_tile(const GatheredRows<C>& in, int64_t first, const C* filters,
-                                                Fetch<C>* ahead, const GemmOutput<C>& to) {
-  constexpr int R = kRows<N>;
-  Vector<C> acc[R][N] = {};
-  multiply_rows<C, R, N>(in, first, R, filters, ahead, acc);
+template <class C, int R, int N>
+FCB_INLINE void finish_tile(const Vector<C> (&acc)[R][N], int64_t first, const GemmOutput<C>& to) {
   if (to.keep) store_tile<C, R, N>(acc, R, to.tile + first * N * kLanes<C>);
   switch (to.emit) {
     case Emit::kNothing: break;
@@ -134,10 +129,21 @@ static __attribute__((noinline)) void gemm_tile(const GatheredRows<C>& in, int64
     case Emit::kNone: emit_tile<C, Activation::kNone, true, R, N>(acc, first, to.block); break;
     case Emit::kRelu: emit_tile<C, Activation::kRelu, true, R, N>(acc, first, to.block); break;
     case Emit::kRelu6: emit_tile<C, Activation::kRelu6, true, R, N>(acc, first, to.block); break;
+    case Emit::kLeakyRelu: emit_tile<C, Activation::kLeakyRelu, true, R, N>(acc, first, to.block); break;
   }
 }
 
-// What gemm_tile() makes of a tile, from memory.
+// A whole tile, of kRows<N> rows. A function of its own, for the sake of its registers.
+template <class C, int N>
+static __attribute__((noinline)) void gemm_tile(const GatheredRows<C>& in, int64_t first, const C* filters,
+                                                Fetch<C>* ahead, const GemmOutput<C>& to) {
+  constexpr int R = kRows<N>;
+  Vector<C> acc[R][N] = {};
+  multiply_rows<C, R, N>(in, first, R, filters, ahead, acc);
+  finish_tile<C, R, N>(acc, first, to);
+}
+
+// What finish_tile() makes of a tile, from memory.
 template <class C>
 static void emit_rows(const C* tile, int64_t ld, int64_t first, int64_t rows, const GemmOutput<C>& to) {
   AffineBlock<C> b = to.block;
@@ -150,6 +156,7 @@ static void emit_rows(const C* tile, int64_t ld, int64_t first, int64_t rows, co
     case Emit::kNone: affine<C, Activation::kNone>(b); break;
     case Emit::kRelu: affine<C, Activation::kRelu>(b); break;
     case Emit::kRelu6: affine<C, Activation::kRelu6>(b); break;
+    case Emit::kLeakyRelu: affine<C, Activation::kLeakyRelu>(b); break;
   }
 }
 

@@ -29,6 +29,7 @@ namespace {
 #include "gemm.inl"  // kTileRows and the panel of all that follows
 
 #include "depthwise.inl"
+#include "few_channels.inl"
 #include "planes.inl"
 #include "pointwise.inl"
 #include "winograd.inl"
@@ -96,6 +97,8 @@ static constexpr ComputeKernels<C> compute_kernels() {
   k.pack_columns = pack<C, static_cast<int>(kPanel<C>)>;
   k.transpose = transpose<C>;
   k.add_rows = add_rows<C>;
+  k.split = split<C>;
+  k.multiply_shifted = multiply_shifted<C>;
   k.depthwise_outer = depthwise_outer<C>;
   k.multiply_planes = multiply_planes<C>;
   k.multiply_transposed_planes = multiply_transposed_planes<C>;

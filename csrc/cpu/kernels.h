@@ -35,6 +35,14 @@ static inline Ahead<C> ahead_of(const C* const* rows, int64_t offset, int64_t co
   return {rows, offset, count, (elements + Ahead<C>::kPair - 1) / Ahead<C>::kPair, 1, 0, 0};
 }
 
+// Windows of consecutive positions: element k of that of position r lies at from + offsets[k] + r.
+template <class C>
+struct ShiftedRows {
+  const C* from;
+  const int64_t* offsets;  // [depth]
+  int64_t depth, count;
+};
+
 constexpr int64_t kDepthwisePanel = 32;  // channels of a row in depthwise kernels, whatever the vectors
 
 // Lines of a depthwise convolution. Tap t of column c of line l reads the row of kDepthwisePanel channels at
@@ -60,7 +68,7 @@ struct AffineBlock {
 };
 
 // What gemm does with sums that are still in registers: nothing, store them as they are, or as AffineBlock says.
-enum class Emit { kNothing, kSums, kNone, kRelu, kRelu6 };
+enum class Emit { kNothing, kSums, kNone, kRelu, kRelu6, kLeakyRelu };
 
 template <class C>
 struct GemmOutput {
@@ -200,6 +208,11 @@ struct ComputeKernels {
   void (*transpose)(const C* from, int64_t ld, int64_t rows, int64_t depth, C* packed, int64_t panel);
   // to[r][offset + c] += tile[r][c], c < cols, ld = panel; nothing where to[r] is null.
   void (*add_rows)(const C* tile, int64_t rows, int64_t cols, C* const* to, int64_t offset);
+
+  // few_channels.inl. to[planes][ld] = from[columns][planes]', the last column in part: `elements` in all.
+  void (*split)(const C* from, int64_t elements, int64_t planes, C* to, int64_t ld);
+  // As gemm, of rows * filters[depth][panel].
+  void (*multiply_shifted)(const ShiftedRows<C>& rows, const C* filters, const GemmOutput<C>& to);
 
   // Depthwise, on rows of kDepthwisePanel channels, element by element. The row at out + l * ld_line + c * ld_column =
   // sum over taps of rows * filters[taps].
