@@ -26,7 +26,7 @@ class AmxConvolution {
   }
 
   struct Scratch {
-    uint16_t* filters;                          // [panels][panel_elements]
+    C* filters;                                 // [panels][panel_elements] of bfloat16
     std::vector<const uint16_t**> filter_rows;  // a worker's, of a tap
     std::vector<uint16_t*> staged;
     std::vector<C*> tile;  // a worker's [kChunk][panel]
@@ -41,7 +41,7 @@ class AmxConvolution {
 
   Scratch carve(Arena* arena, int workers) const {
     Scratch s;
-    s.filters = arena->take<uint16_t>(panels() * panel_elements());
+    s.filters = arena->take<C>(ceil_div(2 * panels() * panel_elements(), kUnit));
     for (int w = 0; w < workers; ++w) {
       s.filter_rows.push_back(arena->take<const uint16_t*>(reader_.depth().elements()));
       s.staged.push_back(arena->take<uint16_t>(group_ * reader_.staged_elements()));
@@ -50,11 +50,18 @@ class AmxConvolution {
     return s;
   }
 
+  // In units of C. What is kept must not depend on more than the filters' shape: whether taps merge does.
+  int64_t packed_elements() const {
+    if (reader_.merges_by_dilation()) return 0;
+    return ceil_div(2 * panels() * panel_elements(), kUnit);
+  }
+
   void run(const FilterLayout& filters, const Scratch& s, ParallelFor* parallel,
            const TileEpilogue<C>& epilogue) const {
     const int64_t strips = reader_.strips();
     if (strips == 0) return;
-    pack(filters, s, parallel);
+    if (!filters.packed) pack(filters, s, s.filters, parallel);
+    const C* packed = filters.packed ? static_cast<const C*>(filters.packed) : s.filters;
     const int64_t groups = ceil_div(strips, group_);
     const int64_t shares = std::min(panels(), ceil_div(4 * (parallel->threads() - 1) + 1, groups));
     parallel->run(groups * shares, [&](int64_t task, int worker) {
@@ -66,21 +73,21 @@ class AmxConvolution {
         rows[i].data = reader_.read(rows[i].strip, s.staged[worker] + i * reader_.staged_elements());
         rows[i].first_chunk = reader_.first_chunk(begin + i);
       }
-      run_rows(rows, count, share * panels() / shares, (share + 1) * panels() / shares, s, worker, epilogue);
+      run_rows(rows, count, share * panels() / shares, (share + 1) * panels() / shares, packed, s, worker, epilogue);
     });
   }
 
   // The two halves of run() for a caller that has the rows: `count` positions from `first` on, in order, in rows of
   // row_elements(). There is memory behind them for row_slack() more.
-  void pack(const FilterLayout& filters, const Scratch& s, ParallelFor* parallel) const {
+  void pack(const FilterLayout& filters, const Scratch& s, C* packed, ParallelFor* parallel) const {
     parallel->run(panels(), [&](int64_t panel, int worker) {
-      pack(filters, panel, s.filter_rows[worker], s.filters + panel * panel_elements());
+      pack(filters, panel, s.filter_rows[worker], reinterpret_cast<uint16_t*>(packed) + panel * panel_elements());
     });
   }
   void run_rows(const uint16_t* rows, int64_t first, int64_t count, const Scratch& s, int worker,
                 const TileEpilogue<C>& epilogue) const {
     const Rows strip{{first, 0, 0, count, 1, 1}, rows, 0};
-    run_rows(&strip, 1, 0, panels(), s, worker, epilogue);
+    run_rows(&strip, 1, 0, panels(), s.filters, s, worker, epilogue);
   }
   int64_t row_elements() const { return reader_.row_elements(); }
 
@@ -91,7 +98,7 @@ class AmxConvolution {
     int64_t first_chunk;
   };
 
-  static constexpr int64_t kChunk = AmxRowReader::kChunk;
+  static constexpr int64_t kChunk = AmxRowReader::kChunk, kUnit = sizeof(C);
 
   int64_t panels() const { return ceil_div(cols_, kernels_.panel); }
   int64_t tap_elements() const { return reader_.depth().elements() * kernels_.panel; }
@@ -112,31 +119,31 @@ class AmxConvolution {
   }
 
   // Either a chunk's rows stay in cache for all panels, or a panel's filters for all chunks.
-  void run_rows(const Rows* rows, int64_t count, int64_t panel_begin, int64_t panel_end, const Scratch& s, int worker,
-                const TileEpilogue<C>& epilogue) const {
+  void run_rows(const Rows* rows, int64_t count, int64_t panel_begin, int64_t panel_end, const C* packed,
+                const Scratch& s, int worker, const TileEpilogue<C>& epilogue) const {
     kernels_.amx.begin(reader_.depth().chunk);
     if (2 * (panel_end - panel_begin) * panel_elements() <= kFilterBytes) {
       for (int64_t i = 0; i < count; ++i)
         for (int64_t chunk = 0; chunk < rows[i].strip.chunks(); ++chunk)
           for (int64_t panel = panel_begin; panel < panel_end; ++panel)
-            run_tile(rows[i], chunk, panel, s, worker, epilogue);
+            run_tile(rows[i], chunk, panel, packed, s, worker, epilogue);
     } else {
       for (int64_t panel = panel_begin; panel < panel_end; ++panel)
         for (int64_t i = 0; i < count; ++i)
           for (int64_t chunk = 0; chunk < rows[i].strip.chunks(); ++chunk)
-            run_tile(rows[i], chunk, panel, s, worker, epilogue);
+            run_tile(rows[i], chunk, panel, packed, s, worker, epilogue);
     }
     kernels_.amx.end();
   }
 
-  void run_tile(const Rows& rows, int64_t chunk, int64_t panel, const Scratch& s, int worker,
+  void run_tile(const Rows& rows, int64_t chunk, int64_t panel, const C* packed, const Scratch& s, int worker,
                 const TileEpilogue<C>& epilogue) const {
     const AmxRowReader::Strip& strip = rows.strip;
     const int64_t row = chunk * kChunk, end = std::min(row + kChunk, strip.rows()), stride = reader_.row_elements();
     C* data = s.tile[worker];
     kernels_.amx.multiply({rows.data + row * stride, stride, reader_.tap_offset().data(), reader_.taps(),
                            reader_.depth().chunks, reader_.depth().chunk, end - row},
-                          s.filters + panel * panel_elements(), data);
+                          reinterpret_cast<const uint16_t*>(packed) + panel * panel_elements(), data);
     const int64_t column = panel * kernels_.panel, ld = kernels_.panel;
     const int64_t first = strip.first + strip.positions_before(row), line = row / strip.pitch;
     Tile<C> tile{data, ld, first, 0, column, std::min(ld, cols_ - column), rows.first_chunk + chunk, worker};

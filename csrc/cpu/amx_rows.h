@@ -99,6 +99,8 @@ class AmxRowReader {
   bool equal_strips() const { return strips() > 0 && (flat_ || windows_.height % lines_ == 0); }
   int64_t max_read_rows() const { return flat_ ? lines_ : read_rows(strip(0)); }
   int64_t max_rows() const { return flat_ ? lines_ : strip(0).rows(); }
+  // Whether filters of this shape are packed as they are for the sake of the distance of taps.
+  bool merges_by_dilation() const { return !merged_ && channels_ <= kMaxMergedChannels && windows_.taps.size() > 1; }
   int64_t pixel() const { return pixel_; }          // elements of a staged pixel
   const AmxDepth& depth() const { return depth_; }  // of a tap
   int64_t row_elements() const { return unit_; }    // distance of rows
