@@ -331,14 +331,16 @@ Status run_with(const KernelSet& set, const StageCall& call) {
 }
 
 // Where the filters may have been packed before.
+template <class C, template <class> class Conv>
+void run_or_pack(const KernelSet& set, const StageCall& call) {
+  if (!call.packed) return run_as<C, Conv>(set, call);
+  Forward<C, Conv>(set, call.params, call.device, *call.forward, conv_out_image<C>(set, call), call.scratch)
+      .pack(call.packed, call.parallel);
+}
+
 template <template <class> class Conv>
 Status run_packing(const KernelSet& set, const StageCall& call) {
-  if (!call.packed) return run_with<Conv>(set, call);
-  with_compute_type(call.params.dtype, [&](auto c) {
-    Forward<decltype(c), Conv>(set, call.params, call.device, *call.forward, conv_out_image<decltype(c)>(set, call),
-                               call.scratch)
-        .pack(call.packed, call.parallel);
-  });
+  with_compute_type(call.params.dtype, [&](auto c) { run_or_pack<decltype(c), Conv>(set, call); });
   return Status{};
 }
 
@@ -395,8 +397,12 @@ size_t forward_direct_amx_scratch(const KernelSet& set, const ConvBnParams& p, c
   return Forward<float, AmxConvolution>(set, p, device, {}, conv_grad_image<float>(set, p, nullptr), nullptr)
       .scratch_bytes();
 }
+size_t forward_direct_amx_packed(const KernelSet& set, const ConvBnParams& p, const DeviceInfo& device) {
+  return Forward<float, AmxConvolution>(set, p, device, {}, conv_grad_image<float>(set, p, nullptr), nullptr)
+      .packed_bytes();
+}
 Status run_forward_direct_amx(const KernelSet& set, const StageCall& call) {
-  run_as<float, AmxConvolution>(set, call);
+  run_or_pack<float, AmxConvolution>(set, call);
   return Status{};
 }
 

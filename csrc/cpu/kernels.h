@@ -113,6 +113,12 @@ struct AmxRows {
   int64_t count;  // at least 32, or there is memory behind the last row: whole tiles are read
 };
 
+// Memory that is fetched into L2 while products are computed: so many lines for each 32 rows of a chunk.
+struct AmxFetch {
+  const char *at, *end;
+  int64_t lines;
+};
+
 // The depth of a product in pieces: a piece is `depth` rows, a multiple of 32, and lies so many elements behind the
 // last.
 struct AmxPieces {
@@ -131,8 +137,8 @@ struct AmxKernels {
   void (*end)();
   // As InPlaceKernels::apply, d_conv also of bfloat16.
   void (*apply[kActivationCount][3])(const GradientBlock<float>&);
-  // tile[count][32] = the sum over taps and chunks of rows * filters.
-  void (*multiply)(const AmxRows& rows, const uint16_t* filters, float* tile);
+  // tile[count][32] = the sum over taps and chunks of rows * filters; whole 32 rows of `tile` are written.
+  void (*multiply)(const AmxRows& rows, const uint16_t* filters, float* tile, AmxFetch* fetch);
   // Packs a tap: element k of its depth has the columns at rows[k], or is 0 where rows[k] is null; cols <= 32, the
   // others are 0.
   void (*pack)(const uint16_t* const* rows, int64_t column_stride, int64_t cols, int64_t chunks, int64_t chunk,
