@@ -44,13 +44,14 @@ class WinogradConvolution {
         windows_(winograd_windows<M>(windows)),
         depth_(channels.depth),
         cols_(channels.cols),
-        block_windows_(block_windows(channels.depth)),
+        pass_panels_(std::min(kMaxPassPanels, ceil_div(channels.cols, kernels.panel))),
+        block_windows_(block_windows()),
         reader_(source, depth_, windows_, false, block_windows_, block_windows_) {}
 
   struct Worker {
     typename WindowReader<C>::Scratch reader;
-    C* planes;    // [kPlanes][windows][ld()]
-    C* products;  // [kPlanes][windows][panel]
+    C* planes;    // [kPlanes][depth / kPlaneDepth][windows][kPlaneDepth]
+    C* products;  // [pass_panels_][kPlanes][windows][panel]
     C* outputs;   // [kGroupRows][panel]
     C* filters;   // [9][kDepth][panel]
   };
@@ -64,7 +65,7 @@ class WinogradConvolution {
     Scratch s{arena->take<C>(packed_elements()), arena->take<C>(reader_.zero_elements()), {}};
     for (int w = 0; w < workers; ++w)
       s.workers.push_back({reader_.carve(arena, s.zeros), arena->take<C>(kPlanes * plane()),
-                           arena->take<C>(kPlanes * product_plane()), arena->take<C>(kGroupRows * kernels_.panel),
+                           arena->take<C>(pass_panels_ * product_panel()), arena->take<C>(kGroupRows * kernels_.panel),
                            arena->take<C>(9 * kDepth * kernels_.panel)});
     return s;
   }
@@ -90,12 +91,14 @@ class WinogradConvolution {
     std::fill(s.zeros, s.zeros + reader_.zero_elements(), C(0));
     if (!filters.packed) pack(filters, s, s.filters, parallel);
     const C* packed = filters.packed ? static_cast<const C*>(filters.packed) : s.filters;
-    const int64_t tasks = ceil_div(windows_.positions(), block_windows_);
-    const int64_t panel_tasks = std::min(panels(), ceil_div(4 * parallel->threads(), tasks));
+    // Few windows: tasks of fewer panels, each of which transforms the windows again.
+    const int64_t threads = parallel->threads(), wanted = threads == 1 ? 1 : 2 * threads;
+    const int64_t tasks = ceil_div(blocks(), block_windows_ / kGroup);
+    const int64_t panel_tasks = std::min(panels(), ceil_div(wanted, tasks));
     parallel->run(tasks * panel_tasks, [&](int64_t task, int worker) {
-      const int64_t share = task % panel_tasks;
-      run_task(task / panel_tasks, share * panels() / panel_tasks, (share + 1) * panels() / panel_tasks, packed, s,
-               worker, epilogue);
+      const int64_t at = task / panel_tasks, share = task % panel_tasks;
+      run_task(at * blocks() / tasks, (at + 1) * blocks() / tasks, share * panels() / panel_tasks,
+               (share + 1) * panels() / panel_tasks, packed, s, worker, epilogue);
     });
   }
 
@@ -104,6 +107,7 @@ class WinogradConvolution {
   static constexpr int64_t kGroupRows = 2 * kBlockRows;    // pixels of a block: of blocks()
   static constexpr int64_t kGroup = kGroupRows / (M * M);  // its windows
   static constexpr int64_t kDepth = 64;  // channels of filters transformed at once: 9 x 64 x 32 floats are 72 KiB
+  static constexpr int64_t kMaxPassPanels = 16;
   static constexpr int64_t kOdd = 64 / sizeof(C);  // elements that make a plane an odd number of cache lines
 
   // A run of windows of one image line: `lines` output lines of `pixels`, fewer than M where the image ends.
@@ -112,19 +116,21 @@ class WinogradConvolution {
     int64_t first, pixels, lines;
   };
 
-  int64_t ld() const { return depth_ + kOdd; }  // not a power of two, whose rows would share few sets of the cache
-  int64_t plane() const { return block_windows_ * ld() + kOdd; }
+  int64_t depth_block() const { return block_windows_ * kPlaneDepth; }
+  int64_t plane() const { return ceil_div(depth_, kPlaneDepth) * depth_block() + kOdd; }
   int64_t product_plane() const { return block_windows_ * kernels_.panel + kOdd; }
+  int64_t product_panel() const { return kPlanes * product_plane(); }
   int64_t panels() const { return ceil_div(cols_, kernels_.panel); }
   int64_t filter_plane() const { return depth_ * kernels_.panel + kOdd; }
   int64_t panel_elements() const { return kPlanes * filter_plane(); }
 
-  // Windows of a task: their planes take half of an L2 of 2 MiB, but where that leaves few windows to the filters,
-  // which then are better read again and again than they.
-  static int64_t block_windows(int64_t depth) {
-    constexpr int64_t kBudget = 1 << 20, kMin = std::max<int64_t>(kGroup, 36), kMax = 2048;
-    const int64_t windows = kBudget / (kPlanes * (depth + kOdd) * static_cast<int64_t>(sizeof(C)));
-    return std::clamp(windows, kMin, kMax) / kGroup * kGroup;
+  // Windows of a task. The filters pass by once a task, so the more windows the better; but windows and products are
+  // written, and read, in cache where that leaves enough of them to hide the filters. Of deep layers they stay in L3.
+  int64_t block_windows() const {
+    constexpr int64_t kFits = 1280 << 10, kMustFit = 1856 << 10, kMin = 24, kDeep = 72;  // of an L2 of 2 MiB
+    const int64_t bytes = kPlanes * (depth_ + pass_panels_ * kernels_.panel) * static_cast<int64_t>(sizeof(C));
+    const int64_t windows = kMin * bytes > kMustFit ? kDeep : std::max(kMin, kFits / bytes);
+    return std::clamp(windows / kGroup, int64_t{1}, std::max<int64_t>(1, blocks())) * kGroup;
   }
 
   // loaded: a worker's filters.
@@ -142,19 +148,31 @@ class WinogradConvolution {
     }
   }
 
-  void run_task(int64_t task, int64_t panel_begin, int64_t panel_end, const C* packed, const Scratch& s, int worker,
-                const TileEpilogue<C>& epilogue) const {
+  // Blocks begin <= i < end.
+  void run_task(int64_t begin, int64_t end, int64_t panel_begin, int64_t panel_end, const C* packed, const Scratch& s,
+                int worker, const TileEpilogue<C>& epilogue) const {
     const Worker& w = s.workers[worker];
-    const int64_t first = task * block_windows_, count = std::min(block_windows_, windows_.positions() - first);
+    const int64_t first = begin * kGroup, count = std::min(end * kGroup, windows_.positions()) - first;
     reader_.stage(first, count, w.reader);
     reader_.point(first, count, w.reader);
-    transforms_.window({w.reader.rows, block_windows_, count, kPlanes, depth_, 0}, w.planes, ld(), plane());
-    for (int64_t panel = panel_begin; panel < panel_end; ++panel) {
-      kernels_.multiply_planes({kPlanes, count, depth_, w.planes, ld(), plane(), packed + panel * panel_elements(),
-                                kernels_.panel, filter_plane(), w.products, product_plane(), false});
-      for (int64_t done = 0; done < count; done += kGroup)
-        emit((first + done) / kGroup, panel, w.products + done * kernels_.panel, worker, w.outputs, epilogue);
+    transforms_.window({w.reader.rows, block_windows_, count, kPlanes, depth_, 0},
+                       {w.planes, kPlaneDepth, depth_block(), plane()});
+    for (int64_t panel = panel_begin; panel < panel_end; panel += pass_panels_) {
+      const int64_t pass_end = std::min(panel + pass_panels_, panel_end);
+      multiply(count, packed + panel * panel_elements(), pass_end - panel, w);
+      for (int64_t block = begin; block < end; ++block)
+        for (int64_t p = panel; p < pass_end; ++p)
+          emit(block, p, w.products + (p - panel) * product_panel() + (block - begin) * kGroup * kernels_.panel, worker,
+               w.outputs, epilogue);
     }
+  }
+
+  // The products of some panels, plane by plane: a plane's rows stay in L2 meanwhile.
+  void multiply(int64_t count, const C* packed, int64_t panels, const Worker& w) const {
+    for (int64_t p = 0; p < kPlanes; ++p)
+      kernels_.multiply_planes({panels, count, depth_, w.planes + p * plane(), depth_block(), 0,
+                                packed + p * filter_plane(), kernels_.panel, panel_elements(),
+                                w.products + p * product_plane(), product_panel(), false});
   }
 
   // Transforms the products of a group back, line by line, so that the outputs of a line are consecutive rows.
@@ -194,7 +212,8 @@ class WinogradConvolution {
   Storage<C> storage_;
   Windows outputs_, windows_;
   int64_t depth_, cols_;
-  int64_t block_windows_;  // of a task
+  int64_t pass_panels_;    // multiplied in a pass over the planes
+  int64_t block_windows_;  // of a task, at most
   WindowReader<C> reader_;
 };
 
