@@ -174,7 +174,8 @@ template <class C>
 struct WinogradKernels {
   void (*window)(const GatheredRows<C>& rows, const PlaneLayout<C>& to);
   void (*gradient)(const GatheredRows<C>& rows, const PlaneLayout<C>& to);
-  void (*filter)(const C* filters, int64_t depth, C* planes, int64_t plane);
+  // filters[9 taps, `tap` elements apart][depth][ld], of which a panel; planes[depth][panel].
+  void (*filter)(const C* filters, int64_t tap, int64_t ld, int64_t depth, C* planes, int64_t plane, bool streams);
   void (*filter_gradient)(const C* planes, int64_t plane, int64_t rows, C* filters);
   void (*output)(const C* planes, int64_t plane, int64_t count, int64_t pixels, int64_t lines, C* rows);
 };

@@ -53,7 +53,7 @@ class WinogradConvolution {
     C* planes;    // [kPlanes][depth / kPlaneDepth][windows][kPlaneDepth]
     C* products;  // [pass_panels_][kPlanes][windows][panel]
     C* outputs;   // [kGroupRows][panel]
-    C* filters;   // [9][kDepth][panel]
+    C* filters;   // [9][kBlockElements]
   };
   struct Scratch {
     C* filters;  // [panels][kPlanes][depth][panel]
@@ -66,7 +66,7 @@ class WinogradConvolution {
     for (int w = 0; w < workers; ++w)
       s.workers.push_back({reader_.carve(arena, s.zeros), arena->take<C>(kPlanes * plane()),
                            arena->take<C>(pass_panels_ * product_panel()), arena->take<C>(kGroupRows * kernels_.panel),
-                           arena->take<C>(9 * kDepth * kernels_.panel)});
+                           arena->take<C>(9 * kBlockElements)});
     return s;
   }
 
@@ -80,8 +80,12 @@ class WinogradConvolution {
   int64_t packed_elements() const { return panels() * panel_elements(); }
 
   void pack(const FilterLayout& filters, const Scratch& s, C* packed, ParallelFor* parallel) const {
-    parallel->run(panels(), [&](int64_t panel, int worker) {
-      pack(filters, panel, s.workers[worker].filters, packed + panel * panel_elements());
+    const FilterBlocks blocks = filter_blocks(filters);
+    const int64_t wide = ceil_div(panels(), blocks.panels);
+    parallel->run(ceil_div(depth_, blocks.depth) * wide, [&](int64_t task, int worker) {
+      const int64_t begin = task / wide * blocks.depth, panel = task % wide * blocks.panels;
+      const int64_t depth = std::min(blocks.depth, depth_ - begin), count = std::min(blocks.panels, panels() - panel);
+      pack(filters, begin, depth, panel, count, s.workers[worker].filters, packed);
     });
   }
 
@@ -106,7 +110,6 @@ class WinogradConvolution {
   static constexpr int64_t kPlanes = (M + 2) * (M + 2);
   static constexpr int64_t kGroupRows = 2 * kBlockRows;    // pixels of a block: of blocks()
   static constexpr int64_t kGroup = kGroupRows / (M * M);  // its windows
-  static constexpr int64_t kDepth = 64;  // channels of filters transformed at once: 9 x 64 x 32 floats are 72 KiB
   static constexpr int64_t kMaxPassPanels = 16;
   static constexpr int64_t kOdd = 64 / sizeof(C);  // elements that make a plane an odd number of cache lines
 
@@ -124,28 +127,46 @@ class WinogradConvolution {
   int64_t filter_plane() const { return depth_ * kernels_.panel + kOdd; }
   int64_t panel_elements() const { return kPlanes * filter_plane(); }
 
-  // Windows of a task. The filters pass by once a task, so the more windows the better; but windows and products are
-  // written, and read, in cache where that leaves enough of them to hide the filters. Of deep layers they stay in L3.
+  // Windows of a task. The filters pass by once a task: so many windows hide that they come from L3, and those of up to
+  // 256 channels, and their products, about stay in an L2 of 2 MiB. Deeper ones do not: then more of them are better.
   int64_t block_windows() const {
-    constexpr int64_t kFits = 1280 << 10, kMustFit = 1856 << 10, kMin = 24, kDeep = 72;  // of an L2 of 2 MiB
+    constexpr int64_t kWindows = 36, kDeepWindows = 72, kDeep = 3 << 20;
     const int64_t bytes = kPlanes * (depth_ + pass_panels_ * kernels_.panel) * static_cast<int64_t>(sizeof(C));
-    const int64_t windows = kMin * bytes > kMustFit ? kDeep : std::max(kMin, kFits / bytes);
+    const int64_t windows = kWindows * bytes > kDeep ? kDeepWindows : kWindows;
     return std::clamp(windows / kGroup, int64_t{1}, std::max<int64_t>(1, blocks())) * kGroup;
   }
 
-  // loaded: a worker's filters.
-  void pack(const FilterLayout& f, int64_t panel, C* loaded, C* packed) const {
-    const int64_t column = panel * kernels_.panel, cols = std::min(kernels_.panel, cols_ - column);
-    for (int64_t begin = 0; begin < depth_; begin += kDepth) {
-      const int64_t depth = std::min(kDepth, depth_ - begin);
-      if (cols < kernels_.panel) std::fill(loaded, loaded + 9 * depth * kernels_.panel, C(0));
-      for (int64_t t = 0; t < 9; ++t) {
-        const int64_t element = f.tap_offset[t] + begin * f.depth_stride + column * f.column_stride;
-        storage_.kernels.load(static_cast<const char*>(f.data) + element * storage_.element_bytes, f.depth_stride,
-                              f.column_stride, depth, cols, loaded + t * depth * kernels_.panel, kernels_.panel);
-      }
-      transforms_.filter(loaded, depth, packed + begin * kernels_.panel, filter_plane());
+  // Filters are transformed in blocks that are loaded first, as they lie in memory: some of their rows or, of
+  // transposed filters, some of their columns.
+  struct FilterBlocks {
+    int64_t depth, panels;
+  };
+  static constexpr int64_t kStreamed = 16 << 20;    // bytes of transformed filters that are better written past caches
+  static constexpr int64_t kBlockElements = 16384;  // for each tap: 9 of them are 576 KiB of floats
+
+  FilterBlocks filter_blocks(const FilterLayout& f) const {
+    const int64_t depth = f.depth_stride == 1 ? kBlockElements / kernels_.panel / 2 : 16;
+    return {depth, std::max<int64_t>(1, kBlockElements / (depth * kernels_.panel))};
+  }
+
+  // loaded: a worker's filters, [9][depth][count][panel].
+  void pack(const FilterLayout& f, int64_t begin, int64_t depth, int64_t panel, int64_t count, C* loaded,
+            C* packed) const {
+    const int64_t ld = count * kernels_.panel, tap = depth * ld, column = panel * kernels_.panel;
+    const int64_t cols = std::min(ld, cols_ - column);
+    if (cols < ld) std::fill(loaded, loaded + 9 * tap, C(0));
+    for (int64_t t = 0; t < 9; ++t) {
+      const int64_t element = f.tap_offset[t] + begin * f.depth_stride + column * f.column_stride;
+      const char* from = static_cast<const char*>(f.data) + element * storage_.element_bytes;
+      if (storage_.is_compute_type && f.depth_stride == 1 && count == 1)
+        kernels_.transpose(reinterpret_cast<const C*>(from), f.column_stride, cols, depth, loaded + t * tap);
+      else
+        storage_.kernels.load(from, f.depth_stride, f.column_stride, depth, cols, loaded + t * tap, ld);
     }
+    const bool streams = packed_elements() * static_cast<int64_t>(sizeof(C)) > kStreamed;
+    for (int64_t p = 0; p < count; ++p)
+      transforms_.filter(loaded + p * kernels_.panel, tap, ld, depth,
+                         packed + (panel + p) * panel_elements() + begin * kernels_.panel, filter_plane(), streams);
   }
 
   // Blocks begin <= i < end.

@@ -75,14 +75,25 @@ static void winograd_gradient(const GatheredRows<C>& in, const PlaneLayout<C>& t
   pixels_to_planes<M, M>(in, to, [](const auto& from, auto& to) { WinogradLine<M>::gradient(from, to); });
 }
 
-// G g G' of filters[9][depth][panel].
+// G g G' of a panel of filters[9][depth][ld], the taps `tap` elements apart.
+template <class C, int M, class Write>
+FCB_INLINE void filters_to_planes(const C* filters, int64_t tap, int64_t ld, int64_t depth, C* planes, int64_t plane,
+                                  Write write) {
+  for (int64_t k = 0; k < depth; ++k)
+    for (int64_t c = 0; c < kPanel<C>; c += kLanes<C>)
+      transform_square<3, M + 2, C>(
+          [](const auto& from, auto& to) { WinogradLine<M>::filter(from, to); },
+          [&](int y, int x) { return load(filters + (3 * y + x) * tap + k * ld + c); },
+          [&](int y, int x, Vector<C> v) { write(planes + (y * (M + 2) + x) * plane + k * kPanel<C> + c, v); });
+}
+
 template <class C, int M>
-static void winograd_filter(const C* filters, int64_t depth, C* planes, int64_t plane) {
-  const int64_t tap = depth * kPanel<C>;
-  for (int64_t i = 0; i < tap; i += kLanes<C>)
-    transform_square<3, M + 2, C>([](const auto& from, auto& to) { WinogradLine<M>::filter(from, to); },
-                                  [&](int y, int x) { return load(filters + (3 * y + x) * tap + i); },
-                                  [&](int y, int x, Vector<C> v) { store(planes + (y * (M + 2) + x) * plane + i, v); });
+static void winograd_filter(const C* filters, int64_t tap, int64_t ld, int64_t depth, C* planes, int64_t plane,
+                            bool streams) {
+  if (!streams)
+    return filters_to_planes<C, M>(filters, tap, ld, depth, planes, plane, [](C* to, Vector<C> v) { store(to, v); });
+  filters_to_planes<C, M>(filters, tap, ld, depth, planes, plane, [](C* to, Vector<C> v) { stream(to, v); });
+  end_streaming();
 }
 
 // filters[9][rows][panel] = G' s G of planes[(M+2)^2][rows][panel].
