@@ -169,6 +169,10 @@ struct MaskBlock {
   C* sum;  // may be null; [cols] += sum of du over the rows
 };
 
+// Rows of operands of products of planes lie in blocks of so many elements: an operand [depth / kPlaneDepth][rows]
+// [kPlaneDepth].
+constexpr int64_t kPlaneDepth = 64;
+
 // Matrix products of many planes; c is [plane][rows][panel], the others as the kernel says. Distances in elements.
 template <class C>
 struct Planes {
@@ -182,12 +186,21 @@ struct Planes {
   bool add;  // to what c holds
 };
 
+// Where the transforms of windows go: channel c of row r of a plane at r * ld + c / kPlaneDepth * block +
+// c % kPlaneDepth.
+template <class C>
+struct PlaneLayout {
+  C* planes;
+  int64_t ld, block, plane;
+};
+
 // The transforms of Winograd's F(MxM, 3x3), winograd.inl: (M+2)^2 planes of `plane` elements.
 template <class C>
 struct WinogradKernels {
-  void (*window)(const GatheredRows<C>& rows, C* planes, int64_t ld, int64_t plane);
-  void (*gradient)(const GatheredRows<C>& rows, C* planes, int64_t ld, int64_t plane);
-  void (*filter)(const C* filters, int64_t depth, C* planes, int64_t plane);
+  void (*window)(const GatheredRows<C>& rows, const PlaneLayout<C>& to);
+  void (*gradient)(const GatheredRows<C>& rows, const PlaneLayout<C>& to);
+  // filters[9 taps, `tap` elements apart][depth][ld], of which a panel; planes[depth][panel].
+  void (*filter)(const C* filters, int64_t tap, int64_t ld, int64_t depth, C* planes, int64_t plane, bool streams);
   void (*filter_gradient)(const C* planes, int64_t plane, int64_t rows, C* filters);
   void (*output)(const C* planes, int64_t plane, int64_t count, int64_t pixels, int64_t lines, C* rows);
 };
@@ -232,7 +245,8 @@ struct ComputeKernels {
   // In place: channel c < cols of a row = the sum of its channels [c * multiplier, (c + 1) * multiplier).
   void (*depthwise_fold)(C* block, int64_t rows, int64_t cols, int64_t multiplier);
 
-  // a[plane][rows][depth] * b[plane][depth][panel]; ldb is the panel, nothing is added.
+  // a[plane][depth / kPlaneDepth][rows][kPlaneDepth] * b[plane][depth][panel]; lda is the distance of blocks, ldb the
+  // panel, nothing is added.
   void (*multiply_planes)(const Planes<C>&);
   // a[plane][depth][rows]' * b[plane][depth][panel].
   void (*multiply_transposed_planes)(const Planes<C>&);
