@@ -45,12 +45,20 @@ struct ShiftedRows {
 
 constexpr int64_t kDepthwisePanel = 32;  // channels of a row in depthwise kernels, whatever the vectors
 
-// Lines of a depthwise convolution. Tap t of column c of line l reads the row of kDepthwisePanel channels at
-// sources[l * taps + t] + offset + c * step.
+// Lines of a depthwise convolution. Tap t of column c of line l reads `cols` channels at sources[l * taps + t] + offset
+// + c * step, in whole vectors.
 template <class C>
 struct PanelLines {
   const C* const* sources;
-  int64_t lines, columns, taps, step, offset;
+  int64_t lines, columns, taps, step, offset, cols;
+};
+
+// Where the result of line l and column c goes: at data + l * ld_line + c * ld_column, in whole vectors.
+template <class C>
+struct PanelTarget {
+  C* data;
+  int64_t ld_line, ld_column;
+  bool stream;  // past the caches; whole aligned vectors
 };
 
 // y = activation((z - mean) * scale + beta + residual), for `cols` channels. The kernel says what types they point to.
@@ -233,16 +241,18 @@ struct ComputeKernels {
   // As gemm, of rows * filters[depth][panel].
   void (*multiply_shifted)(const ShiftedRows<C>& rows, const C* filters, const GemmOutput<C>& to);
 
-  // Depthwise, on rows of kDepthwisePanel channels, element by element. The row at out + l * ld_line + c * ld_column =
-  // sum over taps of rows * filters[taps].
-  void (*depthwise)(const PanelLines<C>& in, const C* filters, C* out, int64_t ld_line, int64_t ld_column);
-  // sums[taps] += sum over lines and columns of rows * the row at dz[l] + dz_offset + c * kDepthwisePanel.
-  void (*depthwise_outer)(const PanelLines<C>& in, const C* const* dz, int64_t dz_offset, C* sums);
-  // to[rows] = the `cols` channels at from + r * ld, then zeros.
-  void (*depthwise_copy)(const C* from, int64_t ld, int64_t rows, int64_t cols, C* to);
-  // to[rows] = each of the `cols` channels of from[rows] `multiplier` times, then zeros.
-  void (*depthwise_spread)(const C* from, int64_t rows, int64_t cols, int64_t multiplier, C* to);
-  // In place: channel c < cols of a row = the sum of its channels [c * multiplier, (c + 1) * multiplier).
+  // Depthwise, on up to kDepthwisePanel channels, element by element. out = sum over taps of rows *
+  // filters[taps][kDepthwisePanel].
+  void (*depthwise)(const PanelLines<C>& in, const C* filters, const PanelTarget<C>& out);
+  // sums[taps][kDepthwisePanel] += sum over lines and columns of rows * the row at dz[l] + dz_offset + c * dz_step.
+  void (*depthwise_outer)(const PanelLines<C>& in, const C* const* dz, int64_t dz_offset, int64_t dz_step, C* sums);
+  // to[rows][ld_to] = the `cols` channels at from + r * ld, then zeros up to `width`.
+  void (*depthwise_copy)(const C* from, int64_t ld, int64_t rows, int64_t cols, C* to, int64_t ld_to, int64_t width);
+  // to[rows][ld_to] = each of the `cols` channels of from[rows][kDepthwisePanel] `multiplier` times, then zeros up to
+  // kDepthwisePanel.
+  void (*depthwise_spread)(const C* from, int64_t rows, int64_t cols, int64_t multiplier, C* to, int64_t ld_to);
+  // In place, rows of kDepthwisePanel: channel c < cols of a row = the sum of its channels
+  // [c * multiplier, (c + 1) * multiplier).
   void (*depthwise_fold)(C* block, int64_t rows, int64_t cols, int64_t multiplier);
 
   // a[plane][depth / kPlaneDepth][rows][kPlaneDepth] * b[plane][depth][panel]; lda is the distance of blocks, ldb the
