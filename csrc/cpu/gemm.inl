@@ -192,13 +192,13 @@ static void gemm(const GatheredRows<C>& in, const C* filters, int64_t columns, c
   }
 }
 
-// Asks for the next lines of `ahead`.
+// Asks for the next line of `ahead`.
 template <class C>
 FCB_INLINE void fetch(Ahead<C>* ahead) {
   if (ahead->row == ahead->count) return;
-  __builtin_prefetch(ahead->rows[ahead->row] + ahead->offset + ahead->pair * Ahead<C>::kPair, 0, 2);
-  if (++ahead->pair < ahead->pairs) return;
-  ahead->pair = 0;
+  __builtin_prefetch(ahead->rows[ahead->row] + ahead->offset + ahead->line * Ahead<C>::kLine, 0, 2);
+  if (++ahead->line < ahead->lines) return;
+  ahead->line = 0;
   ++ahead->row;
 }
 
@@ -217,7 +217,7 @@ FCB_INLINE void accumulate_outer(const C* a, const C* b, int64_t depth, Vector<C
 }
 
 template <class C, int R>
-static void outer_tile(const C* a, const C* b, int64_t depth, C* tile, Ahead<C>* ahead) {
+static void outer_tile(const C* a, const C* b, int64_t depth, bool add, C* tile, Ahead<C>* ahead) {
   Vector<C> acc[R][2] = {};  // of this block alone: adding it to the tile once errs less than adding each product
   const int64_t step = ahead ? ahead->steps : depth;
   for (int64_t k = 0; k < depth; k += step) {
@@ -228,16 +228,16 @@ static void outer_tile(const C* a, const C* b, int64_t depth, C* tile, Ahead<C>*
   for (int r = 0; r < R; ++r)
     for (int v = 0; v < 2; ++v) {
       C* to = tile + r * kPanel<C> + v * kLanes<C>;
-      store(to, load(to) + acc[r][v]);
+      store(to, add ? load(to) + acc[r][v] : acc[r][v]);
     }
 }
 
 // Of a partial tile no more rows than 8 accumulators need are computed: fewer would wait for each other's additions.
 template <class C>
-static void outer(const C* a, const C* b, int64_t depth, int64_t rows, C* tile, Ahead<C>* ahead) {
-  if (kTileRows > 4 && rows <= 4) return outer_tile<C, 4>(a, b, depth, tile, ahead);
-  if (kTileRows > 8 && rows <= 8) return outer_tile<C, 8>(a, b, depth, tile, ahead);
-  outer_tile<C, kTileRows>(a, b, depth, tile, ahead);
+static void outer(const C* a, const C* b, int64_t depth, int64_t rows, bool add, C* tile, Ahead<C>* ahead) {
+  if (kTileRows > 4 && rows <= 4) return outer_tile<C, 4>(a, b, depth, add, tile, ahead);
+  if (kTileRows > 8 && rows <= 8) return outer_tile<C, 8>(a, b, depth, add, tile, ahead);
+  outer_tile<C, kTileRows>(a, b, depth, add, tile, ahead);
 }
 
 // The first `valid` of Width elements, zeros as the others.
@@ -249,15 +249,19 @@ FCB_INLINE void pack_part(const C* from, int64_t valid, C* to) {
   }
 }
 
-// Row by row, each from its first element to its last: that is how memory is read ahead.
+// A few rows at a time, panel by panel: few streams of memory are read, and whole lines of a panel are written at once.
 template <class C, int Width>
 static void pack(const C* const* rows, int64_t offset, int64_t count, int64_t valid, C* packed, int64_t panel) {
-  const int64_t whole = valid / Width, rest = valid % Width;
-  for (int64_t i = 0; i < count; ++i, packed += Width) {
-    const C* from = rows[i] + offset;
+  constexpr int64_t kRows = 8;
+  const int64_t whole = valid / Width * Width;
+  for (int64_t first = 0; first < count; first += kRows, packed += kRows * Width) {
+    const int64_t n = count - first < kRows ? count - first : kRows;
     C* to = packed;
-    for (int64_t p = 0; p < whole; ++p, from += Width, to += panel) __builtin_memcpy(to, from, Width * sizeof(C));
-    if (rest != 0) pack_part<C, Width>(from, rest, to);
+    for (int64_t c = 0; c < whole; c += Width, to += panel)
+      for (int64_t r = 0; r < n; ++r) __builtin_memcpy(to + r * Width, rows[first + r] + offset + c, Width * sizeof(C));
+    if (whole < valid)
+      for (int64_t r = 0; r < n; ++r)
+        pack_part<C, Width>(rows[first + r] + offset + whole, valid - whole, to + r * Width);
   }
 }
 

@@ -20,19 +20,20 @@ struct GatheredRows {
   const C *ahead = nullptr, *ahead_end = nullptr;  // gemm: memory to be fetched meanwhile, evenly
 };
 
-// Memory that the next block will read. A kernel asks for a part of it every `steps` steps of its own, so that few
-// lines are in flight at once and the multiplications do not wait; it moves on `row` and `pair`. Lines come in pairs.
+// Memory that the next block will read. A kernel asks for a line of it every `steps` steps of its own, so that few are
+// in flight at once and the multiplications do not wait; it moves on `row` and `line`. Line after line, since a stream
+// is what the hardware walks to the next page for: with every other line missing, the multiplications wait for that.
 template <class C>
 struct Ahead {
-  static constexpr int64_t kPair = 128 / sizeof(C);  // elements
-  const C* const* rows;                              // [count], each of `pairs` pairs of lines from `offset` on
-  int64_t offset, count, pairs, steps;
-  int64_t row, pair;
+  static constexpr int64_t kLine = 64 / sizeof(C);  // elements
+  const C* const* rows;                             // [count], each of `lines` lines from `offset` on
+  int64_t offset, count, lines, steps;
+  int64_t row, line;
 };
 
 template <class C>
 static inline Ahead<C> ahead_of(const C* const* rows, int64_t offset, int64_t count, int64_t elements) {
-  return {rows, offset, count, (elements + Ahead<C>::kPair - 1) / Ahead<C>::kPair, 1, 0, 0};
+  return {rows, offset, count, (elements + Ahead<C>::kLine - 1) / Ahead<C>::kLine, 1, 0, 0};
 }
 
 // Windows of consecutive positions: element k of that of position r lies at from + offsets[k] + r.
@@ -224,9 +225,9 @@ struct ComputeKernels {
   // `lanes`. What it streams is ordered by end_streaming().
   void (*gemm)(const GatheredRows<C>& rows, const C* filters, int64_t columns, const GemmOutput<C>& to);
   void (*end_streaming)();
-  // tile[rows][panel] += sum over depth of a[depth][outer_rows]' * b[depth][panel], rows <= outer_rows; the tile's
-  // other rows may change. `ahead` may be null.
-  void (*outer)(const C* a, const C* b, int64_t depth, int64_t rows, C* tile, Ahead<C>* ahead);
+  // tile[rows][panel] = the sum over depth of a[depth][outer_rows]' * b[depth][panel], or that added to it; rows <=
+  // outer_rows, and the tile's other rows may change. `ahead` may be null.
+  void (*outer)(const C* a, const C* b, int64_t depth, int64_t rows, bool add, C* tile, Ahead<C>* ahead);
   // Operands of outer: the `valid` elements at rows[i] + offset, i < count, and zeros up to a whole panel, in panels of
   // outer_rows or of `panel` elements: element c of row i at packed[c / width * panel + i * width + c % width].
   void (*pack_rows)(const C* const* rows, int64_t offset, int64_t count, int64_t valid, C* packed, int64_t panel);
