@@ -92,8 +92,8 @@ class ColumnGradient {
   void add(int64_t first, int64_t count, const C* dz, int64_t ld_dz, int worker, Lines* lines) const {
     const Worker& w = workers_[worker];
     for (int64_t at = 0; at < count; at += k_.panel)
-      k_.transpose(dz + at * ld_dz, ld_dz, std::min(k_.panel, count - at), p_.out_channels,
-                   w.dz + at * p_.out_channels);
+      k_.transpose(dz + at * ld_dz, ld_dz, std::min(k_.panel, count - at), p_.out_channels, w.dz + at * p_.out_channels,
+                   k_.panel);
     point(first, count, w, *lines);
     for (int64_t row = 0; row < rows(); row += k_.outer_rows)
       for (int64_t panel = 0; panel * k_.panel < count; ++panel)

@@ -174,19 +174,17 @@ Kernel saving_moments(Kernel row) {
       FCB_ROW(backward_depthwise, kBackward, backward_depthwise_applies, any_problem, isa, Isa_)
 
 // Their kernels are those of AMX: the name says it once.
-#define FCB_AMX_ROW(name, stage, applies, suits) \
-  {#name,                                        \
-   Stage::stage,                                 \
-   Isa::kAmx,                                    \
-   applies,                                      \
-   suits,                                        \
-   scratch_with<&kKernelsAmx, name##_scratch>,   \
-   run_with<&kKernelsAmx, run_##name>}
+#define FCB_AMX_ROW(name, stage, applies, suits)                                                \
+  Kernel {                                                                                      \
+    #name, Stage::stage, Isa::kAmx, applies, suits, scratch_with<&kKernelsAmx, name##_scratch>, \
+        run_with<&kKernelsAmx, run_##name>                                                      \
+  }
 
 const std::vector<Kernel>& kernel_table() {
   static const std::vector<Kernel> table = {
 #if defined(__x86_64__) && !defined(FUSEDCONVBN_NO_AMX)
-      FCB_AMX_ROW(forward_direct_amx, kForward, amx_applies, suits_amx),
+      packing(FCB_AMX_ROW(forward_direct_amx, kForward, amx_applies, suits_amx),
+              scratch_with<&kKernelsAmx, forward_direct_amx_packed>),
       FCB_AMX_ROW(backward_direct_amx, kBackward, amx_backward_applies, suits_amx_backward),
 #endif
 #if defined(__x86_64__)

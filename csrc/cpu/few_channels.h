@@ -10,13 +10,6 @@
 
 namespace fusedconvbn {
 
-// What has a kernel write the outputs itself, a panel of columns of a tile; empty: it does not.
-template <class C>
-struct RegisterEpilogue {
-  void (*kernel)(const ShiftedRows<C>&, const C* filters, const AffineBlock<C>&) = nullptr;
-  std::function<AffineBlock<C>(const Tile<C>&)> block;
-};
-
 // Interface as Convolution's (convolve.h); one group.
 template <class C>
 class FewChannelsConvolution {
@@ -62,8 +55,8 @@ class FewChannelsConvolution {
     parallel->run(panels(), [&](int64_t panel, int) { pack(filters, panel, packed + panel * panel_elements()); });
   }
 
-  void run(const FilterLayout& filters, const Scratch& s, ParallelFor* parallel, const TileEpilogue<C>& epilogue,
-           const RegisterEpilogue<C>& in_registers = {}) const {
+  void run(const FilterLayout& filters, const Scratch& s, ParallelFor* parallel,
+           const TileEpilogue<C>& epilogue) const {
     if (windows_.positions() == 0) return;
     int64_t* offset = s.offsets;
     for (const Tap& tap : windows_.taps)
@@ -74,9 +67,9 @@ class FewChannelsConvolution {
     const int64_t wanted = parallel->threads() == 1 ? 1 : 4 * parallel->threads();
     const int64_t bands = std::min(groups(), ceil_div(wanted, windows_.batch));
     parallel->run(windows_.batch * bands, [&](int64_t task, int worker) {
-      run_band(task / bands, part(task % bands, bands, groups()), s.workers[worker], [&](const Block& b) {
-        run_block(b, packed, s.offsets, s.workers[worker].tile, worker, epilogue, in_registers);
-      });
+      run_band(task / bands, part(task % bands, bands, groups()), s.workers[worker],
+               [&](const Block& b) { run_block(b, packed, s.offsets, s.workers[worker].tile, worker, epilogue); });
+      kernels_.end_streaming();
     });
   }
 
@@ -166,7 +159,7 @@ class FewChannelsConvolution {
   }
 
   void run_block(const Block& b, const C* packed, const int64_t* offsets, C* data, int worker,
-                 const TileEpilogue<C>& epilogue, const RegisterEpilogue<C>& in_registers) const {
+                 const TileEpilogue<C>& epilogue) const {
     const Span rows = block_lines(b.number), columns = block_columns(b.number);
     const int64_t column = b.panel * kernels_.panel, line = windows_.step_height * lines_.line_elements();
     const C* filters = packed + b.panel * panel_elements();
@@ -179,18 +172,19 @@ class FewChannelsConvolution {
                        b.image * image_blocks() + b.number,
                        worker};
     ShiftedRows<C> in{b.lines + columns.begin, offsets, window_elements(), columns.size()};
-    if (in_registers.kernel && tile.cols == kernels_.panel) {
-      AffineBlock<C> out = in_registers.block(tile);
-      for (int64_t i = 0; i < rows.size(); ++i, in.from += line) {
-        in_registers.kernel(in, filters, out);
-        out.y = static_cast<C*>(out.y) + in.count * out.ld_y;
-      }
-      return;
-    }
-    for (int64_t i = 0; i < rows.size(); ++i, in.from += line)
-      kernels_.multiply_shifted(in, filters, data + i * in.count * kernels_.panel);
-    epilogue.emit(tile);
-    if (epilogue.finish) epilogue.finish(tile);
+    const GemmOutput<C> to = epilogue.output(tile);
+    GemmOutput<C> line_to = to;
+    for (int64_t i = 0; i < rows.size(); ++i, in.from += line, advance(in.count, &line_to))
+      kernels_.multiply_shifted(in, filters, line_to);
+    epilogue.end(to, tile);
+  }
+
+  // To the rows behind the next `count`.
+  void advance(int64_t count, GemmOutput<C>* to) const {
+    AffineBlock<C>& b = to->block;
+    to->tile += count * kernels_.panel;
+    if (b.y) b.y = static_cast<C*>(b.y) + count * b.ld_y;
+    if (b.residual) b.residual = static_cast<const C*>(b.residual) + count * b.ld_residual;
   }
 
   const ComputeKernels<C>& kernels_;

@@ -45,82 +45,38 @@ FCB_INLINE void shifted_sums(const ShiftedRows<C>& in, int64_t first, const C* f
   }
 }
 
-// Calls `write` with the rows of `acc`, unrolled: they are registers.
-template <class C, int R, class F>
-FCB_INLINE void for_rows(const Vector<C> (&acc)[R][2], F write) {
-#pragma GCC unroll 16
-  for (int r = 0; r < R; ++r) {
-    write(r, 0, acc[r][0]);
-    write(r, kLanes<C>, acc[r][1]);
-  }
-}
-
-// The rows of a product into a tile.
-template <class C>
-struct ToTile {
-  C* tile;
-
-  template <int R>
-  [[gnu::always_inline]] inline void operator()(int64_t first, Vector<C> (&acc)[R][2]) const {
-    C* to = tile + first * kPanel<C>;
-    for_rows<C, R>(acc, [&](int r, int64_t c, Vector<C> v) { store(to + r * kPanel<C> + c, v); });
-  }
-};
-
-// The same with batch norm and activation, into the outputs.
-template <class C, Activation A>
-struct ToOutput {
-  const AffineBlock<C>& out;
-
-  template <int R>
-  [[gnu::always_inline]] inline void operator()(int64_t first, Vector<C> (&acc)[R][2]) const {
-#pragma GCC unroll 2
-    for (int i = 0; i < 2; ++i) {
-      const int64_t c = i * kLanes<C>;
-      const Vector<C> mean = load(out.mean + c), scale = load(out.scale + c), beta = load(out.beta + c);
-#pragma GCC unroll 16
-      for (int r = 0; r < R; ++r) acc[r][i] = activate<A, C>((acc[r][i] - mean) * scale + beta);
-    }
-    C* to = row<C>(out.y, first, out.ld_y);
-    if (out.stream)
-      for_rows<C, R>(acc, [&](int r, int64_t c, Vector<C> v) { stream(to + r * out.ld_y + c, v); });
-    else
-      for_rows<C, R>(acc, [&](int r, int64_t c, Vector<C> v) { store(to + r * out.ld_y + c, v); });
-  }
-};
-
-template <class C, int R, class F>
-static void shifted_tile(const ShiftedRows<C>& in, int64_t first, const C* filters, const F& finish) {
+template <class C, int R>
+static void shifted_tile(const ShiftedRows<C>& in, int64_t first, const C* filters, C* tile) {
   Vector<C> acc[R][2] = {};
   shifted_sums<C, R>(in, first, filters, acc);
-  finish.template operator()<R>(first, acc);
-}
-
-// In register tiles of few sizes, for there is code for each; 4 rows still are 8 sums at a time. Rows may be computed
-// twice, with the same result.
-template <class C, class F>
-static void shifted_tiles(const ShiftedRows<C>& in, const C* filters, const F& finish) {
-  int64_t r = 0;
-  for (; r + kTileRows <= in.count; r += kTileRows) shifted_tile<C, kTileRows>(in, r, filters, finish);
-  for (; kTileRows > 8 && r + 8 <= in.count; r += 8) shifted_tile<C, 8>(in, r, filters, finish);
-  for (; r + 4 <= in.count; r += 4) shifted_tile<C, 4>(in, r, filters, finish);
-  if (r < in.count && in.count >= 4) return shifted_tile<C, 4>(in, in.count - 4, filters, finish);
-  for (; r < in.count; ++r) shifted_tile<C, 1>(in, r, filters, finish);
+  store_tile<C, R, 2>(acc, R, tile + first * kPanel<C>);
 }
 
 template <class C>
-static void multiply_shifted(const ShiftedRows<C>& in, const C* filters, C* tile) {
-  shifted_tiles(in, filters, ToTile<C>{tile});
+static __attribute__((noinline)) void whole_shifted_tile(const ShiftedRows<C>& in, int64_t first, const C* filters,
+                                                         const GemmOutput<C>& to) {
+  Vector<C> acc[kTileRows][2] = {};
+  shifted_sums<C, kTileRows>(in, first, filters, acc);
+  finish_tile<C, kTileRows, 2>(acc, first, to);
 }
 
-template <class C, Activation A>
-constexpr bool kFusesShifted = sizeof(C) == 4 && (A == Activation::kNone || A == Activation::kRelu ||
-                                                  A == Activation::kRelu6 || A == Activation::kLeakyRelu);
+// The rest in tiles of few sizes, for there is code for each; 4 rows still are 8 sums at a time. Rows may be computed
+// twice, with the same result.
+template <class C>
+static void rest_of_shifted(const ShiftedRows<C>& in, int64_t r, const C* filters, C* tile) {
+  for (; kTileRows > 8 && r + 8 <= in.count; r += 8) shifted_tile<C, 8>(in, r, filters, tile);
+  for (; r + 4 <= in.count; r += 4) shifted_tile<C, 4>(in, r, filters, tile);
+  if (r < in.count && in.count >= 4) return shifted_tile<C, 4>(in, in.count - 4, filters, tile);
+  for (; r < in.count; ++r) shifted_tile<C, 1>(in, r, filters, tile);
+}
 
-template <class C, Activation A>
-static void convolve_shifted(const ShiftedRows<C>& in, const C* filters, const AffineBlock<C>& out) {
-  shifted_tiles(in, filters, ToOutput<C, A>{out});
-  if (out.stream) end_streaming();
+template <class C>
+static void multiply_shifted(const ShiftedRows<C>& in, const C* filters, const GemmOutput<C>& to) {
+  int64_t r = 0;
+  for (; r + kTileRows <= in.count; r += kTileRows) whole_shifted_tile<C>(in, r, filters, to);
+  if (r == in.count) return;
+  rest_of_shifted(in, r, filters, to.tile);
+  emit_rows(to.tile + r * kPanel<C>, kPanel<C>, r, in.count - r, to);
 }
 
 template <class C>
@@ -164,7 +120,7 @@ static void add_columns_tile(const C* a, int64_t lda, const C* b, int64_t depth,
   product_sums<C, R>(a, lda, b, kPanel<C>, depth, acc);
   if (to.segments->count == kPanel<C>) return add_rows<C, R>(acc, *to.segments, to.row, to.rows);
   C tile[R * kPanel<C>];
-  for_rows<C, R>(acc, [&](int r, int64_t c, Vector<C> v) { store(tile + r * kPanel<C> + c, v); });
+  store_tile<C, R, 2>(acc, R, tile);
   for (int64_t s = 0; s < to.count; ++s) add_rows<C>(tile, to.segments[s], to.row, to.rows);
 }
 

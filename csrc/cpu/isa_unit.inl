@@ -59,7 +59,6 @@ static constexpr void fill_activation(ComputeKernels<C>* k) {
   if constexpr (A < kActivationCount) {
     constexpr Activation a = static_cast<Activation>(A);
     k->affine[A] = affine<C, a>;
-    if constexpr (kFusesShifted<C, a>) k->convolve_shifted[A] = convolve_shifted<C, a>;
     if constexpr (a == Activation::kNone || derivative_from_output(a)) k->mask[A] = mask<C, a>;
     fill_activation<A + 1>(k);
   }
@@ -90,7 +89,10 @@ static constexpr ComputeKernels<C> compute_kernels() {
   ComputeKernels<C> k{};
   k.panel = kPanel<C>;
   k.outer_rows = kTileRows;
+  k.lanes = kLanes<C>;
+  k.gemm_columns = kMaxVectors * kLanes<C>;
   k.gemm = gemm<C>;
+  k.end_streaming = end_streaming;
   k.depthwise = depthwise<C>;
   k.outer = outer<C>;
   k.pack_rows = pack<C, kTileRows>;

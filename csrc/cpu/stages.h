@@ -32,7 +32,7 @@ inline bool depthwise_applies(const ConvBnParams& p) {
 FCB_PACKING_STAGE(forward_direct);
 FCB_PACKING_STAGE(forward_winograd2);
 FCB_PACKING_STAGE(forward_winograd4);
-FCB_STAGE(forward_direct_amx);
+FCB_PACKING_STAGE(forward_direct_amx);
 FCB_PACKING_STAGE(forward_few_channels);
 FCB_STAGE(forward_depthwise);
 
