@@ -76,15 +76,13 @@ struct AffineBlock {
   bool stream;                   // y past the caches; y and its rows aligned to 64 bytes, cols a multiple of 16
 };
 
-// What gemm does with sums that are still in registers: nothing, store them as they are, or as AffineBlock says.
-enum class Emit { kNothing, kSums, kNone, kRelu, kRelu6, kLeakyRelu };
-
+// Where gemm leaves its sums, and what it makes of them a few rows at a time.
 template <class C>
 struct GemmOutput {
-  C* tile;           // [count][columns]
-  bool keep = true;  // the sums are to be left there; else it is scratch
-  Emit emit = Emit::kNothing;
-  AffineBlock<C> block{};  // its z and rows are gemm's; kSums: y, ld_y, cols and stream
+  C* tile;                                        // [count][columns]
+  bool keep = true;                               // the sums are to be left there; else it is scratch
+  void (*emit)(const AffineBlock<C>&) = nullptr;  // may be null
+  AffineBlock<C> block{};                         // for `emit`; its z and rows are gemm's
 };
 
 // How the activation's argument u is had again.
@@ -274,6 +272,9 @@ struct ComputeKernels {
   void (*mask[kActivationCount])(const MaskBlock<C>&);
 
   void (*affine[kActivationCount])(const AffineBlock<C>&);
+  // The same, ordered by end_streaming(); and y = z.
+  void (*emit[kActivationCount])(const AffineBlock<C>&);
+  void (*emit_sums)(const AffineBlock<C>&);
   void (*reduce[kActivationCount][3])(const GradientBlock<C>&);  // [activation][Preactivation]
   void (*apply[kActivationCount][3])(const GradientBlock<C>&);
 
