@@ -3,7 +3,7 @@
 from dataclasses import replace
 
 import pytest
-from cases import Case, depthwise_cases, expanding_cases, op_cases, winograd_cases
+from cases import Case, depthwise_cases, expanding_cases, few_channels_cases, op_cases, winograd_cases
 from raw_problem import Problem, planned
 
 from fusedconvbn import raw
@@ -18,6 +18,7 @@ SPECIAL_CASES = {  # by a word in the names of the rows that serve no others
     "amx": AMX_CASES[::2],
     "winograd": [replace(case, isa=None) for case in winograd_cases()[::23]] + [DEEP],
     "depthwise": [replace(case, isa=None) for case in depthwise_cases()[::5]],
+    "few_channels": [replace(case, isa=None) for case in few_channels_cases()[::4]],
     "columns": [case for case in op_cases() if case.groups == 1][::13],
     "moments": [replace(case, isa=None) for case in expanding_cases()[::7]],
 }
