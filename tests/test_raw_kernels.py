@@ -11,11 +11,18 @@ from fusedconvbn import raw
 KERNELS = raw.kernels()
 CASES = op_cases()[::17]
 AMX_CASES = [case for case in op_cases() if case.dtype == "bf16" and case.groups == 1]
+# Deep products, whose filters are read in parts, and rows that are no whole tiles.
+AMX_DEEP = [
+    Case(
+        dtype="bf16", height=11, width=13, in_channels=608, out_channels=c, kernel=(1, 1), activation="relu", training=t
+    )
+    for c, t in ((72, False), (72, True), (640, True))
+]
 # Sums in several passes, and more filters than a pass over the planes takes.
 DEEP = Case(batch=1, height=5, width=6, in_channels=290, out_channels=525, algorithm="winograd4", training=True)
 SPECIAL_CASES = {  # by a word in the names of the rows that serve no others
-    "backward_direct_amx": [case for case in AMX_CASES if case.training and case.data_format == "NHWC"],
-    "amx": AMX_CASES[::2],
+    "backward_direct_amx": [case for case in AMX_CASES + AMX_DEEP if case.training and case.data_format == "NHWC"],
+    "amx": AMX_CASES[::2] + AMX_DEEP,
     "winograd": [replace(case, isa=None) for case in winograd_cases()[::23]] + [DEEP],
     "depthwise": [replace(case, isa=None) for case in depthwise_cases()[::5]],
     "few_channels": [replace(case, isa=None) for case in few_channels_cases()[::4]],

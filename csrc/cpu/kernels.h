@@ -145,7 +145,7 @@ struct AmxKernels {
   // As InPlaceKernels::apply, d_conv also of bfloat16.
   void (*apply[kActivationCount][3])(const GradientBlock<float>&);
   // tile[count][32] = the sum over taps and chunks of rows * filters; whole 32 rows of `tile` are written.
-  void (*multiply)(const AmxRows& rows, const uint16_t* filters, float* tile, AmxFetch* fetch);
+  void (*multiply)(const AmxRows& rows, const uint16_t* filters, float* tile, int64_t ld, AmxFetch* fetch);
   // Packs a tap: element k of its depth has the columns at rows[k], or is 0 where rows[k] is null; cols <= 32, the
   // others are 0.
   void (*pack)(const uint16_t* const* rows, int64_t column_stride, int64_t cols, int64_t chunks, int64_t chunk,
