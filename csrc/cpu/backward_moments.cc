@@ -210,7 +210,8 @@ class BackwardByMoments {
     const int64_t cols = std::min(k_.panel, p_.in_channels - column), rows = p_.out_channels;
     if (cols < k_.panel) std::fill(packed, packed + rows * k_.panel, C(0));
     storage_.kernels.load(values(b_.filters) + column * rows, 1, rows, rows, cols, packed, k_.panel);
-    k_.gemm({scaled_rows_, p_.in_channels + 1, p_.in_channels + 1, 1, rows, 0}, packed, packed + rows * k_.panel);
+    k_.gemm({scaled_rows_, p_.in_channels + 1, p_.in_channels + 1, 1, rows, 0}, packed, k_.panel,
+            {packed + rows * k_.panel});
     for (int64_t k = 0; k < rows; ++k)
       for (int64_t c = 0; c < k_.panel; ++c) packed[k * k_.panel + c] *= channels_.slope()[k];
   }
@@ -238,8 +239,8 @@ class BackwardByMoments {
     const C* next_y = b_.d_residual || !b_.output ? nullptr : values(b_.output) + at;
     for (int64_t panel = 0; panel < panels(); ++panel) {
       GatheredRows<C> in{w.rows, kBlockRows, count, 1, depth(), 0};
-      share_lines(next, next_y, next_elements, {panel, panels()}, k_.outer_rows, &in);
-      k_.gemm(in, packed_ + panel * depth() * k_.panel, w.tile);
+      share_lines(next, next_y, next_elements, {panel, panels()}, count * depth() / k_.outer_rows, &in);
+      k_.gemm(in, packed_ + panel * depth() * k_.panel, k_.panel, {w.tile});
       const int64_t column = panel * k_.panel;
       d_inputs_.write(first, count, column, std::min(k_.panel, p_.in_channels - column), {w.tile, k_.panel});
     }

@@ -33,10 +33,10 @@ class BackwardPointwise {
         ld_dz_(padded_columns(k_, p.out_channels)) {
     ranges_ = std::clamp<int64_t>(std::min(blocks() / kMinBlocks, kMaxSums / sum_elements()), 1, kMaxRanges);
     sums_ = arena_.take<C>(ranges_ * sum_elements());
-    packed_ = arena_.take<C>(panels() * panel_elements());
+    packed_ = arena_.take<C>(panels() * k_.gemm_columns * p.out_channels);
     for (int w = 0; w < device.threads; ++w)
       workers_.push_back({arena_.take<C>(kBlockRows * ld_x_), arena_.take<C>(kBlockRows * ld_dz_),
-                          arena_.take<const C*>(kBlockRows), arena_.take<C>(kBlockRows * k_.panel)});
+                          arena_.take<const C*>(kBlockRows), arena_.take<C>(kBlockRows * k_.gemm_columns)});
   }
 
   size_t scratch_bytes() const { return arena_.used(); }
@@ -56,7 +56,7 @@ class BackwardPointwise {
   struct Worker {
     C *x, *dz;       // [kBlockRows][ld]
     const C** rows;  // [kBlockRows]: of dz
-    C* tile;         // [kBlockRows][panel]
+    C* tile;         // [kBlockRows][gemm_columns]
   };
   struct Rows {
     int64_t first, count, end;  // end: of the range
@@ -64,15 +64,23 @@ class BackwardPointwise {
 
   int64_t blocks() const { return ceil_div(p_.pixels(), kBlockRows); }
   int64_t sum_elements() const { return ceil_div(p_.in_channels, k_.outer_rows) * k_.outer_rows * ld_dz_; }
-  int64_t panels() const { return ceil_div(p_.in_channels, k_.panel); }
-  int64_t panel_elements() const { return p_.out_channels * k_.panel; }
+  int64_t panels() const { return ceil_div(p_.in_channels, k_.gemm_columns); }
   static const C* values(const void* array) { return static_cast<const C*>(array); }
 
+  // Input channels whose gradients are computed at once.
+  struct Panel {
+    int64_t column, cols, width;  // width: whole vectors
+  };
+  Panel panel_at(int64_t index) const {
+    const int64_t column = index * k_.gemm_columns, cols = std::min(k_.gemm_columns, p_.in_channels - column);
+    return {column, cols, ceil_div(cols, k_.lanes) * k_.lanes};
+  }
+
   // The filters transposed, for a panel of input channels.
-  void pack(int64_t panel) const {
-    const int64_t column = panel * k_.panel;
-    k_.transpose(values(b_.filters) + column * p_.out_channels, p_.out_channels,
-                 std::min(k_.panel, p_.in_channels - column), p_.out_channels, packed_ + panel * panel_elements());
+  void pack(int64_t index) const {
+    const Panel panel = panel_at(index);
+    k_.transpose(values(b_.filters) + panel.column * p_.out_channels, p_.out_channels, panel.cols, p_.out_channels,
+                 packed_ + panel.column * p_.out_channels, panel.width);
   }
 
   void run_range(int64_t range, int worker) const {
@@ -86,23 +94,30 @@ class BackwardPointwise {
     for (int64_t first = range * blocks() / ranges_ * kBlockRows, count; first < end; first += count) {
       count = std::min(kBlockRows, end - first);
       blocks_.apply(blocks_.read(first, count, 0, p_.out_channels, worker), first, 0, {w.dz, ld_dz_}, worker);
-      if (b_.d_inputs) inputs_gradient({first, count, end}, w);
+      if (b_.d_inputs) inputs_gradient({first, count, end}, w, worker);
       if (b_.d_filters) filters_gradient({first, count, end}, w, sums);
     }
   }
 
-  // Asks for the next dy and z.
-  void inputs_gradient(const Rows& block, const Worker& w) const {
+  // Asks for the next dy, and for z too where products are several.
+  void inputs_gradient(const Rows& block, const Worker& w, int worker) const {
     const int64_t next = block.first + block.count, at = next * p_.out_channels;
     const int64_t elements = std::min(kBlockRows, block.end - next) * p_.out_channels;
-    for (int64_t panel = 0; panel < panels(); ++panel) {
+    for (int64_t index = 0; index < panels(); ++index) {
+      const Panel panel = panel_at(index);
       GatheredRows<C> in{w.rows, kBlockRows, block.count, 1, p_.out_channels, 0};
-      share_lines(values(b_.output_gradient) + at, z_ + at, elements, {panel, panels()}, k_.outer_rows, &in);
-      k_.gemm(in, packed_ + panel * panel_elements(), w.tile);
-      const int64_t column = panel * k_.panel;
-      d_inputs_.write(block.first, block.count, column, std::min(k_.panel, p_.in_channels - column),
-                      {w.tile, k_.panel});
+      share_lines(values(b_.output_gradient) + at, panels() > 1 ? z_ + at : nullptr, elements, {index, panels()},
+                  steps(block.count, panel.width, p_.out_channels), &in);
+      k_.gemm(in, packed_ + panel.column * p_.out_channels, panel.width,
+              sums_to(d_inputs_,
+                      Tile<C>{w.tile, panel.width, block.first, block.count, panel.column, panel.cols, 0, worker}));
     }
+    k_.end_streaming();
+  }
+
+  // Of a product: 24 multiplications of vectors each, with AVX-512.
+  int64_t steps(int64_t rows, int64_t columns, int64_t depth) const {
+    return ceil_div(rows * columns, k_.outer_rows * k_.panel) * depth;
   }
 
   // Asks for the next inputs, and whatever else the next dz is made from.
@@ -115,7 +130,8 @@ class BackwardPointwise {
     lines.add(values(b_.inputs) + next * p_.in_channels, rows * p_.in_channels);
     const void* extra = needs_output(p_) ? b_.output : needs_residual(p_) ? b_.residual : nullptr;
     if (extra) lines.add(values(extra) + next * p_.out_channels, rows * p_.out_channels);
-    lines.spread(ceil_div(p_.out_channels, k_.panel) * ceil_div(p_.in_channels, k_.outer_rows) * block.count);
+    if (panels() == 1 || !b_.d_inputs) lines.add(z_ + next * p_.out_channels, rows * p_.out_channels);
+    lines.spread(steps(p_.in_channels, p_.out_channels, block.count));
     for (int64_t column = 0; column < p_.out_channels; column += k_.panel)
       for (int64_t row = 0; row < p_.in_channels; row += k_.outer_rows)
         k_.product(w.x + row, ld_x_, w.dz + column, ld_dz_, block.count, sums + row * ld_dz_ + column, ld_dz_,
@@ -139,7 +155,7 @@ class BackwardPointwise {
   GradientBlocks<C> blocks_;
   int64_t ld_x_, ld_dz_, ranges_;
   C* sums_;    // [ranges][rows][ld_dz]
-  C* packed_;  // [panels][K][panel]
+  C* packed_;  // [panels][K][width]
   std::vector<Worker> workers_;
 };
 

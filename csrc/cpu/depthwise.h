@@ -102,7 +102,7 @@ class DepthwiseConvolution {
   void run_task(int64_t image, const Span& band, const Span& panels, const Scratch& s, int worker,
                 const TileEpilogue<C>& epilogue) const {
     const auto& w = s.workers[worker];
-    w.ring.zero_last_lines();
+    w.ring.zero_last_line();
     int64_t staged = 0;  // source lines below it are in the ring, or no longer needed
     for (int64_t group = band.begin; group < band.end; ++group) {
       const Span outputs = lines(group), strip = columns(image % strips());
@@ -112,7 +112,7 @@ class DepthwiseConvolution {
       staged = std::max(staged, needed.end);
       point(outputs, w);
       const int64_t pixel = (image / strips() * windows_.height + outputs.begin) * windows_.width + strip.begin;
-      const int64_t pixels = outputs.size() * strip.size(), step = windows_.step_width * kDepthwisePanel;
+      const int64_t pixels = outputs.size() * strip.size(), step = windows_.step_width * w.ring.ld();
       for (int64_t panel = panels.begin; panel < panels.end; ++panel) {
         const Tile<C> tile{w.tile,
                            kDepthwisePanel,
@@ -122,10 +122,10 @@ class DepthwiseConvolution {
                            panels_.cols(panel),
                            image * groups() + group,
                            worker};
-        const int64_t offset = (panel - panels.begin) * w.ring.panel_elements();
-        kernels_.depthwise({w.sources, outputs.size(), strip.size(), taps(), step, offset},
-                           s.filters + panel * panel_elements(), w.tile, strip.size() * kDepthwisePanel,
-                           kDepthwisePanel);
+        const int64_t offset = (panel - panels.begin) * kDepthwisePanel;
+        kernels_.depthwise({w.sources, outputs.size(), strip.size(), taps(), step, offset, tile.cols},
+                           s.filters + panel * panel_elements(),
+                           {w.tile, strip.size() * kDepthwisePanel, kDepthwisePanel, false});
         epilogue.emit(tile);
         if (epilogue.finish) epilogue.finish(tile);
       }
@@ -143,8 +143,8 @@ class DepthwiseConvolution {
     for (int64_t line = outputs.begin; line < outputs.end; ++line)
       for (const Tap& tap : windows_.taps) {
         const int64_t h = line * windows_.step_height + tap.height;
-        const C* row = h >= 0 && h < source_height_ ? w.ring.line(h, 0) : w.ring.zeros();
-        *source++ = row + (tap.width - wide_.begin) * kDepthwisePanel;
+        const C* row = h >= 0 && h < source_height_ ? w.ring.line(h) : w.ring.zeros();
+        *source++ = row + (tap.width - wide_.begin) * w.ring.ld();
       }
   }
 

@@ -41,7 +41,7 @@ class DepthwiseBackward {
         stager_(k_, inputs_, panels_),
         convolution_(k_, storage_, inputs_, forward_windows(p), {p.groups, 1, p.group_out()}),
         blocks_(set, p, buffers, Image<C>(p.training ? conv_out : nullptr, storage_, output_grid(p)),
-                p.training ? GradientBlocks<C>::blocks(p) : convolution_.blocks(), device.threads, arena) {
+                p.training ? GradientBlocks<C>::blocks(p) : convolution_.blocks(), device.threads, arena, p.training) {
     make_phases();
     if (!p.training) convolution_scratch_ = convolution_.carve(arena, device.threads);
     sums_ = arena->take<C>(ranges() * panels_.count() * panel_elements());
@@ -76,7 +76,7 @@ class DepthwiseBackward {
 
   struct PhaseLines {
     PanelLines<C> lines;
-    int64_t first_tap, out;
+    int64_t first_tap, line, column;  // line, column: the first, of the step's inputs
   };
 
   struct Worker {
@@ -182,8 +182,8 @@ class DepthwiseBackward {
   void run_range(int64_t range, const Span& panels, const Worker& w, int worker) const {
     C* sums = sums_ + (range * panels_.count() + panels.begin) * panel_elements();
     std::fill(sums, sums + panels.size() * panel_elements(), C(0));
-    w.gradients.zero_last_lines();
-    w.inputs.zero_last_lines();
+    std::fill_n(w.gradients.data, w.gradients.elements(), C(0));  // channels beyond the last stay so
+    w.inputs.zero_last_line();
     const Span share = part(range, ranges(), regions());
     for (int64_t index = share.begin; index < share.end; ++index) run_region(region(index), panels, w, worker, sums);
   }
@@ -205,13 +205,12 @@ class DepthwiseBackward {
       const bool multiplies = step.owned && b_.d_filters;
       if (multiplies || !p_.training) read_inputs(r, step, panels, w, &done);
       for (int64_t i = step.gradients.begin; i < step.gradients.end; ++i)
-        w.gradient_lines[i - step.gradients.begin] = w.gradients.line(i, 0);
+        w.gradient_lines[i - step.gradients.begin] = w.gradients.line(i);
       point_phases(r, step, w);
+      for (int64_t i = step.gradients.begin; i < step.gradients.end; ++i) gradient_of_z(r, step, i, panels, w, worker);
       for (int64_t panel = panels.begin; panel < panels.end; ++panel) {
         const int64_t slot = panel - panels.begin;
-        for (int64_t i = step.gradients.begin; i < step.gradients.end; ++i)
-          gradient_of_z(r, step, i, panel, slot, w, worker);
-        if (multiplies) add_products(r, step, slot, w, sums + slot * panel_elements());
+        if (multiplies) add_products(r, step, panel, slot, w, sums + slot * panel_elements());
         if (step.inputs.size() > 0) write_inputs(r, step, panel, slot, w);
       }
       done.next = step.gradients.end, done.ready = step.inputs.end;
@@ -242,46 +241,64 @@ class DepthwiseBackward {
     for (int64_t i = step.gradients.begin; i < step.gradients.end; ++i)
       for (int64_t t = 0; t < p_.taps(); ++t) {
         const int64_t h = i * lines_.stride - lines_.pad + t / p_.filter_width * lines_.dilation;
-        const C* line = h >= 0 && h < p_.in_height ? w.inputs.line(h, 0) : w.inputs.zeros();
-        *window++ = line + t % p_.filter_width * columns_.dilation * kDepthwisePanel;
+        const C* line = h >= 0 && h < p_.in_height ? w.inputs.line(h) : w.inputs.zeros();
+        *window++ = line + t % p_.filter_width * columns_.dilation * w.inputs.ld();
       }
   }
 
-  PanelLines<C> windows(const Worker& w, int64_t lines, int64_t columns, int64_t slot, int64_t first_column) const {
-    const int64_t step = columns_.stride * kDepthwisePanel;
-    return {w.windows, lines, columns, p_.taps(), step, slot * w.inputs.panel_elements() + first_column * step};
+  PanelLines<C> windows(const Worker& w, int64_t lines, int64_t columns, int64_t first_column, int64_t panel,
+                        int64_t slot) const {
+    const int64_t step = columns_.stride * w.inputs.ld();
+    return {w.windows,          lines, columns, p_.taps(), step, slot * kDepthwisePanel + first_column * step,
+            panels_.cols(panel)};
   }
 
-  // Line i of the gradient of z, for a panel, into the ring.
-  void gradient_of_z(const Region& r, const Step& step, int64_t i, int64_t panel, int64_t slot, const Worker& w,
+  // Line i of the gradient of z into the ring: all channels at once where they are consecutive there as in memory.
+  void gradient_of_z(const Region& r, const Step& step, int64_t i, const Span& panels, const Worker& w,
                      int worker) const {
-    const Span &all = r.columns.gradients, &inside = r.columns.inside, &owned = r.columns.outputs;
-    C* line = w.gradients.line(i, slot);
-    C *first = line + (inside.begin - all.begin) * kDepthwisePanel, *last = first + inside.size() * kDepthwisePanel;
-    std::fill(line, panels_.cols(panel) < kDepthwisePanel ? last : first, C(0));
-    std::fill(last, line + all.size() * kDepthwisePanel, C(0));
-    if (!p_.training) {
-      PanelLines<C> in = windows(w, 1, inside.size(), slot, 0);
-      in.sources += (i - step.gradients.begin) * p_.taps();
-      k_.depthwise(in, convolution_scratch_.filters + panel * panel_elements(), w.z, 0, kDepthwisePanel);
+    const Span &all = r.columns.gradients, &inside = r.columns.inside;
+    const int64_t ld = w.gradients.ld();
+    C *line = w.gradients.line(i), *first = line + (inside.begin - all.begin) * ld, *last = first + inside.size() * ld;
+    std::fill(line, first, C(0));
+    std::fill(last, line + all.size() * ld, C(0));
+    if (p_.training && blocks_.any_size() && panels_.width() == kDepthwisePanel)
+      return gradient_of_z(r, step, i, panels, {first, ld}, nullptr, worker);
+    for (int64_t panel = panels.begin; panel < panels.end; ++panel, first += kDepthwisePanel) {
+      if (!p_.training) recompute(i - step.gradients.begin, inside.size(), panel, panel - panels.begin, w);
+      gradient_of_z(r, step, i, {panel, panel + 1}, {first, ld}, w.z, worker);
     }
+  }
+
+  // A line of z, for a panel.
+  void recompute(int64_t line, int64_t columns, int64_t panel, int64_t slot, const Worker& w) const {
+    PanelLines<C> in = windows(w, 1, columns, 0, panel, slot);
+    in.sources += line * p_.taps();
+    k_.depthwise(in, convolution_scratch_.filters + panel * panel_elements(), {w.z, 0, kDepthwisePanel, false});
+  }
+
+  // Of some panels. z: recomputed, where it is not in memory.
+  void gradient_of_z(const Region& r, const Step& step, int64_t i, const Span& panels, const Block<C>& dz, const C* z,
+                     int worker) const {
+    const Span &inside = r.columns.inside, &owned = r.columns.outputs;
+    const int64_t channel = panels_.channel(panels.begin);
+    const int64_t cols = panels_.channel(panels.end - 1) + panels_.cols(panels.end - 1) - channel;
     for (const Span& span : {Span{inside.begin, owned.begin}, owned, Span{owned.end, inside.end}}) {
       if (span.size() == 0) continue;
-      const int64_t pixel = (r.image * p_.out_height + i) * p_.out_width + span.begin;
-      const int64_t at = (span.begin - inside.begin) * kDepthwisePanel;
-      GradientBlock<C> g = blocks_.read(pixel, span.size(), panels_.channel(panel), panels_.cols(panel), worker);
-      if (!p_.training) g.z = w.z + at, g.ld_z = kDepthwisePanel;
-      blocks_.apply(g, pixel, panels_.channel(panel), {first + at, kDepthwisePanel}, worker,
+      const int64_t pixel = (r.image * p_.out_height + i) * p_.out_width + span.begin, at = span.begin - inside.begin;
+      GradientBlock<C> g = blocks_.read(pixel, span.size(), channel, cols, worker);
+      if (!p_.training) g.z = z + at * kDepthwisePanel, g.ld_z = kDepthwisePanel;
+      blocks_.apply(g, pixel, channel, {dz.data + at * dz.ld, dz.ld}, worker,
                     step.owned && span.begin == owned.begin && span.end == owned.end);
     }
   }
 
   // The step's part of the gradient by the filters.
-  void add_products(const Region& r, const Step& step, int64_t slot, const Worker& w, C* sums) const {
+  void add_products(const Region& r, const Step& step, int64_t panel, int64_t slot, const Worker& w, C* sums) const {
     const Span& owned = r.columns.outputs;
+    const int64_t ld = w.gradients.ld();
     k_.depthwise_outer(
-        windows(w, step.gradients.size(), owned.size(), slot, owned.begin - r.columns.inside.begin), w.gradient_lines,
-        slot * w.gradients.panel_elements() + (owned.begin - r.columns.gradients.begin) * kDepthwisePanel, sums);
+        windows(w, step.gradients.size(), owned.size(), owned.begin - r.columns.inside.begin, panel, slot),
+        w.gradient_lines, slot * kDepthwisePanel + (owned.begin - r.columns.gradients.begin) * ld, ld, sums);
   }
 
   // For each phase the lines of step.inputs, and where they read the gradient of z.
@@ -296,9 +313,10 @@ class DepthwiseBackward {
       const int64_t w0 = first_of(r.columns.inputs, phase.column, columns_);
       const int64_t lines = ceil_div(std::max<int64_t>(0, step.inputs.end - h0), lines_.stride);
       const int64_t columns = ceil_div(std::max<int64_t>(0, r.columns.inputs.end - w0), columns_.stride);
-      *to++ = {{source, lines, columns, phase.taps(), kDepthwisePanel, 0},
+      *to++ = {{source, lines, columns, phase.taps(), w.gradients.ld(), 0, 0},
                phase.first_tap,
-               ((h0 - step.inputs.begin) * r.columns.inputs.size() + w0 - r.columns.inputs.begin) * kDepthwisePanel};
+               h0 - step.inputs.begin,
+               w0 - r.columns.inputs.begin};
       for (int64_t l = 0; l < lines; ++l)
         source = point_line(r, phase, h0 + l * lines_.stride, w0, w.gradients, source);
     }
@@ -308,29 +326,42 @@ class DepthwiseBackward {
                        const C** source) const {
     for (int64_t row : phase.rows) {
       const int64_t i = floor_div(h + lines_.pad - row * lines_.dilation, lines_.stride);
-      const C* line = i >= 0 && i < p_.out_height ? ring.line(i, 0) : ring.zeros();
+      const C* line = i >= 0 && i < p_.out_height ? ring.line(i) : ring.zeros();
       for (int64_t col : phase.cols) {
         const int64_t j = floor_div(w0 + columns_.pad - col * columns_.dilation, columns_.stride);
-        *source++ = line + (j - r.columns.gradients.begin) * kDepthwisePanel;
+        *source++ = line + (j - r.columns.gradients.begin) * ring.ld();
       }
     }
     return source;
   }
 
-  // The lines of the gradient by the inputs that the step completes, for a panel.
+  // The lines of the gradient by the inputs that the step completes, for a panel: into memory if that can be, else from
+  // a tile.
   void write_inputs(const Region& r, const Step& step, int64_t panel, int64_t slot, const Worker& w) const {
     const Span& columns = r.columns.inputs;
-    const int64_t line = columns.size() * kDepthwisePanel, m = panels_.multiplier, cols = panels_.cols(panel) / m;
-    for (size_t i = 0; i < phases_.size(); ++i) {
-      PanelLines<C> in = w.phases[i].lines;
-      in.offset = slot * w.gradients.panel_elements();
-      k_.depthwise(in, transposed_ + panel * panel_elements() + w.phases[i].first_tap * kDepthwisePanel,
-                   w.tile + w.phases[i].out, lines_.stride * line, columns_.stride * kDepthwisePanel);
+    const int64_t m = panels_.multiplier, cols = panels_.cols(panel) / m, channel = panels_.channel(panel) / m;
+    const int64_t first = (r.image * p_.in_height + step.inputs.begin) * p_.in_width + columns.begin;
+    if (m == 1 && d_inputs_.direct() && cols % (k_.panel / 2) == 0) {
+      const Block<C> to = d_inputs_.target(first, channel, {});
+      return write_inputs(panel, slot, w, {to.data, p_.in_width * to.ld, to.ld, d_inputs_.streams(channel, cols)});
     }
+    const int64_t line = columns.size() * kDepthwisePanel;
+    write_inputs(panel, slot, w, {w.tile, line, kDepthwisePanel, false});
     if (m > 1) k_.depthwise_fold(w.tile, step.inputs.size() * columns.size(), cols, m);
-    for (int64_t h = step.inputs.begin; h < step.inputs.end; ++h)
-      d_inputs_.write((r.image * p_.in_height + h) * p_.in_width + columns.begin, columns.size(),
-                      panels_.channel(panel) / m, cols, {w.tile + (h - step.inputs.begin) * line, kDepthwisePanel});
+    for (int64_t i = 0; i < step.inputs.size(); ++i)
+      d_inputs_.write(first + i * p_.in_width, columns.size(), channel, cols, {w.tile + i * line, kDepthwisePanel});
+  }
+
+  // Phase by phase, into lines and columns of stride 1.
+  void write_inputs(int64_t panel, int64_t slot, const Worker& w, const PanelTarget<C>& to) const {
+    for (size_t i = 0; i < phases_.size(); ++i) {
+      const PhaseLines& phase = w.phases[i];
+      PanelLines<C> in = phase.lines;
+      in.offset = slot * kDepthwisePanel, in.cols = panels_.cols(panel);
+      k_.depthwise(in, transposed_ + panel * panel_elements() + phase.first_tap * kDepthwisePanel,
+                   {to.data + phase.line * to.ld_line + phase.column * to.ld_column, lines_.stride * to.ld_line,
+                    columns_.stride * to.ld_column, to.stream});
+    }
   }
 
   // Adds the ranges' sums of a panel and stores them.

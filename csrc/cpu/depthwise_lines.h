@@ -1,9 +1,9 @@
 // Scratch of depthwise convolutions: panels of channels, rings of lines, strips of columns.
 //
-// The source lines that a few output lines need lie in scratch, a panel of kDepthwisePanel channels at a time, with
-// their zero padding: so kernels read whole aligned vectors and no window is a special case. A line is staged once and
-// stays until the lines below no longer need it. Panels hold output channels; with a multiplier a staged line repeats
-// each input channel for each output channel that reads it.
+// The source lines that a few output lines need lie in scratch, pixel by pixel as in memory, with their zero padding:
+// so memory is read from the first byte to the last, kernels read whole aligned vectors and no window is a special
+// case. A line is staged once and stays until the lines below no longer need it. Panels hold output channels; with a
+// multiplier a staged line repeats each input channel for each output channel that reads it.
 #pragma once
 
 #include <algorithm>
@@ -12,18 +12,9 @@
 
 #include "arena.h"
 #include "image.h"
+#include "span.h"
 
 namespace fusedconvbn {
-
-struct Span {
-  int64_t begin, end;
-  int64_t size() const { return std::max<int64_t>(0, end - begin); }
-};
-
-// Part `index` of `count` nearly equal ones of [0, size).
-inline Span part(int64_t index, int64_t count, int64_t size) {
-  return {index * size / count, (index + 1) * size / count};
-}
 
 // Output channels as panels. With a multiplier a panel ends between two input channels.
 struct DepthwisePanels {
@@ -39,31 +30,28 @@ struct DepthwisePanels {
   }
 };
 
-// Lines of panels of which the last `lines` are kept: line h of a panel lies where line h - lines lay. One more line
-// is all zeros.
+// Lines of pixels of which the last `lines` are kept: line h lies where line h - lines lay. One more line is all zeros.
+// A pixel has the channels of some panels, kDepthwisePanel each.
 template <class C>
 struct LineRing {
-  C* data;  // [panels][lines + 1][pixels][kDepthwisePanel]
+  C* data;  // [lines + 1][pixels][ld]
   int64_t panels, lines, pixels;
 
   static LineRing carve(Arena* arena, int64_t panels, int64_t lines, int64_t pixels) {
     LineRing ring{nullptr, panels, lines, pixels};
-    ring.data = arena->take<C>(panels * ring.panel_elements());
+    ring.data = arena->take<C>(ring.elements());
     return ring;
   }
-  int64_t line_elements() const { return pixels * kDepthwisePanel; }
-  int64_t panel_elements() const { return (lines + 1) * line_elements(); }
-  C* line(int64_t h, int64_t panel) const { return data + panel * panel_elements() + h % lines * line_elements(); }
-  const C* zeros() const { return data + lines * line_elements(); }  // of panel 0; others at panel_elements()
-  void zero_last_lines() const {
-    for (int64_t p = 0; p < panels; ++p) {
-      C* line = data + p * panel_elements() + lines * line_elements();
-      std::fill(line, line + line_elements(), C(0));
-    }
-  }
+  // An odd number of cache lines: a panel of many pixels then lies in all sets of a cache.
+  int64_t ld() const { return panels * kDepthwisePanel + 64 / static_cast<int64_t>(sizeof(C)); }
+  int64_t line_elements() const { return pixels * ld(); }
+  int64_t elements() const { return (lines + 1) * line_elements(); }
+  C* line(int64_t h) const { return data + h % lines * line_elements(); }
+  C* zeros() const { return data + lines * line_elements(); }
+  void zero_last_line() const { std::fill(zeros(), zeros() + line_elements(), C(0)); }
 };
 
-// Copies lines of an image into panels.
+// Copies lines of an image into rings.
 template <class C>
 class PanelStager {
  public:
@@ -79,30 +67,35 @@ class PanelStager {
     const int64_t begin = std::clamp<int64_t>(columns.begin, 0, grid.width);
     const int64_t count = std::clamp<int64_t>(columns.end, begin, grid.width) - begin;
     const int64_t before = std::clamp<int64_t>(begin - columns.begin, 0, columns.size());
-    for (int64_t p = 0; p < panels.size(); ++p) {
-      C* line = ring.line(h, p);
-      std::fill(line, line + before * kDepthwisePanel, C(0));
-      std::fill(line + (before + count) * kDepthwisePanel, line + columns.size() * kDepthwisePanel, C(0));
-    }
-    if (count == 0) return;
+    C *line = ring.line(h), *to = line + before * ring.ld();
+    std::fill(line, to, C(0));
+    std::fill(to + count * ring.ld(), line + columns.size() * ring.ld(), C(0));
     const int64_t first = (image * grid.height + h) * grid.width + begin;
-    C* to = ring.line(h, 0) + before * kDepthwisePanel;
-    for (int64_t panel = panels.begin; panel < panels.end; ++panel, to += ring.panel_elements())
-      copy(first, count, panel, scratch, to);
+    if (count == 0) return;
+    if (panels_.multiplier > 1)
+      spread(first, count, panels, scratch, to, ring.ld());
+    else
+      copy(first, count, panels, to, ring.ld());
   }
 
  private:
-  void copy(int64_t first, int64_t count, int64_t panel, C* scratch, C* to) const {
-    const int64_t m = panels_.multiplier, channel = panels_.channel(panel) / m, cols = panels_.cols(panel) / m;
-    if (m > 1) {
-      source_.copy(first, count, channel, cols, {scratch, kDepthwisePanel});
-      kernels_.depthwise_spread(scratch, count, cols, m, to);
-    } else if (source_.direct()) {
+  void copy(int64_t first, int64_t count, const Span& panels, C* to, int64_t ld) const {
+    const int64_t channel = panels_.channel(panels.begin), width = panels.size() * kDepthwisePanel;
+    const int64_t cols = std::min(width, panels_.channels - channel);
+    if (source_.direct()) {
       const Block<C> block = source_.read(first, count, channel, cols, nullptr);
-      kernels_.depthwise_copy(block.data, block.ld, count, cols, to);
-    } else {
-      if (cols < kDepthwisePanel) std::fill(to, to + count * kDepthwisePanel, C(0));
-      source_.copy(first, count, channel, cols, {to, kDepthwisePanel});
+      return kernels_.depthwise_copy(block.data, block.ld, count, cols, to, ld, width);
+    }
+    if (cols < width) std::fill(to, to + count * ld, C(0));
+    source_.copy(first, count, channel, cols, {to, ld});
+  }
+
+  void spread(int64_t first, int64_t count, const Span& panels, C* scratch, C* to, int64_t ld) const {
+    const int64_t m = panels_.multiplier;
+    for (int64_t panel = panels.begin; panel < panels.end; ++panel, to += kDepthwisePanel) {
+      const int64_t cols = panels_.cols(panel) / m;
+      source_.copy(first, count, panels_.channel(panel) / m, cols, {scratch, kDepthwisePanel});
+      kernels_.depthwise_spread(scratch, count, cols, m, to, ld);
     }
   }
 

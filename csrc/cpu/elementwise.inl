@@ -14,7 +14,7 @@ FCB_INLINE T* row(void* block, int64_t r, int64_t ld) {
 // Asks for 16-bit numbers that are read some 8 KiB later, in blocks of whole rows.
 template <class C, class T>
 FCB_INLINE void fetch_ahead(const void* block, int64_t r, int64_t ld, int64_t c) {
-  if constexpr (!__is_same(C, T)) __builtin_prefetch(row<T>(block, r, ld) + c + kFetchBytes / sizeof(T));
+  __builtin_prefetch(row<T>(block, r, ld) + c + kFetchBytes / sizeof(T));
 }
 
 // Calls f(read, write, column) for each vector of columns; the last one may be a part.
@@ -77,6 +77,7 @@ FCB_INLINE void affine_block(AffineBlock<C> b) {
     for_vectors<C>(b.cols, [&](auto read, auto write, int64_t c) {
       const Vector<C> mean = read(b.mean + c), scale = read(b.scale + c), beta = read(b.beta + c);
       for (int64_t r = first; r < end; ++r) {
+        fetch_ahead<C, C>(b.z, r, b.ld_z, c);
         Vector<C> u = (read(row<C>(b.z, r, b.ld_z) + c) - mean) * scale + beta;
         if (b.residual) u += read(row<C>(b.residual, r, b.ld_residual) + c);
         C* y = row<C>(b.y, r, b.ld_y) + c;

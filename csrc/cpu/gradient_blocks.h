@@ -43,6 +43,7 @@ class GradientBlocks {
   }
 
   const ChannelGradients<C>& channels() const { return channels_; }
+  bool any_size() const { return dy_.direct() || in_place_; }  // of what read() takes
 
   // The first pass.
   void reduce(ParallelFor* parallel) const {
@@ -62,8 +63,7 @@ class GradientBlocks {
   // Calls f for each block of pixels and chunk of channels, with everything read that u and du need.
   template <class F>
   void for_each(ParallelFor* parallel, F f) const {
-    const int64_t width = dy_.direct() || in_place_ ? p_.out_channels : kColumns,
-                  chunks = ceil_div(p_.out_channels, width);
+    const int64_t width = any_size() ? p_.out_channels : kColumns, chunks = ceil_div(p_.out_channels, width);
     parallel->run(blocks(p_) * chunks, [&](int64_t task, int worker) {
       const int64_t first = task / chunks * kRows, channel = task % chunks * width;
       const int64_t rows = std::min(kRows, p_.pixels() - first), cols = std::min(width, p_.out_channels - channel);
@@ -95,7 +95,8 @@ class GradientBlocks {
   // dz of a block from read() into `d_conv`; and the gradient of the residual, for the one caller that owns the block.
   void apply(GradientBlock<C> g, int64_t first, int64_t channel, const Block<C>& d_conv, int worker,
              bool owned = true) const {
-    if (in_place_) return apply_in_place(dy_.in_place_kernels().apply, g, first, channel, d_conv.data, d_conv.ld);
+    if (in_place_)
+      return apply_in_place(dy_.in_place_kernels().apply, g, first, channel, d_conv.data, d_conv.ld, owned);
     const bool writes = owned && d_residual_.present();
     const Block<C> d_residual = d_residual_.target(first, channel, {buffer(worker, 3), g.cols});
     channels_.set_constants(channel, &g);
@@ -108,10 +109,11 @@ class GradientBlocks {
   // The same where 16-bit numbers lie in rows, into whatever `table` makes.
   template <class Table>
   void apply_in_place(const Table& table, GradientBlock<C> g, int64_t first, int64_t channel, void* d_conv,
-                      int64_t ld_d_conv) const {
+                      int64_t ld_d_conv, bool owned = true) const {
     channels_.set_constants(channel, &g);
     g.d_conv = d_conv, g.ld_d_conv = ld_d_conv;
-    if (d_residual_.present()) g.d_residual = d_residual_.address(first, channel), g.ld_d_residual = d_residual_.ld();
+    if (owned && d_residual_.present())
+      g.d_residual = d_residual_.address(first, channel), g.ld_d_residual = d_residual_.ld();
     kernel(table)(g);
   }
 

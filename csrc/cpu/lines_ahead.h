@@ -51,16 +51,15 @@ struct Share {
   int64_t number, of;
 };
 
-// Has gemm ask meanwhile for its share of what the next block reads: first `elements` of one array, then of the other,
-// which may be null.
+// Has gemm ask meanwhile, in so many steps, for its share of what the next block reads: first `elements` of one array,
+// then of the other, which may be null.
 template <class C>
-void share_lines(const C* one, const C* other, int64_t elements, const Share& share, int64_t tile_rows,
+void share_lines(const C* one, const C* other, int64_t elements, const Share& share, int64_t steps,
                  GatheredRows<C>* in) {
   if (elements <= 0) return;
   const int64_t shares = other ? (share.of + 1) / 2 : share.of, part = elements / shares;
-  const int64_t most = in->count / tile_rows * in->depth / LinesAhead<C>::kMinSteps * Ahead<C>::kLine;
   in->ahead = (share.number < shares ? one : other) + share.number % shares * part;
-  in->ahead_end = in->ahead + std::min(part, most);
+  in->ahead_end = in->ahead + std::min(part, steps / LinesAhead<C>::kMinSteps * Ahead<C>::kLine);
 }
 
 }  // namespace fusedconvbn
