@@ -29,13 +29,6 @@ FCB_INLINE void accumulate(const C* const (&a)[R], int64_t begin, const C* b, Ve
   }
 }
 
-// The same over begin <= k < end of both.
-template <class C, int R>
-FCB_INLINE void accumulate(const C* const (&a)[R], const C* b, int64_t begin, int64_t end, Vector<C> (&acc)[R][2]) {
-#pragma GCC unroll 4
-  for (int64_t k = begin; k < end; ++k) accumulate<C, R, 2, 1>(a, k, b + k * kPanel<C>, acc);
-}
-
 // Asks for the first cache lines of R rows: each tap's are short runs, which the hardware does not foresee (+1 .. 4 %).
 template <class C, int R>
 FCB_INLINE void fetch_rows(const C* const* rows, int64_t offset, int64_t depth) {

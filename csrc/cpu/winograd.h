@@ -158,8 +158,8 @@ class WinogradConvolution {
     for (int64_t t = 0; t < 9; ++t) {
       const int64_t element = f.tap_offset[t] + begin * f.depth_stride + column * f.column_stride;
       const char* from = static_cast<const char*>(f.data) + element * storage_.element_bytes;
-      if (storage_.is_compute_type && f.depth_stride == 1 && count == 1)
-        kernels_.transpose(reinterpret_cast<const C*>(from), f.column_stride, cols, depth, loaded + t * tap);
+      if (storage_.is_compute_type && f.depth_stride == 1)
+        kernels_.transpose(reinterpret_cast<const C*>(from), f.column_stride, cols, depth, loaded + t * tap, ld);
       else
         storage_.kernels.load(from, f.depth_stride, f.column_stride, depth, cols, loaded + t * tap, ld);
     }
