@@ -104,6 +104,7 @@ FCB_INLINE void emit_tile(const Vector<C> (&acc)[R][N], int64_t first, const Aff
 #pragma GCC unroll 4
   for (int n = 0; n < N; ++n) {
     const int64_t part = to.cols - n * kLanes<C>;
+    if (part <= 0) return;
     if (part < kLanes<C>)
       emit(n, [part](const C* p) { return load_part(p, part); }, [part](C* p, Vector<C> v) { store_part(p, v, part); });
     else if (to.stream)
