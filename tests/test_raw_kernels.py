@@ -1,9 +1,18 @@
 """Every row of the dispatch table, the reference's among them, forced on problems of each kind."""
 
+import itertools
 from dataclasses import replace
 
 import pytest
-from cases import Case, depthwise_cases, expanding_cases, few_channels_cases, op_cases, winograd_cases
+from cases import (
+    Case,
+    depthwise_cases,
+    expanding_cases,
+    few_channels_cases,
+    op_cases,
+    pointwise_cases,
+    winograd_cases,
+)  # fmt: skip
 from raw_problem import Problem, planned
 
 from fusedconvbn import raw
@@ -28,6 +37,7 @@ SPECIAL_CASES = {  # by a word in the names of the rows that serve no others
     "few_channels": [replace(case, isa=None) for case in few_channels_cases()[::4]],
     "columns": [case for case in op_cases() if case.groups == 1][::13],
     "moments": [replace(case, isa=None) for case in expanding_cases()[::7]],
+    "pointwise": [replace(case, isa=None) for case in pointwise_cases()[::5]],
 }
 
 
@@ -35,6 +45,7 @@ def cases_of(row):
     return next((cases for word, cases in SPECIAL_CASES.items() if word in row.name), CASES)
 
 
+POINTWISE = next(case for case in SPECIAL_CASES["pointwise"] if case.dtype == "f32")
 RUNS = [(row, case) for row in KERNELS for case in cases_of(row)]
 
 
@@ -68,10 +79,12 @@ def test_forced_kernel(kernel, case):
 
 @pytest.mark.parametrize("needs_filters", [False, True])
 @pytest.mark.parametrize("needs_inputs", [False, True])
-@pytest.mark.parametrize("kernel", [None, "backward_reference"])
-@pytest.mark.parametrize("training", [False, True])
+@pytest.mark.parametrize(
+    ("training", "kernel"),
+    [*itertools.product((False, True), (None, "backward_reference")), (True, "backward_pointwise_generic")],
+)
 def test_only_the_gradients_that_are_needed(training, kernel, needs_inputs, needs_filters):
-    case = replace(CASES[0], training=training, residual=True)
+    case = replace(POINTWISE if kernel and "pointwise" in kernel else CASES[0], training=training, residual=True)
     problem = Problem(case)
     result = problem.run_backward(kernel=kernel, needs_inputs=needs_inputs, needs_filters=needs_filters)
     assert (result.inputs is None, result.filters is None) == (not needs_inputs, not needs_filters)

@@ -70,6 +70,17 @@ bool backward_depthwise_applies(const ConvBnParams& p) {
   return depthwise_applies(p) && (!p.training || has_conv_out(p));
 }
 
+// Where an output pixel belongs to one input pixel, and nothing needs conversion.
+bool backward_pointwise_applies(const ConvBnParams& p) {
+  return has_conv_out(p) && is_pointwise(p) && p.stride_height * p.stride_width == 1 &&
+         p.data_format == DataFormat::kNHWC && (p.dtype == DType::kFloat32 || p.dtype == DType::kFloat64);
+}
+// Where its sums and the filters are few beside the blocks in L2, and dy and z leave it.
+bool suits_backward_pointwise(const ConvBnParams& p) {
+  constexpr int64_t kMaxFilters = 32 << 10, kMinOutput = 256 << 10;  // elements; dy and z of 2 MiB
+  return p.in_channels * p.out_channels <= kMaxFilters && p.pixels() * p.out_channels >= kMinOutput;
+}
+
 // Products on AMX: lines that fit a strip, and little padding between them.
 bool amx_applies(const ConvBnParams& p) {
   constexpr int64_t kMaxWidth = 4096, kMaxPadding = 32, kMaxHeight = 64;
@@ -144,7 +155,8 @@ Kernel saving_moments(Kernel row) {
       FCB_ROW(wgrad_winograd4, kWgrad, winograd_applies, wgrad_winograd<4>, isa, Isa_),                  \
       FCB_ROW(wgrad_winograd2, kWgrad, winograd_applies, wgrad_winograd<2>, isa, Isa_),                  \
       FCB_ROW(wgrad_direct, kWgrad, any_problem, any_problem, isa, Isa_),                                \
-      FCB_ROW(backward_depthwise, kBackward, backward_depthwise_applies, any_problem, isa, Isa_)
+      FCB_ROW(backward_depthwise, kBackward, backward_depthwise_applies, any_problem, isa, Isa_),        \
+      FCB_ROW(backward_pointwise, kBackward, backward_pointwise_applies, suits_backward_pointwise, isa, Isa_)
 
 // Their kernels are those of AMX: the name says it once.
 #define FCB_AMX_ROW(name, stage, applies, suits)                                                \

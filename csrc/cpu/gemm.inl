@@ -147,7 +147,7 @@ static void gemm(const GatheredRows<C>& in, const C* filters, int64_t columns, c
 template <class C>
 FCB_INLINE void fetch(Ahead<C>* ahead) {
   if (ahead->row == ahead->count) return;
-  __builtin_prefetch(ahead->rows[ahead->row] + ahead->offset + ahead->line * Ahead<C>::kLine, 0, 2);
+  __builtin_prefetch(ahead->rows[ahead->row] + ahead->offset + ahead->line * Ahead<C>::kLine, 0, 1);
   if (++ahead->line < ahead->lines) return;
   ahead->line = 0;
   ++ahead->row;

@@ -268,7 +268,8 @@ struct ComputeKernels {
   // a[depth][outer_rows] and b[depth][panel]; du, null for activations whose derivative does not follow from y.
   void (*row_means)(const GatheredRows<C>& in, C* mean);
   void (*center_rows)(const GatheredRows<C>& in, const C* mean, C* centered, int64_t ld);
-  void (*product)(const C* a, int64_t lda, const C* b, int64_t ldb, int64_t depth, C* sums, int64_t ld);
+  void (*product)(const C* a, int64_t lda, const C* b, int64_t ldb, int64_t depth, C* sums, int64_t ld,
+                  Ahead<C>* ahead);
   void (*mask[kActivationCount])(const MaskBlock<C>&);
 
   void (*affine[kActivationCount])(const AffineBlock<C>&);
