@@ -2,7 +2,8 @@
 
 `raw_cases()` covers every pair of levels of the factors below (and, as (dtype, layout, ISA) and (channels, groups) are
 factors of their own, many triples and quintuples); `op_cases()` does so without the ISA; `winograd_cases()`,
-`depthwise_cases()` and `expanding_cases()` for what Winograd's kernels, depthwise ones and those by moments can do.
+`depthwise_cases()`, `expanding_cases()` and `pointwise_cases()` for what Winograd's kernels, depthwise ones, those by
+moments and those of 1x1 filters can do.
 Sizes are those that break kernels: prime, one off a tile, smaller than any tile.
 """
 
@@ -246,6 +247,12 @@ EXPANDING = {
     "mode": ("training", "unbiased"),
     "output": (*OUTPUTS, (2, 25, 28)),
 }  # fmt: skip
+POINTWISE = {
+    **EXPANDING,
+    "channels": ((1, 1, 1), (2, 1, 1), (33, 1, 1), (8, 15, 1), (16, 16, 1), (17, 31, 1), (31, 32, 1), (64, 24, 1),
+                 (96, 33, 1), (144, 24, 1)),
+    "strides": ((1, 1),), "activation": ACTIVATIONS,
+}  # fmt: skip
 # As a network's first layer: few inputs; lines of one and of several blocks of 96; whole panels of outputs and parts.
 FEW_CHANNELS = {
     "channels": ((1, 1, 1), (1, 32, 1), (2, 8, 1), (2, 64, 1), (3, 31, 1), (3, 32, 1), (3, 64, 1), (3, 80, 1),
@@ -360,6 +367,12 @@ def winograd_cases() -> list[Case]:
 def expanding_cases() -> list[Case]:
     """Training of 1x1 convolutions with few inputs and many outputs, each for one ISA."""
     return covering({**FACTORS, **EXPANDING}, limit=16_000_000)
+
+
+@functools.cache
+def pointwise_cases() -> list[Case]:
+    """Training of 1x1 convolutions of stride 1, each for one ISA."""
+    return covering({**FACTORS, **POINTWISE}, limit=16_000_000)
 
 
 @functools.cache

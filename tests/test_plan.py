@@ -59,7 +59,7 @@ def test_stages():
     assert plan(direction="backward").kernels[0].startswith("forward_")  # z is not saved in inference
 
 
-PAYS = ((2, 14, 14, 32), (3, 3, 32, 40), {"padding": "SAME"})
+PAYS = ((2, 28, 28, 64), (3, 3, 64, 96), {"padding": "SAME"})
 
 
 @pytest.mark.parametrize(

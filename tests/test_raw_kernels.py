@@ -1,9 +1,18 @@
 """Every row of the dispatch table, the reference's among them, forced on problems of each kind."""
 
+import itertools
 from dataclasses import replace
 
 import pytest
-from cases import Case, depthwise_cases, expanding_cases, few_channels_cases, op_cases, winograd_cases
+from cases import (
+    Case,
+    depthwise_cases,
+    expanding_cases,
+    few_channels_cases,
+    op_cases,
+    pointwise_cases,
+    winograd_cases,
+)  # fmt: skip
 from raw_problem import Problem, planned
 
 from fusedconvbn import raw
@@ -12,17 +21,25 @@ KERNELS = raw.kernels()
 CASES = op_cases()[::17]
 AMX_CASES = [case for case in op_cases() if case.dtype == "bf16" and case.groups == 1]
 FEW_CHANNELS_CASES = [replace(case, isa=None) for case in few_channels_cases()]
+# Deep products, whose filters are read in parts, and rows that are no whole tiles.
+AMX_DEEP = [
+    Case(
+        dtype="bf16", height=11, width=13, in_channels=608, out_channels=c, kernel=(1, 1), activation="relu", training=t
+    )
+    for c, t in ((72, False), (72, True), (640, True))
+]
 # Sums in several passes, and more filters than a pass over the planes takes.
 DEEP = Case(batch=1, height=5, width=6, in_channels=290, out_channels=525, algorithm="winograd4", training=True)
 SPECIAL_CASES = {  # by a word in the names of the rows that serve no others
-    "backward_direct_amx": [case for case in AMX_CASES if case.training and case.data_format == "NHWC"],
-    "amx": AMX_CASES[::2],
+    "backward_direct_amx": [case for case in AMX_CASES + AMX_DEEP if case.training and case.data_format == "NHWC"],
+    "amx": AMX_CASES[::2] + AMX_DEEP,
     "winograd": [replace(case, isa=None) for case in winograd_cases()[::23]] + [DEEP],
     "depthwise": [replace(case, isa=None) for case in depthwise_cases()[::5]],
     "backward_few_channels": [case for case in FEW_CHANNELS_CASES if case.training][::3],
     "few_channels": FEW_CHANNELS_CASES[::4],
     "columns": [case for case in op_cases() if case.groups == 1][::13],
     "moments": [replace(case, isa=None) for case in expanding_cases()[::7]],
+    "pointwise": [replace(case, isa=None) for case in pointwise_cases()[::5]],
 }
 
 
@@ -30,6 +47,7 @@ def cases_of(row):
     return next((cases for word, cases in SPECIAL_CASES.items() if word in row.name), CASES)
 
 
+POINTWISE = next(case for case in SPECIAL_CASES["pointwise"] if case.dtype == "f32")
 RUNS = [(row, case) for row in KERNELS for case in cases_of(row)]
 
 
@@ -63,10 +81,12 @@ def test_forced_kernel(kernel, case):
 
 @pytest.mark.parametrize("needs_filters", [False, True])
 @pytest.mark.parametrize("needs_inputs", [False, True])
-@pytest.mark.parametrize("kernel", [None, "backward_reference"])
-@pytest.mark.parametrize("training", [False, True])
+@pytest.mark.parametrize(
+    ("training", "kernel"),
+    [*itertools.product((False, True), (None, "backward_reference")), (True, "backward_pointwise_generic")],
+)
 def test_only_the_gradients_that_are_needed(training, kernel, needs_inputs, needs_filters):
-    case = replace(CASES[0], training=training, residual=True)
+    case = replace(POINTWISE if kernel and "pointwise" in kernel else CASES[0], training=training, residual=True)
     problem = Problem(case)
     result = problem.run_backward(kernel=kernel, needs_inputs=needs_inputs, needs_filters=needs_filters)
     assert (result.inputs is None, result.filters is None) == (not needs_inputs, not needs_filters)

@@ -32,19 +32,20 @@ FCB_INLINE void amx_zero() {
   _tile_zero(3);
 }
 
-// The accumulators as [32][32], from and to memory.
-constexpr int64_t kAmxTileBytes = kAmxPanel * sizeof(float);
-FCB_INLINE void amx_load(const float* tile) {
-  _tile_loadd(0, tile, kAmxTileBytes);
-  _tile_loadd(1, tile + kAmxTile, kAmxTileBytes);
-  _tile_loadd(2, tile + kAmxTile * kAmxPanel, kAmxTileBytes);
-  _tile_loadd(3, tile + kAmxTile * kAmxPanel + kAmxTile, kAmxTileBytes);
+// The accumulators as [32][ld], from and to memory.
+FCB_INLINE void amx_load(const float* tile, int64_t ld) {
+  const int64_t bytes = ld * static_cast<int64_t>(sizeof(float));
+  _tile_loadd(0, tile, bytes);
+  _tile_loadd(1, tile + kAmxTile, bytes);
+  _tile_loadd(2, tile + kAmxTile * ld, bytes);
+  _tile_loadd(3, tile + kAmxTile * ld + kAmxTile, bytes);
 }
-FCB_INLINE void amx_store(float* tile) {
-  _tile_stored(0, tile, kAmxTileBytes);
-  _tile_stored(1, tile + kAmxTile, kAmxTileBytes);
-  _tile_stored(2, tile + kAmxTile * kAmxPanel, kAmxTileBytes);
-  _tile_stored(3, tile + kAmxTile * kAmxPanel + kAmxTile, kAmxTileBytes);
+FCB_INLINE void amx_store(float* tile, int64_t ld) {
+  const int64_t bytes = ld * static_cast<int64_t>(sizeof(float));
+  _tile_stored(0, tile, bytes);
+  _tile_stored(1, tile + kAmxTile, bytes);
+  _tile_stored(2, tile + kAmxTile * ld, bytes);
+  _tile_stored(3, tile + kAmxTile * ld + kAmxTile, bytes);
 }
 
 // Rows of a single tap are read once: a hint keeps them from displacing the filters in L1.
@@ -93,31 +94,31 @@ FCB_INLINE void amx_multiply_chunks(const AmxRows& in, int64_t first, int64_t be
 FCB_INLINE int64_t amx_first_row(const AmxRows& in, int64_t r) {
   return in.count < kAmxRows || r + kAmxRows <= in.count ? r : in.count - kAmxRows;
 }
-static void amx_close_up(const AmxRows& in, float* tile) {
+static void amx_close_up(const AmxRows& in, float* tile, int64_t ld) {
   const int64_t last = (in.count - 1) / kAmxRows * kAmxRows, twice = last - amx_first_row(in, last);
-  if (twice > 0)
-    __builtin_memmove(tile + last * kAmxPanel, tile + (last + twice) * kAmxPanel,
-                      static_cast<size_t>((in.count - last) * kAmxPanel) * sizeof *tile);
+  if (twice == 0) return;
+  for (int64_t r = last; r < in.count; ++r)
+    __builtin_memcpy(tile + r * ld, tile + (r + twice) * ld, kAmxPanel * sizeof *tile);
 }
 
 // Sums in memory, parts of a single tap's depth one after the other: a part's filters are in L1 for all rows.
-static void amx_multiply(const AmxRows& in, const uint16_t* filters, float* tile, AmxFetch* fetch) {
+static void amx_multiply(const AmxRows& in, const uint16_t* filters, float* tile, int64_t ld, AmxFetch* fetch) {
   constexpr int64_t kPartChunks = 18;  // 36 KiB of filters
   const int64_t parts = in.taps == 1 ? (in.chunks + kPartChunks - 1) / kPartChunks : 1;
   for (int64_t p = 0; p < parts; ++p) {
     const int64_t begin = p * in.chunks / parts, end = (p + 1) * in.chunks / parts;
     for (int64_t r = 0; r < in.count; r += kAmxRows) {
       const int64_t first = amx_first_row(in, r);
-      p > 0 ? amx_load(tile + r * kAmxPanel) : amx_zero();
+      p > 0 ? amx_load(tile + r * ld, ld) : amx_zero();
       if (in.taps == 1)
         amx_multiply_chunks<true>(in, first, begin, end, filters, fetch);
       else
         amx_multiply_chunks<false>(in, first, begin, end, filters, fetch);
-      amx_store(tile + r * kAmxPanel);
+      amx_store(tile + r * ld, ld);
     }
     filters += (end - begin) * in.chunk * kAmxPanel;
   }
-  amx_close_up(in, tile);
+  amx_close_up(in, tile, ld);
 }
 
 // 16 columns of two rows, as pairs.
@@ -279,17 +280,8 @@ FCB_INLINE void amx_outer_piece(const uint16_t* columns, int64_t ld, const uint1
 }
 
 static void amx_outer(const AmxPieces& in, bool add, float* sums) {
-  constexpr int64_t kSumBytes = kAmxPanel * sizeof(float);
-  float* lower = sums + kAmxTile * kAmxPanel;
-  if (add) {
-    _tile_loadd(0, sums, kSumBytes);
-    _tile_loadd(1, sums + kAmxTile, kSumBytes);
-    _tile_loadd(2, lower, kSumBytes);
-    _tile_loadd(3, lower + kAmxTile, kSumBytes);
-  } else {
-    amx_zero();
-  }
+  add ? amx_load(sums, kAmxPanel) : amx_zero();
   for (int64_t i = 0; i < in.pieces; ++i)
     amx_outer_piece(in.columns + i * in.columns_step, in.ld, in.panel + i * in.panel_step, in.depth);
-  amx_store(sums);
+  amx_store(sums, kAmxPanel);
 }

@@ -20,6 +20,8 @@ class AmxConvolution {
         cols_(channels.cols),
         filter_taps_(static_cast<int64_t>(windows.taps.size())),
         reader_(source.memory(), source.grid(), channels.depth, windows) {
+    // Outputs are best stored two cache lines at a time; but where products are deep, half as many leave L1 to filters.
+    span_ = reader_.taps() * reader_.depth().chunks <= kShallow ? kMaxSpan : 1;
     // Filters that fit no cache are read once for a group of strips.
     if (2 * panels() * panel_elements() > kFilterBytes)
       group_ = std::clamp<int64_t>(kGroupBytes / (2 * reader_.max_read_rows() * reader_.row_elements()), 1, kMaxGroup);
@@ -29,7 +31,7 @@ class AmxConvolution {
     C* filters;                                 // [panels][panel_elements] of bfloat16
     std::vector<const uint16_t**> filter_rows;  // a worker's, of a tap
     std::vector<uint16_t*> staged;
-    std::vector<C*> tile;  // a worker's [kChunk][panel]
+    std::vector<C*> tile;  // a worker's [kChunk][columns()]
   };
 
   int64_t blocks() const { return reader_.chunks(); }
@@ -45,7 +47,7 @@ class AmxConvolution {
     for (int w = 0; w < workers; ++w) {
       s.filter_rows.push_back(arena->take<const uint16_t*>(reader_.depth().elements()));
       s.staged.push_back(arena->take<uint16_t>(group_ * reader_.staged_elements()));
-      s.tile.push_back(arena->take<C>(kChunk * kernels_.panel));
+      s.tile.push_back(arena->take<C>(kChunk * columns()));
     }
     return s;
   }
@@ -63,18 +65,13 @@ class AmxConvolution {
     if (!filters.packed) pack(filters, s, s.filters, parallel);
     const auto packed = filters.packed ? static_cast<const uint16_t*>(filters.packed) : filters_in(s);
     const int64_t groups = ceil_div(strips, group_);
-    const int64_t shares = std::min(panels(), ceil_div(4 * (parallel->threads() - 1) + 1, groups));
+    const int64_t shares = std::min(spans(), ceil_div(4 * (parallel->threads() - 1) + 1, groups));
     parallel->run(groups * shares, [&](int64_t task, int worker) {
       const int64_t group = task / shares, share = task % shares;
       Rows rows[kMaxGroup];
       const int64_t count = read_group(group, rows, s.staged[worker]);
-      const Job job{rows,
-                    count,
-                    share * panels() / shares,
-                    (share + 1) * panels() / shares,
-                    packed,
-                    shares == 1 ? memory_of(group + parallel->threads()) : Memory{},
-                    worker};
+      const Memory next = shares == 1 ? memory_of(group + parallel->threads()) : Memory{};
+      const Job job{rows, count, share * spans() / shares, (share + 1) * spans() / shares, packed, next, worker};
       run_job(job, s, epilogue);
     });
   }
@@ -89,7 +86,7 @@ class AmxConvolution {
   void run_rows(const uint16_t* rows, int64_t first, int64_t count, const Scratch& s, int worker,
                 const TileEpilogue<C>& epilogue) const {
     const Rows strip{{first, 0, 0, count, 1, 1}, rows, 0};
-    run_job({&strip, 1, 0, panels(), filters_in(s), {}, worker}, s, epilogue);
+    run_job({&strip, 1, 0, spans(), filters_in(s), {}, worker}, s, epilogue);
   }
   int64_t row_elements() const { return reader_.row_elements(); }
 
@@ -100,24 +97,27 @@ class AmxConvolution {
     const uint16_t* data;
     int64_t first_chunk;
   };
-  // What a thread does at once: `count` strips by some panels.
+  // What a thread does at once: `count` strips by some spans.
   struct Job {
     const Rows* rows;
-    int64_t count, panel_begin, panel_end;
+    int64_t count, begin, end;
     const uint16_t* filters;
     Memory next;  // to be read by the thread's next job
     int worker;
   };
 
   static constexpr int64_t kChunk = AmxRowReader::kChunk, kUnit = sizeof(C);
+  static constexpr int64_t kPanel = 32, kMaxSpan = 2;
 
-  int64_t panels() const { return ceil_div(cols_, kernels_.panel); }
-  int64_t tap_elements() const { return reader_.depth().elements() * kernels_.panel; }
+  int64_t panels() const { return ceil_div(cols_, kPanel); }
+  int64_t spans() const { return ceil_div(panels(), span_); }
+  int64_t columns() const { return span_ * kPanel; }  // of a tile
+  int64_t tap_elements() const { return reader_.depth().elements() * kPanel; }
   int64_t panel_elements() const { return reader_.taps() * tap_elements(); }
 
   // A merged tap has a row for each element of its pixels.
   void pack(const FilterLayout& f, int64_t panel, const uint16_t** rows, uint16_t* packed) const {
-    const int64_t column = panel * kernels_.panel, cols = std::min(kernels_.panel, cols_ - column);
+    const int64_t column = panel * kPanel, cols = std::min(kPanel, cols_ - column);
     const int64_t merged = reader_.taps() ? filter_taps_ / reader_.taps() : 0;
     const uint16_t* data = static_cast<const uint16_t*>(f.data) + column * f.column_stride;
     for (int64_t t = 0; t < reader_.taps(); ++t, packed += tap_elements()) {
@@ -146,23 +146,20 @@ class AmxConvolution {
     return {reader_.memory_of(reader_.strip(group * group_)).begin, reader_.memory_of(reader_.strip(last)).end};
   }
 
-  // Either a chunk's rows stay in cache for all panels, and the next rows are fetched meanwhile, or a panel's filters
-  // for all chunks, and the next panel's.
+  // Either a chunk's rows stay in cache for all spans, and the next rows are fetched meanwhile, or a span's filters
+  // for all chunks, and the next span's.
   void run_job(const Job& job, const Scratch& s, const TileEpilogue<C>& epilogue) const {
     kernels_.amx.begin(reader_.depth().chunk);
-    const int64_t panels = job.panel_end - job.panel_begin;
-    if (2 * panels * panel_elements() <= kFilterBytes) {
-      AmxFetch fetch = fetch_during(job, panels, job.next);
+    if (filter_bytes(job.end - job.begin) <= kFilterBytes) {
+      AmxFetch fetch = fetch_during(job, job.end - job.begin, job.next);
       for_chunks(job, [&](const Rows& rows, int64_t chunk) {
-        for (int64_t panel = job.panel_begin; panel < job.panel_end; ++panel)
-          run_tile(rows, chunk, panel, job, &fetch, s, epilogue);
+        for (int64_t span = job.begin; span < job.end; ++span) run_tile(rows, chunk, span, job, &fetch, s, epilogue);
       });
     } else {
-      for (int64_t panel = job.panel_begin; panel < job.panel_end; ++panel) {
-        const uint16_t *next = job.filters + (panel + 1) * panel_elements(), *end = next + panel_elements();
-        AmxFetch fetch = fetch_during(job, 1, panel + 1 < job.panel_end ? Memory{next, end} : job.next);
+      for (int64_t span = job.begin; span < job.end; ++span) {
+        AmxFetch fetch = fetch_during(job, 1, span + 1 < job.end ? filters_of(job, span + 1) : job.next);
         for_chunks(job,
-                   [&](const Rows& rows, int64_t chunk) { run_tile(rows, chunk, panel, job, &fetch, s, epilogue); });
+                   [&](const Rows& rows, int64_t chunk) { run_tile(rows, chunk, span, job, &fetch, s, epilogue); });
       }
     }
     kernels_.amx.end();
@@ -174,25 +171,32 @@ class AmxConvolution {
       for (int64_t chunk = 0; chunk < job.rows[i].strip.chunks(); ++chunk) f(job.rows[i], chunk);
   }
 
-  // So fast that the products of a job's rows with some panels take as long.
-  AmxFetch fetch_during(const Job& job, int64_t panels, const Memory& memory) const {
+  int64_t filter_bytes(int64_t spans) const { return 2 * span_ * spans * panel_elements(); }
+  Memory filters_of(const Job& job, int64_t span) const {
+    return {job.filters + span * span_ * panel_elements(),
+            job.filters + std::min((span + 1) * span_, panels()) * panel_elements()};
+  }
+
+  // So fast that the products of a job's rows with some spans take as long.
+  AmxFetch fetch_during(const Job& job, int64_t spans, const Memory& memory) const {
     constexpr int64_t kLine = 64, kTileRows = 32;  // bytes; rows of a step
     int64_t steps = 0;
     for (int64_t i = 0; i < job.count; ++i) steps += ceil_div(job.rows[i].strip.rows(), kTileRows);
-    steps *= panels * reader_.taps() * reader_.depth().chunks;
+    steps *= span_ * spans * reader_.taps() * reader_.depth().chunks;
     const auto *begin = reinterpret_cast<const char*>(memory.begin), *end = reinterpret_cast<const char*>(memory.end);
     return {begin, end, steps == 0 ? 0 : ceil_div(end - begin, kLine * steps)};
   }
 
-  void run_tile(const Rows& rows, int64_t chunk, int64_t panel, const Job& job, AmxFetch* fetch, const Scratch& s,
+  void run_tile(const Rows& rows, int64_t chunk, int64_t span, const Job& job, AmxFetch* fetch, const Scratch& s,
                 const TileEpilogue<C>& epilogue) const {
     const AmxRowReader::Strip& strip = rows.strip;
     const int64_t row = chunk * kChunk, end = std::min(row + kChunk, strip.rows()), stride = reader_.row_elements();
     C* data = s.tile[job.worker];
-    kernels_.amx.multiply({rows.data + row * stride, stride, reader_.tap_offset().data(), reader_.taps(),
-                           reader_.depth().chunks, reader_.depth().chunk, end - row},
-                          job.filters + panel * panel_elements(), data, fetch);
-    const int64_t column = panel * kernels_.panel, ld = kernels_.panel;
+    for (int64_t panel = span * span_; panel < std::min((span + 1) * span_, panels()); ++panel)
+      kernels_.amx.multiply({rows.data + row * stride, stride, reader_.tap_offset().data(), reader_.taps(),
+                             reader_.depth().chunks, reader_.depth().chunk, end - row},
+                            job.filters + panel * panel_elements(), data + panel % span_ * kPanel, columns(), fetch);
+    const int64_t column = span * columns(), ld = columns();
     const int64_t first = strip.first + strip.positions_before(row), line = row / strip.pitch;
     Tile<C> tile{data, ld, first, 0, column, std::min(ld, cols_ - column), rows.first_chunk + chunk, job.worker};
     // The positions of each line close up: a flat strip is one run.
@@ -210,12 +214,13 @@ class AmxConvolution {
   }
 
   static constexpr int64_t kFilterBytes = 1 << 20, kGroupBytes = 1 << 20;  // halves of L2
-  static constexpr int64_t kMaxGroup = 16;
+  static constexpr int64_t kMaxGroup = 16, kShallow = 18;                  // strips; chunks
 
   const ComputeKernels<C>& kernels_;
   int64_t depth_, cols_, filter_taps_;
   AmxRowReader reader_;
   int64_t group_ = 1;  // strips of a task
+  int64_t span_ = 1;   // panels of a tile, of which a job has one or more
 };
 
 }  // namespace fusedconvbn

@@ -243,8 +243,12 @@ class AmxRowReader {
       std::memcpy(to, from, static_cast<size_t>(count * pixel_) * sizeof *to);
       return;
     }
+    const bool lines = grid_.channel_stride == 1 && channels_ > kMaxMergedChannels;
     for (int64_t i = 0; i < count; ++i, from += distance, to += pixel_) {
-      for (int64_t c = 0; c < channels_; ++c) to[c] = from[c * grid_.channel_stride];
+      if (lines)
+        std::memcpy(to, from, static_cast<size_t>(channels_) * sizeof *to);
+      else
+        for (int64_t c = 0; c < channels_; ++c) to[c] = from[c * grid_.channel_stride];
       std::fill(to + channels_, to + pixel_, uint16_t{0});
     }
   }

@@ -14,6 +14,7 @@
 #include "channel_gradients.h"
 #include "compute_type.h"
 #include "convolve.h"
+#include "lines_ahead.h"
 #include "second_moments.h"
 #include "stages.h"
 
@@ -134,10 +135,21 @@ class BackwardByMoments {
       k_.mask[static_cast<int>(p_.activation)](m);
       for (int64_t c = 0; c < p_.out_channels; ++c) sum_du[c] += w.sum_du[c];
       center(first, count, w, w.x, ld_x_);
+      LinesAhead<C> next;
+      if (first + count < (range + 1) * blocks() / ranges_ * kBlockRows) look_ahead(first + count, &next);
       for (int64_t column = 0; column < p_.out_channels; column += k_.panel)
         for (int64_t row = 0; row < p_.in_channels; row += k_.outer_rows)
-          k_.product(w.x + row, ld_x_, w.du + column, ld_du_, count, sums + row * ld_du_ + column, ld_du_);
+          k_.product(w.x + row, ld_x_, w.du + column, ld_du_, count, sums + row * ld_du_ + column, ld_du_,
+                     next.pending());
     }
+  }
+
+  // The next block's dy and y.
+  void look_ahead(int64_t first, LinesAhead<C>* next) const {
+    const int64_t at = first * p_.out_channels, elements = std::min(kBlockRows, p_.pixels() - first) * p_.out_channels;
+    next->add(values(b_.output_gradient) + at, elements);
+    if (b_.output) next->add(values(b_.output) + at, elements);
+    next->spread(ceil_div(p_.out_channels, k_.panel) * ceil_div(p_.in_channels, k_.outer_rows) * kBlockRows);
   }
 
   // For a chunk of channels: G of all ranges, the gradients of the vectors, the constants of dz.
@@ -221,8 +233,14 @@ class BackwardByMoments {
       w.joined[r * ld_joined_ + depth() - 1] = 1;
       w.rows[r] = w.joined + r * ld_joined_;
     }
+    const int64_t at = (first + count) * p_.out_channels;
+    const int64_t next_elements = std::min(kBlockRows, p_.pixels() - first - count) * p_.out_channels;
+    const C* next = (b_.d_residual ? values(b_.d_residual) : values(b_.output_gradient)) + at;
+    const C* next_y = b_.d_residual || !b_.output ? nullptr : values(b_.output) + at;
     for (int64_t panel = 0; panel < panels(); ++panel) {
-      k_.gemm({w.rows, kBlockRows, count, 1, depth(), 0}, packed_ + panel * depth() * k_.panel, k_.panel, {w.tile});
+      GatheredRows<C> in{w.rows, kBlockRows, count, 1, depth(), 0};
+      share_lines(next, next_y, next_elements, {panel, panels()}, count * depth() / k_.outer_rows, &in);
+      k_.gemm(in, packed_ + panel * depth() * k_.panel, k_.panel, {w.tile});
       const int64_t column = panel * k_.panel;
       d_inputs_.write(first, count, column, std::min(k_.panel, p_.in_channels - column), {w.tile, k_.panel});
     }

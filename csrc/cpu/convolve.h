@@ -44,40 +44,29 @@ struct TileEpilogue {
   std::function<void(const Tile<C>&)> emit;
   // May be empty; for the rows of all the block's runs at once, up to twice as many.
   std::function<void(const Tile<C>&)> finish;
-  // May be empty. What to do with a tile's sums in registers, in place of emit; Emit::kNothing if that cannot be.
-  std::function<GemmOutput<C>(const Tile<C>&)> in_registers = nullptr;
+  // May be empty. What to do with a tile's sums a few rows at a time, in place of emit.
+  std::function<GemmOutput<C>(const Tile<C>&)> row_by_row = nullptr;
 
   GemmOutput<C> output(const Tile<C>& tile) const {
     GemmOutput<C> to{tile.data};
-    if (in_registers) to = in_registers(tile);
-    to.keep = to.emit == Emit::kNothing || finish;
+    if (row_by_row) to = row_by_row(tile);
+    to.keep = !to.emit || finish;
     return to;
   }
   // Of a tile that output() has been made of.
   void end(const GemmOutput<C>& to, const Tile<C>& tile) const {
-    if (to.emit == Emit::kNothing) emit(tile);
+    if (!to.emit) emit(tile);
     if (finish) finish(tile);
   }
 };
 
-// The activations that need few registers.
-inline Emit emit_of(Activation activation) {
-  switch (activation) {
-    case Activation::kNone: return Emit::kNone;
-    case Activation::kRelu: return Emit::kRelu;
-    case Activation::kRelu6: return Emit::kRelu6;
-    case Activation::kLeakyRelu: return Emit::kLeakyRelu;
-    default: return Emit::kNothing;
-  }
-}
-
 // The tile's sums, as they are, to an image whose memory takes them.
 template <class C>
-GemmOutput<C> sums_to(const Image<C>& image, const Tile<C>& t) {
+GemmOutput<C> sums_to(const ComputeKernels<C>& kernels, const Image<C>& image, const Tile<C>& t) {
   const Block<C> y = image.target(t.first, t.channel, {t.data, t.ld});
   AffineBlock<C> block{};
   block.y = y.data, block.ld_y = y.ld, block.cols = t.cols, block.stream = image.streams(t.channel, t.cols);
-  return {t.data, false, Emit::kSums, block};
+  return {t.data, false, kernels.emit_sums, block};
 }
 
 struct Channels {

@@ -7,6 +7,7 @@
 #include "kernels.h"
 #include "second_moments.h"
 #include "stages.h"
+#include "winograd_choice.h"
 
 namespace fusedconvbn {
 namespace {
@@ -14,46 +15,24 @@ namespace {
 bool any_problem(const ConvBnParams&) { return true; }
 bool no_problem(const ConvBnParams&) { return false; }
 
-// Estimated time of a 3x3 convolution, in ns for each pair of an input and an output channel, from measurements with
-// AVX-512: `elements` of a filter as the algorithm wants it, 9 or (M+2)^2, are each multiplied once a tile (a pixel
-// where there are no transforms), and made or read once, at a price.
-double cost(int64_t elements, int64_t tiles, double product, double filter) {
-  return static_cast<double>(elements) * (filter + product * static_cast<double>(tiles));
-}
-
-// Of a convolution with these outputs, by F(MxM, 3x3), or direct where M is 1.
-double convolution_cost(int64_t m, int64_t batch, int64_t height, int64_t width, double filter) {
-  constexpr double kProduct = 0.0125, kTransformed = 1.15 * kProduct;  // ns: 160 GFLOP/s, and transforms with them
-  const int64_t tiles = batch * ((height + m - 1) / m) * ((width + m - 1) / m);
-  return m == 1 ? cost(9, tiles, kProduct, filter) : cost((m + 2) * (m + 2), tiles, kTransformed, filter);
-}
-
-// Whether F(MxM, 3x3) is the fastest algorithm by far enough, if `filter` is the price of an element of a filter.
 template <int M>
-bool suits_winograd(const ConvBnParams& p, int64_t height, int64_t width, double filter) {
-  constexpr int64_t kMinChannels = 16;
-  constexpr double kMargin = 1.08;  // over the direct algorithm
+bool suits_winograd(const ConvBnParams& p, const WinogradPrices& prices, const WinogradProblem& problem) {
   if (p.algorithm != Algorithm::kAuto) return p.algorithm == (M == 2 ? Algorithm::kWinograd2 : Algorithm::kWinograd4);
-  if ((M == 4 && p.strict) || std::min(p.in_channels, p.out_channels) < kMinChannels) return false;
-  const auto of = [&](int64_t m) { return convolution_cost(m, p.batch, height, width, filter); };
-  return kMargin * of(M) <= of(1) && (M == 2 || of(4) <= of(2));
-}
-// Transformed filters are dear where they leave the caches.
-double transform_cost(const ConvBnParams& p) {
-  constexpr int64_t kCached = 128 << 10;  // filters of 3x3
-  return p.in_channels * p.out_channels > kCached ? 0.7 : 0.25;
+  return fastest_winograd(prices, problem, p.strict) == M;
 }
 template <int M>
 bool forward_winograd(const ConvBnParams& p) {
-  return suits_winograd<M>(p, p.out_height, p.out_width, transform_cost(p));
+  return suits_winograd<M>(p, p.training ? kConvolutionPrices : kPackedPrices,
+                           {p.batch, p.out_height, p.out_width, p.in_channels, p.out_channels});
 }
 template <int M>
 bool dgrad_winograd(const ConvBnParams& p) {
-  return suits_winograd<M>(p, p.in_height, p.in_width, transform_cost(p));
+  return suits_winograd<M>(p, kConvolutionPrices, {p.batch, p.in_height, p.in_width, p.out_channels, p.in_channels});
 }
 template <int M>
 bool wgrad_winograd(const ConvBnParams& p) {
-  return suits_winograd<M>(p, p.out_height, p.out_width, 0.1);  // sums are transformed in cache
+  return suits_winograd<M>(p, kFilterGradientPrices,
+                           {p.batch, p.out_height, p.out_width, p.in_channels, p.out_channels});
 }
 
 // The second moments serve 1x1 filters whose data needs no conversion.
@@ -94,6 +73,17 @@ bool backward_few_channels_applies(const ConvBnParams& p) { return one_group(p) 
 // It reads z where there is one, and recomputes it with frozen statistics.
 bool backward_depthwise_applies(const ConvBnParams& p) {
   return depthwise_applies(p) && (!p.training || has_conv_out(p));
+}
+
+// Where an output pixel belongs to one input pixel, and nothing needs conversion.
+bool backward_pointwise_applies(const ConvBnParams& p) {
+  return has_conv_out(p) && is_pointwise(p) && p.stride_height * p.stride_width == 1 &&
+         p.data_format == DataFormat::kNHWC && (p.dtype == DType::kFloat32 || p.dtype == DType::kFloat64);
+}
+// Where its sums and the filters are few beside the blocks in L2, and dy and z leave it.
+bool suits_backward_pointwise(const ConvBnParams& p) {
+  constexpr int64_t kMaxFilters = 32 << 10, kMinOutput = 256 << 10;  // elements; dy and z of 2 MiB
+  return p.in_channels * p.out_channels <= kMaxFilters && p.pixels() * p.out_channels >= kMinOutput;
 }
 
 // Products on AMX: lines that fit a strip, and little padding between them.
@@ -171,7 +161,8 @@ Kernel saving_moments(Kernel row) {
       FCB_ROW(wgrad_winograd2, kWgrad, winograd_applies, wgrad_winograd<2>, isa, Isa_),                         \
       FCB_ROW(wgrad_direct, kWgrad, any_problem, any_problem, isa, Isa_),                                       \
       FCB_ROW(backward_few_channels, kBackward, backward_few_channels_applies, few_source_channels, isa, Isa_), \
-      FCB_ROW(backward_depthwise, kBackward, backward_depthwise_applies, any_problem, isa, Isa_)
+      FCB_ROW(backward_depthwise, kBackward, backward_depthwise_applies, any_problem, isa, Isa_),               \
+      FCB_ROW(backward_pointwise, kBackward, backward_pointwise_applies, suits_backward_pointwise, isa, Isa_)
 
 // Their kernels are those of AMX: the name says it once.
 #define FCB_AMX_ROW(name, stage, applies, suits)                                                \

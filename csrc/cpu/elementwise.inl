@@ -93,10 +93,24 @@ FCB_INLINE void affine_block(AffineBlock<C> b) {
 }
 
 template <class C, Activation A>
+static void emit(const AffineBlock<C>& b) {
+  b.stream ? affine_block<C, A, true>(b) : affine_block<C, A, false>(b);
+}
+
+template <class C, Activation A>
 static void affine(const AffineBlock<C>& b) {
-  if (!b.stream) return affine_block<C, A, false>(b);
-  affine_block<C, A, true>(b);
-  end_streaming();
+  emit<C, A>(b);
+  if (b.stream) end_streaming();
+}
+
+template <class C>
+static void emit_sums(const AffineBlock<C>& b) {
+  for (int64_t r = 0; r < b.rows; ++r)
+    for_vectors<C>(b.cols, [&](auto read, auto write, int64_t c) {
+      const Vector<C> z = read(row<C>(b.z, r, b.ld_z) + c);
+      C* y = row<C>(b.y, r, b.ld_y) + c;
+      b.stream ? stream(y, z) : write(y, z);
+    });
 }
 
 // du of one vector of channels, whose constants are given; T: of memory.

@@ -82,22 +82,20 @@ class Forward {
   }
 
  private:
-  using InRegisters = std::function<GemmOutput<C>(const Tile<C>&)>;
+  using RowByRow = std::function<GemmOutput<C>(const Tile<C>&)>;
 
-  InRegisters sums_to_conv_out() const {
+  RowByRow sums_to_conv_out() const {
     if (!conv_out_.direct()) return nullptr;
-    return [this](const Tile<C>& t) { return sums_to(conv_out_, t); };
+    return [this](const Tile<C>& t) { return sums_to(k_, conv_out_, t); };
   }
 
   void convolve_and_normalize(ParallelFor* parallel) const {
-    const Emit emit = emit_of(p_.activation);
-    InRegisters in_registers;
-    if (output_.direct() && emit != Emit::kNothing)
-      in_registers = [this, emit](const Tile<C>& t) {
-        const Block<C> z{t.data, t.ld};
-        return GemmOutput<C>{t.data, false, emit, affine_block(z, t)};
+    RowByRow row_by_row;
+    if (output_.direct())
+      row_by_row = [this](const Tile<C>& t) {
+        return GemmOutput<C>{t.data, false, k_.emit[static_cast<int>(p_.activation)], affine_block({t.data, t.ld}, t)};
       };
-    convolve(parallel, {[this](const Tile<C>& t) { normalize({t.data, t.ld}, t); }, nullptr, in_registers});
+    convolve(parallel, {[this](const Tile<C>& t) { normalize({t.data, t.ld}, t); }, nullptr, row_by_row});
   }
 
   // Of a block in scratch.

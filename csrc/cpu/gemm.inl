@@ -82,49 +82,23 @@ FCB_INLINE void store_tile(const Vector<C> (&acc)[R][N], int64_t rows, C* tile) 
   }
 }
 
-// The rows from `first` on of what `to` says, from registers. Memory takes these few lines while the next tile is
-// computed; whole blocks of lines it would not.
-template <class C, Activation A, bool Affine, int R, int N>
-FCB_INLINE void emit_tile(const Vector<C> (&acc)[R][N], int64_t first, const AffineBlock<C>& to) {
-  C* y = row<C>(to.y, first, to.ld_y);
-  const C* residual = to.residual ? row<C>(to.residual, first, to.ld_residual) : nullptr;
-  const auto emit = [&](int n, auto read, auto write) {
-    const int64_t c = n * kLanes<C>;
-    Vector<C> mean{}, scale{}, beta{};
-    if constexpr (Affine) mean = read(to.mean + c), scale = read(to.scale + c), beta = read(to.beta + c);
-#pragma GCC unroll 16
-    for (int r = 0; r < R; ++r) {
-      Vector<C> u = acc[r][n];
-      if constexpr (Affine) u = (u - mean) * scale + beta;
-      if (Affine && residual) u += read(residual + r * to.ld_residual + c);
-      write(y + r * to.ld_y + c, activate<A, C>(u));
-    }
-  };
-  const auto whole = [](const C* p) { return load(p); };
-#pragma GCC unroll 4
-  for (int n = 0; n < N; ++n) {
-    const int64_t part = to.cols - n * kLanes<C>;
-    if (part <= 0) return;
-    if (part < kLanes<C>)
-      emit(n, [part](const C* p) { return load_part(p, part); }, [part](C* p, Vector<C> v) { store_part(p, v, part); });
-    else if (to.stream)
-      emit(n, whole, [](C* p, Vector<C> v) { stream(p, v); });
-    else
-      emit(n, whole, [](C* p, Vector<C> v) { store(p, v); });
-  }
+// What `to` says of rows from `first` on, whose sums lie in a tile.
+template <class C>
+FCB_INLINE void emit_rows(const C* tile, int64_t ld, int64_t first, int64_t rows, const GemmOutput<C>& to) {
+  if (!to.emit) return;
+  AffineBlock<C> b = to.block;
+  b.z = tile, b.ld_z = ld, b.rows = rows;
+  b.y = row<C>(b.y, first, b.ld_y);
+  if (b.residual) b.residual = row<C>(b.residual, first, b.ld_residual);
+  to.emit(b);
 }
 
+// Memory takes these few lines while the next tile is computed; whole blocks of lines it would not.
 template <class C, int R, int N>
 FCB_INLINE void finish_tile(const Vector<C> (&acc)[R][N], int64_t first, const GemmOutput<C>& to) {
-  if (to.keep) store_tile<C, R, N>(acc, R, to.tile + first * N * kLanes<C>);
-  switch (to.emit) {
-    case Emit::kNothing: break;
-    case Emit::kSums: emit_tile<C, Activation::kNone, false, R, N>(acc, first, to.block); break;
-    case Emit::kNone: emit_tile<C, Activation::kNone, true, R, N>(acc, first, to.block); break;
-    case Emit::kRelu: emit_tile<C, Activation::kRelu, true, R, N>(acc, first, to.block); break;
-    case Emit::kRelu6: emit_tile<C, Activation::kRelu6, true, R, N>(acc, first, to.block); break;
-    case Emit::kLeakyRelu: emit_tile<C, Activation::kLeakyRelu, true, R, N>(acc, first, to.block); break;
-  }
+  C* tile = to.tile + (to.keep ? first * N * kLanes<C> : 0);
+  store_tile<C, R, N>(acc, R, tile);
+  emit_rows(tile, N * kLanes<C>, first, R, to);
 }
 
 // A whole tile, of kRows<N> rows. A function of its own, for the sake of its registers.
@@ -135,23 +109,6 @@ static __attribute__((noinline)) void gemm_tile(const GatheredRows<C>& in, int64
   Vector<C> acc[R][N] = {};
   multiply_rows<C, R, N>(in, first, R, filters, ahead, acc);
   finish_tile<C, R, N>(acc, first, to);
-}
-
-// What finish_tile() makes of a tile, from memory.
-template <class C>
-static void emit_rows(const C* tile, int64_t ld, int64_t first, int64_t rows, const GemmOutput<C>& to) {
-  AffineBlock<C> b = to.block;
-  b.z = tile, b.ld_z = ld, b.rows = rows;
-  b.y = row<C>(b.y, first, b.ld_y);
-  if (b.residual) b.residual = row<C>(b.residual, first, b.ld_residual);
-  switch (to.emit) {
-    case Emit::kNothing: break;
-    case Emit::kSums: store_block<C, C>(tile, ld, rows, b.cols, b.y, b.ld_y, 1, b.stream); break;
-    case Emit::kNone: affine<C, Activation::kNone>(b); break;
-    case Emit::kRelu: affine<C, Activation::kRelu>(b); break;
-    case Emit::kRelu6: affine<C, Activation::kRelu6>(b); break;
-    case Emit::kLeakyRelu: affine<C, Activation::kLeakyRelu>(b); break;
-  }
 }
 
 // The last rows, by a tile of about as many.
@@ -190,7 +147,7 @@ static void gemm(const GatheredRows<C>& in, const C* filters, int64_t columns, c
 template <class C>
 FCB_INLINE void fetch(Ahead<C>* ahead) {
   if (ahead->row == ahead->count) return;
-  __builtin_prefetch(ahead->rows[ahead->row] + ahead->offset + ahead->line * Ahead<C>::kLine, 0, 2);
+  __builtin_prefetch(ahead->rows[ahead->row] + ahead->offset + ahead->line * Ahead<C>::kLine, 0, 1);
   if (++ahead->line < ahead->lines) return;
   ahead->line = 0;
   ++ahead->row;

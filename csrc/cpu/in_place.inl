@@ -1,30 +1,39 @@
-// Elementwise work on 16-bit numbers where they lie: loaded, converted, computed, converted, stored. Forward's 32
-// channels (a cache line) at a time.
+// Elementwise work on 16-bit numbers where they lie: loaded, converted, computed, converted, stored. Forward's a cache
+// line of 32 channels at a time, or two: streaming stores are twice as fast where two adjacent lines follow each other.
 
 #if defined(__AVX512F__)
-// Channels [c, c + 32) of rows [first, end). Z: of z, T: of memory.
-template <Activation A, class Z, class T>
+// 32 * Lines channels from c on, of rows [first, end). Z: of z, T: of memory.
+template <Activation A, class Z, class T, int Lines>
 FCB_INLINE void affine_columns(const AffineBlock<float>& b, int64_t c, int64_t first, int64_t end) {
   using V = Vector<float>;
-  const Lanes lanes = lanes_of(b.cols - c);
-  V mean[2], scale[2], beta[2], y[2];
-  for (int h = 0; h < 2; ++h) {
-    mean[h] = (V)load_lanes(b.mean + c + 16 * h, lanes.half[h]);
-    scale[h] = (V)load_lanes(b.scale + c + 16 * h, lanes.half[h]);
-    beta[h] = (V)load_lanes(b.beta + c + 16 * h, lanes.half[h]);
+  constexpr int kVectors = 2 * Lines;
+  __mmask16 lanes[kVectors];
+  V mean[kVectors], scale[kVectors], beta[kVectors], y[kVectors];
+#pragma GCC unroll 4
+  for (int v = 0; v < kVectors; ++v) {
+    const int64_t at = c + 16 * v;
+    lanes[v] = lanes_of(b.cols - at).half[0];
+    mean[v] = (V)load_lanes(b.mean + at, lanes[v]);
+    scale[v] = (V)load_lanes(b.scale + at, lanes[v]);
+    beta[v] = (V)load_lanes(b.beta + at, lanes[v]);
   }
   for (int64_t r = first; r < end; ++r) {
-    fetch_ahead<float, Z>(b.z, r, b.ld_z, c);
-    if (b.residual) fetch_ahead<float, T>(b.residual, r, b.ld_residual, c);
-#pragma GCC unroll 2
-    for (int h = 0; h < 2; ++h) {
-      const int64_t at = c + 16 * h;
-      V u = ((V)load_lanes(row<Z>(b.z, r, b.ld_z) + at, lanes.half[h]) - mean[h]) * scale[h] + beta[h];
-      if (b.residual) u += (V)load_lanes(row<T>(b.residual, r, b.ld_residual) + at, lanes.half[h]);
-      y[h] = activate<A, float>(u);
+#pragma GCC unroll 4
+    for (int v = 0; v < kVectors; ++v) {
+      const int64_t at = c + 16 * v;
+      if (v % 2 == 0) {
+        fetch_ahead<float, Z>(b.z, r, b.ld_z, at);
+        if (b.residual) fetch_ahead<float, T>(b.residual, r, b.ld_residual, at);
+      }
+      V u = ((V)load_lanes(row<Z>(b.z, r, b.ld_z) + at, lanes[v]) - mean[v]) * scale[v] + beta[v];
+      if (b.residual) u += (V)load_lanes(row<T>(b.residual, r, b.ld_residual) + at, lanes[v]);
+      y[v] = activate<A, float>(u);
     }
-    T* to = row<T>(b.y, r, b.ld_y) + c;
-    store_32(to, narrow((__m512)y[0], (__m512)y[1], to), lanes, b.stream);
+#pragma GCC unroll 2
+    for (int l = 0; l < Lines; ++l) {
+      T* to = row<T>(b.y, r, b.ld_y) + c + 32 * l;
+      store_32(to, narrow((__m512)y[2 * l], (__m512)y[2 * l + 1], to), {{lanes[2 * l], lanes[2 * l + 1]}}, b.stream);
+    }
   }
 }
 
@@ -32,8 +41,11 @@ FCB_INLINE void affine_columns(const AffineBlock<float>& b, int64_t c, int64_t f
 template <Activation A, class Z, class T>
 static void affine_in_place(const AffineBlock<float>& b) {
   const int64_t step = b.cols <= 64 ? b.rows : 1;
-  for (int64_t r = 0; r < b.rows; r += step)
-    for (int64_t c = 0; c < b.cols; c += 32) affine_columns<A, Z, T>(b, c, r, r + step);
+  for (int64_t r = 0; r < b.rows; r += step) {
+    int64_t c = 0;
+    for (; c + 32 < b.cols; c += 64) affine_columns<A, Z, T, 2>(b, c, r, r + step);
+    if (c < b.cols) affine_columns<A, Z, T, 1>(b, c, r, r + step);
+  }
   if (b.stream) end_streaming();
 }
 

@@ -59,6 +59,7 @@ static constexpr void fill_activation(ComputeKernels<C>* k) {
   if constexpr (A < kActivationCount) {
     constexpr Activation a = static_cast<Activation>(A);
     k->affine[A] = affine<C, a>;
+    k->emit[A] = emit<C, a>;
     if constexpr (a == Activation::kNone || derivative_from_output(a)) k->mask[A] = mask<C, a>;
     fill_activation<A + 1>(k);
   }
@@ -111,6 +112,7 @@ static constexpr ComputeKernels<C> compute_kernels() {
   k.depthwise_spread = depthwise_spread<C>;
   k.depthwise_fold = depthwise_fold<C>;
   k.moments = moments<C>;
+  k.emit_sums = emit_sums<C>;
   k.row_means = row_means<C>;
   k.center_rows = center_rows<C>;
   k.product = product<C>;

@@ -90,15 +90,13 @@ struct AffineBlock {
   bool stream;                   // y past the caches; y and its rows aligned to 64 bytes, cols a multiple of 16
 };
 
-// What gemm does with sums that are still in registers: nothing, store them as they are, or as AffineBlock says.
-enum class Emit { kNothing, kSums, kNone, kRelu, kRelu6, kLeakyRelu };
-
+// Where gemm leaves its sums, and what it makes of them a few rows at a time.
 template <class C>
 struct GemmOutput {
-  C* tile;           // [count][columns]
-  bool keep = true;  // the sums are to be left there; else it is scratch
-  Emit emit = Emit::kNothing;
-  AffineBlock<C> block{};  // its z and rows are gemm's; kSums: y, ld_y, cols and stream
+  C* tile;                                        // [count][columns]
+  bool keep = true;                               // the sums are to be left there; else it is scratch
+  void (*emit)(const AffineBlock<C>&) = nullptr;  // may be null
+  AffineBlock<C> block{};                         // for `emit`; its z and rows are gemm's
 };
 
 // How the activation's argument u is had again.
@@ -161,7 +159,7 @@ struct AmxKernels {
   // As InPlaceKernels::apply, d_conv also of bfloat16.
   void (*apply[kActivationCount][3])(const GradientBlock<float>&);
   // tile[count][32] = the sum over taps and chunks of rows * filters; whole 32 rows of `tile` are written.
-  void (*multiply)(const AmxRows& rows, const uint16_t* filters, float* tile, AmxFetch* fetch);
+  void (*multiply)(const AmxRows& rows, const uint16_t* filters, float* tile, int64_t ld, AmxFetch* fetch);
   // Packs a tap: element k of its depth has the columns at rows[k], or is 0 where rows[k] is null; cols <= 32, the
   // others are 0.
   void (*pack)(const uint16_t* const* rows, int64_t column_stride, int64_t cols, int64_t chunks, int64_t chunk,
@@ -286,10 +284,14 @@ struct ComputeKernels {
   // a[depth][outer_rows] and b[depth][panel]; du, null for activations whose derivative does not follow from y.
   void (*row_means)(const GatheredRows<C>& in, C* mean);
   void (*center_rows)(const GatheredRows<C>& in, const C* mean, C* centered, int64_t ld);
-  void (*product)(const C* a, int64_t lda, const C* b, int64_t ldb, int64_t depth, C* sums, int64_t ld);
+  void (*product)(const C* a, int64_t lda, const C* b, int64_t ldb, int64_t depth, C* sums, int64_t ld,
+                  Ahead<C>* ahead);
   void (*mask[kActivationCount])(const MaskBlock<C>&);
 
   void (*affine[kActivationCount])(const AffineBlock<C>&);
+  // The same, ordered by end_streaming(); and y = z.
+  void (*emit[kActivationCount])(const AffineBlock<C>&);
+  void (*emit_sums)(const AffineBlock<C>&);
   void (*reduce[kActivationCount][3])(const GradientBlock<C>&);  // [activation][Preactivation]
   void (*apply[kActivationCount][3])(const GradientBlock<C>&);
 

@@ -24,22 +24,28 @@ static void center_rows(const GatheredRows<C>& in, const C* mean, C* centered, i
 
 // acc += R rows of the product by two vectors of its columns.
 template <class C, int R>
-FCB_INLINE void product_sums(const C* a, int64_t lda, const C* b, int64_t ldb, int64_t depth, Vector<C> (&acc)[R][2]) {
-  for (int64_t k = 0; k < depth; ++k, a += lda, b += ldb) {
-    const Vector<C> b0 = load(b), b1 = load(b + kLanes<C>);
+FCB_INLINE void product_sums(const C* a, int64_t lda, const C* b, int64_t ldb, int64_t depth, Ahead<C>* ahead,
+                             Vector<C> (&acc)[R][2]) {
+  const int64_t step = ahead ? ahead->steps : depth;
+  for (int64_t k = 0; k < depth;) {
+    if (ahead) fetch(ahead);
+    for (const int64_t end = k + step < depth ? k + step : depth; k < end; ++k, a += lda, b += ldb) {
+      const Vector<C> b0 = load(b), b1 = load(b + kLanes<C>);
 #pragma GCC unroll 16
-    for (int r = 0; r < R; ++r) {
-      const Vector<C> x = broadcast(a[r]);
-      acc[r][0] += x * b0;
-      acc[r][1] += x * b1;
+      for (int r = 0; r < R; ++r) {
+        const Vector<C> x = broadcast(a[r]);
+        acc[r][0] += x * b0;
+        acc[r][1] += x * b1;
+      }
     }
   }
 }
 
 template <class C, int R>
-FCB_INLINE void product_tile(const C* a, int64_t lda, const C* b, int64_t ldb, int64_t depth, C* sums, int64_t ld) {
+FCB_INLINE void product_tile(const C* a, int64_t lda, const C* b, int64_t ldb, int64_t depth, C* sums, int64_t ld,
+                             Ahead<C>* ahead) {
   Vector<C> acc[R][2] = {};
-  product_sums<C, R>(a, lda, b, ldb, depth, acc);
+  product_sums<C, R>(a, lda, b, ldb, depth, ahead, acc);
 #pragma GCC unroll 16
   for (int r = 0; r < R; ++r)
     for (int v = 0; v < 2; ++v) {
@@ -50,8 +56,9 @@ FCB_INLINE void product_tile(const C* a, int64_t lda, const C* b, int64_t ldb, i
 
 // sums[outer_rows][panel] += a' b, of `depth` rows of a and b.
 template <class C>
-static void product(const C* a, int64_t lda, const C* b, int64_t ldb, int64_t depth, C* sums, int64_t ld) {
-  product_tile<C, kTileRows>(a, lda, b, ldb, depth, sums, ld);
+static void product(const C* a, int64_t lda, const C* b, int64_t ldb, int64_t depth, C* sums, int64_t ld,
+                    Ahead<C>* ahead) {
+  product_tile<C, kTileRows>(a, lda, b, ldb, depth, sums, ld, ahead);
 }
 
 // du = dy activation'(y), its sums over the rows added to sum[cols].

@@ -60,6 +60,7 @@ FCB_STAGE(backward_moments);
 
 // The whole of backward, in two passes; the gradient of z never reaches memory.
 FCB_STAGE(backward_depthwise);
+FCB_STAGE(backward_pointwise);
 
 // The whole of backward for images of few channels, in two passes.
 FCB_STAGE(backward_few_channels);

@@ -95,7 +95,7 @@ struct Lanes {
   __mmask32 all() const { return half[0] | static_cast<__mmask32>(half[1]) << 16; }
 };
 FCB_INLINE Lanes lanes_of(int64_t count) {
-  const uint32_t all = count >= 32 ? ~0u : (1u << count) - 1;
+  const uint32_t all = count >= 32 ? ~0u : count <= 0 ? 0u : (1u << count) - 1;
   return {{static_cast<__mmask16>(all), static_cast<__mmask16>(all >> 16)}};
 }
 
@@ -107,21 +107,22 @@ FCB_INLINE void store_32(T* to, __m512i both, const Lanes& lanes, bool stream) {
     _mm512_mask_storeu_epi16(to, lanes.all(), both);
 }
 
-// Stores rows of channels a cache line at a time, and calls kept(from, 16 numbers as stored, which of them are).
+// Stores rows of channels two cache lines at a time, which suits streaming, and calls kept(from, 16 numbers as stored,
+// which of them are).
 template <class C, class T, class F>
 FCB_INLINE void store_lines(C* block, int64_t ld, int64_t rows, int64_t cols, T* memory, int64_t ld_memory, bool stream,
                             F kept) {
-  for (int64_t c = 0; c < cols; c += 32) {
-    const Lanes lanes = lanes_of(cols - c);
-    for (int64_t r = 0; r < rows; ++r) {
-      C* from = block + r * ld + c;
-      T* to = memory + r * ld_memory + c;
-      const __m512i both = narrow(load_lanes(from, lanes.half[0]), load_lanes(from + 16, lanes.half[1]), to);
-      store_32(to, both, lanes, stream);
-      kept(from, _mm512_castsi512_si256(both), lanes.half[0]);
-      kept(from + 16, _mm512_extracti64x4_epi64(both, 1), lanes.half[1]);
-    }
-  }
+  for (int64_t two = 0; two < cols; two += 64)
+    for (int64_t r = 0; r < rows; ++r)
+      for (int64_t c = two; c < two + 64 && c < cols; c += 32) {
+        const Lanes lanes = lanes_of(cols - c);
+        C* from = block + r * ld + c;
+        T* to = memory + r * ld_memory + c;
+        const __m512i both = narrow(load_lanes(from, lanes.half[0]), load_lanes(from + 16, lanes.half[1]), to);
+        store_32(to, both, lanes, stream);
+        kept(from, _mm512_castsi512_si256(both), lanes.half[0]);
+        kept(from + 16, _mm512_extracti64x4_epi64(both, 1), lanes.half[1]);
+      }
   if (stream) end_streaming();
 }
 #endif

@@ -10,6 +10,7 @@
 
 #include "compute_type.h"
 #include "convolve.h"
+#include "lines_ahead.h"
 #include "stages.h"
 
 namespace fusedconvbn {
@@ -144,7 +145,7 @@ class FilterGradient {
       const Rows& rows = w.rows[block % 2];
       if (block == begin) point_dz(block, rows);
       if (block == begin || reader_.staged()) point_inputs(block, rows);
-      NextBlock next;
+      LinesAhead<C> next;
       if (block + 1 < end) look_ahead(block + 1, part, w.rows[(block + 1) % 2], &next);
       multiply(part, {block_count(block), block > begin, rows}, w, &next);
     }
@@ -163,29 +164,9 @@ class FilterGradient {
     for (int64_t i = 0; i < block_count(block); ++i, dz += p_.out_channels) rows.dz[i] = dz;
   }
 
-  // What the next block will read: dz, and the inputs through one tap of each phase of the stride: those of the same
-  // phase read nearly the same pixels.
-  struct NextBlock {
-    static constexpr int kMost = 5;  // up to stride 2
-    Ahead<C> lines[kMost];
-    int count = 0, current = 0;
-
-    void add(const Ahead<C>& ahead) {
-      if (count < kMost) lines[count++] = ahead;
-    }
-    // Spreads them over products of `tiles` tiles.
-    void spread(int64_t tiles) {
-      int64_t all = 0;
-      for (int i = 0; i < count; ++i) all += lines[i].lines;
-      for (int i = 0; i < count; ++i) lines[i].steps = std::max<int64_t>(1, tiles / all);
-    }
-    Ahead<C>* pending() {
-      while (current < count && lines[current].row == lines[current].count) ++current;
-      return current < count ? &lines[current] : nullptr;
-    }
-  };
-
-  void look_ahead(int64_t block, const Part& part, const Rows& rows, NextBlock* next) const {
+  // dz, and the inputs through one tap of each phase of the stride: those of the same phase read nearly the same
+  // pixels.
+  void look_ahead(int64_t block, const Part& part, const Rows& rows, LinesAhead<C>* next) const {
     const Unit unit = unit_at(part.unit);
     const int64_t column = part.panel * k_.panel, count = block_count(block);
     point_dz(block, rows);
@@ -200,7 +181,7 @@ class FilterGradient {
           next->add(ahead_of(rows.inputs.rows + tap * kDepth, unit.group * p_.group_in() + row, count,
                              std::min(part.units * k_.outer_rows, tap_rows() - row)));
     }
-    next->spread(part.units * part.panels);
+    next->spread(part.units * part.panels * count);
   }
 
   // Whether no tap from `first` on reads pixels at a multiple of the stride from this one's.
@@ -219,7 +200,7 @@ class FilterGradient {
     const Rows& rows;
   };
 
-  void multiply(const Part& part, const BlockRows& block, const Worker& w, NextBlock* next) const {
+  void multiply(const Part& part, const BlockRows& block, const Worker& w, LinesAhead<C>* next) const {
     int64_t packed_group = -1;
     for (int64_t i = 0, units; i < part.units; i += units) {
       const Unit unit = unit_at(part.unit + i);
@@ -238,7 +219,7 @@ class FilterGradient {
 
   // Units [index, index + units) of a part, all of one tap. A panel of dz stays in L1 for all of them.
   void multiply_units(const Unit& unit, int64_t index, int64_t units, const Part& part, const BlockRows& block,
-                      const Worker& w, NextBlock* next) const {
+                      const Worker& w, LinesAhead<C>* next) const {
     const int64_t valid = std::min(units * k_.outer_rows, tap_rows() - unit.row);
     k_.pack_rows(block.rows.inputs.rows + unit.tap * kDepth, unit.group * p_.group_in() + unit.row, block.count, valid,
                  w.inputs, kDepth * k_.outer_rows);

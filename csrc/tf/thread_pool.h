@@ -7,8 +7,11 @@
 #include <condition_variable>
 #include <memory>
 #include <mutex>
+#include <utility>
+#include <vector>
 
 #include "../conv_bn.h"
+#include "idle_helpers.h"
 #include "tensorflow/core/framework/op_kernel.h"
 
 namespace fusedconvbn::tf {
@@ -33,22 +36,41 @@ class IntraOpThreads : public ParallelFor {
       for (int64_t task = 0; task < tasks; ++task) body(task, 0);
       return;
     }
-    auto work = std::make_shared<Work>(tasks, body);
-    for (int worker = 1; worker <= helpers; ++worker) pool_->Schedule([work, worker] { work->claim(worker); });
+    auto work = std::make_shared<Work>(tasks, helpers + 1, body);
+    for (int worker = 1; worker <= helpers; ++worker) call_helper([work, worker] { work->claim(worker); });
     work->claim(0);
     work->wait();
   }
 
  private:
+  void call_helper(IdleHelpers::Job job) {
+    IdleHelpers* const idle = IdleHelpers::global();
+    if (idle->hand_over(pool_, &job)) return;
+    pool_->Schedule([idle, pool = pool_, job = std::move(job)]() mutable { idle->help(pool, std::move(job)); });
+  }
+
   // Helpers may outlive the call, so they share this; only one that has claimed a task, for which the call then waits,
   // may use `body`, which is the caller's.
   struct Work {
-    Work(int64_t tasks, const Body& body) : tasks(tasks), body(body), unfinished(tasks) {}
+    Work(int64_t tasks, int workers, const Body& body)
+        : body(body), unfinished(tasks), shares(tasks < kManyTasks * workers ? 1 : workers) {
+      const int64_t count = static_cast<int64_t>(shares.size());
+      for (int64_t i = 0; i < count; ++i) {
+        shares[i].next = tasks * i / count;
+        shares[i].end = tasks * (i + 1) / count;
+      }
+    }
 
+    // First those of one's own share: tasks of the same place in ops that follow each other then run on one core, which
+    // has much of what they read in its cache. Few tasks may be unequal, the last the least: all share those.
     void claim(int worker) {
-      for (int64_t task; (task = next.fetch_add(1)) < tasks;) {
-        body(task, worker);
-        if (unfinished.fetch_sub(1) == 1) notify();
+      const size_t count = shares.size();
+      for (size_t other = 0; other < count; ++other) {
+        Share& share = shares[(worker + other) % count];
+        for (int64_t task; (task = share.next.fetch_add(1)) < share.end;) {
+          body(task, worker);
+          if (unfinished.fetch_sub(1) == 1) notify();
+        }
       }
     }
 
@@ -57,33 +79,24 @@ class IntraOpThreads : public ParallelFor {
       finished.notify_one();
     }
 
+    // Looks whether all is done for about as long as it would take to sleep and be woken.
     void wait() {
-      if (watch()) return;
+      constexpr std::chrono::microseconds kWakeUp(40);
+      if (watch(kWakeUp, [this] { return unfinished.load() == 0; })) return;
       std::unique_lock<std::mutex> lock(mutex);
       finished.wait(lock, [this] { return unfinished.load() == 0; });
     }
 
-    // Looks whether all is done for about as long as it would take to sleep and be woken.
-    bool watch() const {
-      constexpr std::chrono::microseconds kWakeUp(40);
-      const auto end = std::chrono::steady_clock::now() + kWakeUp;
-      while (unfinished.load() > 0) {
-        if (std::chrono::steady_clock::now() > end) return false;
-        relax();
-      }
-      return true;
-    }
+    static constexpr int64_t kManyTasks = 4;  // a worker
 
-    // Leaves the core's units to the other thread that may share it.
-    static void relax() {
-#if defined(__x86_64__)
-      __builtin_ia32_pause();
-#endif
-    }
+    struct alignas(64) Share {  // a cache line each
+      std::atomic<int64_t> next;
+      int64_t end;
+    };
 
-    const int64_t tasks;
     const Body& body;
-    std::atomic<int64_t> next{0}, unfinished;
+    std::atomic<int64_t> unfinished;
+    std::vector<Share> shares;
     std::mutex mutex;
     std::condition_variable finished;
   };
