@@ -2,7 +2,8 @@
 
 `raw_cases()` covers every pair of levels of the factors below (and, as (dtype, layout, ISA) and (channels, groups) are
 factors of their own, many triples and quintuples); `op_cases()` does so without the ISA; `winograd_cases()`,
-`depthwise_cases()` and `expanding_cases()` for what Winograd's kernels, depthwise ones and those by moments can do.
+`depthwise_cases()`, `expanding_cases()` and `pointwise_cases()` for what Winograd's kernels, depthwise ones, those by
+moments and those of 1x1 filters can do.
 Sizes are those that break kernels: prime, one off a tile, smaller than any tile.
 """
 
@@ -246,6 +247,13 @@ EXPANDING = {
     "mode": ("training", "unbiased"),
     "output": (*OUTPUTS, (2, 25, 28)),
 }  # fmt: skip
+# 1x1 filters of any width, whose gradients two passes over the images can make.
+POINTWISE = {
+    **EXPANDING,
+    "channels": ((1, 1, 1), (2, 1, 1), (8, 3, 1), (16, 8, 1), (33, 16, 1), (48, 24, 1), (70, 31, 1), (96, 33, 1),
+                 (100, 48, 1), (64, 64, 1), (130, 12, 1), (24, 40, 1), (450, 16, 1)),
+    "strides": ((1, 1),), "activation": (None, "relu", "relu6", "silu", "elu"),
+}  # fmt: skip
 DEPTHWISE = {
     # Around panels of 32 channels; multipliers that divide a panel, that do not, that fill one.
     "channels": ((2, 2, 2), (3, 3, 3), (16, 16, 16), (31, 31, 31), (32, 32, 32), (33, 33, 33), (96, 96, 96),
@@ -351,6 +359,12 @@ def winograd_cases() -> list[Case]:
 def expanding_cases() -> list[Case]:
     """Training of 1x1 convolutions with few inputs and many outputs, each for one ISA."""
     return covering({**FACTORS, **EXPANDING}, limit=16_000_000)
+
+
+@functools.cache
+def pointwise_cases() -> list[Case]:
+    """Training of 1x1 convolutions of stride 1, each for one ISA."""
+    return covering({**FACTORS, **POINTWISE}, limit=16_000_000)
 
 
 @functools.cache

@@ -3,7 +3,7 @@
 from dataclasses import replace
 
 import pytest
-from cases import depthwise_cases, expanding_cases, op_cases, winograd_cases
+from cases import depthwise_cases, expanding_cases, op_cases, pointwise_cases, winograd_cases
 from raw_problem import Problem, planned
 
 from fusedconvbn import raw
@@ -17,6 +17,7 @@ SPECIAL_CASES = {  # by a word in the names of the rows that serve no others
     "winograd": [replace(case, isa=None) for case in winograd_cases()[::23]],
     "depthwise": [replace(case, isa=None) for case in depthwise_cases()[::5]],
     "columns": [case for case in op_cases() if case.groups == 1][::13],
+    "pointwise": [replace(case, isa=None) for case in pointwise_cases()[::7]],
     "moments": [replace(case, isa=None) for case in expanding_cases()[::7]],
 }
 

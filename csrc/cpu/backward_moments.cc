@@ -136,7 +136,7 @@ class BackwardByMoments {
       center(first, count, w, w.x, ld_x_);
       for (int64_t column = 0; column < p_.out_channels; column += k_.panel)
         for (int64_t row = 0; row < p_.in_channels; row += k_.outer_rows)
-          k_.product(w.x + row, ld_x_, w.du + column, ld_du_, count, sums + row * ld_du_ + column, ld_du_);
+          k_.product(w.x + row, ld_x_, w.du + column, ld_du_, count, sums + row * ld_du_ + column, ld_du_, nullptr);
     }
   }
 

@@ -88,6 +88,17 @@ bool backward_depthwise_applies(const ConvBnParams& p) {
   return depthwise_applies(p) && (!p.training || has_conv_out(p));
 }
 
+// The two passes of a 1x1 convolution work on rows of the compute type where they lie.
+bool backward_pointwise_applies(const ConvBnParams& p) {
+  return has_conv_out(p) && is_pointwise(p) && p.stride_height * p.stride_width == 1 && p.pixels() > 0 &&
+         p.data_format == DataFormat::kNHWC && (p.dtype == DType::kFloat32 || p.dtype == DType::kFloat64);
+}
+// Where the gradient of z is small beside the inputs and theirs.
+bool suits_backward_pointwise(const ConvBnParams& p) {
+  constexpr int64_t kMaxChannels = 96;
+  return p.out_channels <= kMaxChannels && 2 * p.out_channels <= p.in_channels;
+}
+
 // Products on AMX: lines that fit a strip, and little padding between them.
 bool amx_applies(const ConvBnParams& p) {
   constexpr int64_t kMaxWidth = 4096, kMaxPadding = 32, kMaxHeight = 64;
@@ -146,21 +157,22 @@ Kernel saving_moments(Kernel row) {
 // Of forward, with packed filters that may be kept.
 #define FCB_PACKING_ROW(name, supports, suits, isa, Isa_) \
   packing(FCB_ROW(name, kForward, supports, suits, isa, Isa_), scratch_with<&kKernels##Isa_, name##_packed>)
-#define FCB_ROWS(isa, Isa_)                                                                              \
-  saving_moments(FCB_ROW(forward_moments, kForward, forward_moments_applies, suits_moments, isa, Isa_)), \
-      FCB_ROW(backward_moments, kBackward, backward_moments_applies, any_problem, isa, Isa_),            \
-      FCB_PACKING_ROW(forward_winograd4, winograd_applies, forward_winograd<4>, isa, Isa_),              \
-      FCB_PACKING_ROW(forward_winograd2, winograd_applies, forward_winograd<2>, isa, Isa_),              \
-      FCB_ROW(forward_depthwise, kForward, depthwise_applies, any_problem, isa, Isa_),                   \
-      FCB_PACKING_ROW(forward_direct, any_problem, any_problem, isa, Isa_),                              \
-      FCB_ROW(reduce_direct, kReduce, any_problem, any_problem, isa, Isa_),                              \
-      FCB_ROW(dgrad_winograd4, kDgrad, winograd_applies, dgrad_winograd<4>, isa, Isa_),                  \
-      FCB_ROW(dgrad_winograd2, kDgrad, winograd_applies, dgrad_winograd<2>, isa, Isa_),                  \
-      FCB_ROW(dgrad_columns, kDgrad, one_group, few_input_channels, isa, Isa_),                          \
-      FCB_ROW(dgrad_direct, kDgrad, any_problem, any_problem, isa, Isa_),                                \
-      FCB_ROW(wgrad_winograd4, kWgrad, winograd_applies, wgrad_winograd<4>, isa, Isa_),                  \
-      FCB_ROW(wgrad_winograd2, kWgrad, winograd_applies, wgrad_winograd<2>, isa, Isa_),                  \
-      FCB_ROW(wgrad_direct, kWgrad, any_problem, any_problem, isa, Isa_),                                \
+#define FCB_ROWS(isa, Isa_)                                                                                    \
+  saving_moments(FCB_ROW(forward_moments, kForward, forward_moments_applies, suits_moments, isa, Isa_)),       \
+      FCB_ROW(backward_moments, kBackward, backward_moments_applies, any_problem, isa, Isa_),                  \
+      FCB_PACKING_ROW(forward_winograd4, winograd_applies, forward_winograd<4>, isa, Isa_),                    \
+      FCB_PACKING_ROW(forward_winograd2, winograd_applies, forward_winograd<2>, isa, Isa_),                    \
+      FCB_ROW(forward_depthwise, kForward, depthwise_applies, any_problem, isa, Isa_),                         \
+      FCB_PACKING_ROW(forward_direct, any_problem, any_problem, isa, Isa_),                                    \
+      FCB_ROW(reduce_direct, kReduce, any_problem, any_problem, isa, Isa_),                                    \
+      FCB_ROW(dgrad_winograd4, kDgrad, winograd_applies, dgrad_winograd<4>, isa, Isa_),                        \
+      FCB_ROW(dgrad_winograd2, kDgrad, winograd_applies, dgrad_winograd<2>, isa, Isa_),                        \
+      FCB_ROW(dgrad_columns, kDgrad, one_group, few_input_channels, isa, Isa_),                                \
+      FCB_ROW(dgrad_direct, kDgrad, any_problem, any_problem, isa, Isa_),                                      \
+      FCB_ROW(wgrad_winograd4, kWgrad, winograd_applies, wgrad_winograd<4>, isa, Isa_),                        \
+      FCB_ROW(wgrad_winograd2, kWgrad, winograd_applies, wgrad_winograd<2>, isa, Isa_),                        \
+      FCB_ROW(wgrad_direct, kWgrad, any_problem, any_problem, isa, Isa_),                                      \
+      FCB_ROW(backward_pointwise, kBackward, backward_pointwise_applies, suits_backward_pointwise, isa, Isa_), \
       FCB_ROW(backward_depthwise, kBackward, backward_depthwise_applies, any_problem, isa, Isa_)
 
 // Their kernels are those of AMX: the name says it once.

@@ -24,9 +24,12 @@ static void center_rows(const GatheredRows<C>& in, const C* mean, C* centered, i
 
 // R rows of the product by two vectors of its columns.
 template <class C, int R>
-FCB_INLINE void product_tile(const C* a, int64_t lda, const C* b, int64_t ldb, int64_t depth, C* sums, int64_t ld) {
+FCB_INLINE void product_tile(const C* a, int64_t lda, const C* b, int64_t ldb, int64_t depth, C* sums, int64_t ld,
+                             Ahead<C>* ahead) {
   Vector<C> acc[R][2] = {};
-  for (int64_t k = 0; k < depth; ++k, a += lda, b += ldb) {
+  const int64_t step = ahead ? ahead->steps : depth;
+  for (int64_t k = 0, next = 0; k < depth; ++k, a += lda, b += ldb) {
+    if (ahead && k == next) fetch(ahead), next += step;
     const Vector<C> b0 = load(b), b1 = load(b + kLanes<C>);
 #pragma GCC unroll 16
     for (int r = 0; r < R; ++r) {
@@ -45,8 +48,9 @@ FCB_INLINE void product_tile(const C* a, int64_t lda, const C* b, int64_t ldb, i
 
 // sums[outer_rows][panel] += a' b, of `depth` rows of a and b.
 template <class C>
-static void product(const C* a, int64_t lda, const C* b, int64_t ldb, int64_t depth, C* sums, int64_t ld) {
-  product_tile<C, kTileRows>(a, lda, b, ldb, depth, sums, ld);
+static void product(const C* a, int64_t lda, const C* b, int64_t ldb, int64_t depth, C* sums, int64_t ld,
+                    Ahead<C>* ahead) {
+  product_tile<C, kTileRows>(a, lda, b, ldb, depth, sums, ld, ahead);
 }
 
 // du = dy activation'(y), its sums over the rows added to sum[cols].
@@ -54,7 +58,9 @@ template <class C, Activation A>
 static void mask(const MaskBlock<C>& b) {
   for (int64_t r = 0; r < b.rows; ++r)
     for_vectors<C>(b.cols, [&](auto read, auto write, int64_t c) {
+      fetch_ahead<C, C>(b.dy, r, b.ld_dy, c);
       Vector<C> du = read(b.dy + r * b.ld_dy + c);
+      if constexpr (A != Activation::kNone) fetch_ahead<C, C>(b.y, r, b.ld_y, c);
       if constexpr (A != Activation::kNone) du *= derivative_of_output<A, C>(read(b.y + r * b.ld_y + c));
       write(b.du + r * b.ld_du + c, du);
       if (b.d_residual) write(b.d_residual + r * b.ld_d_residual + c, du);

@@ -106,7 +106,7 @@ class SecondMoments {
   // The tiles of S on and right of the diagonal: it is symmetric.
   void add_products(const C* x, int64_t depth, int64_t row, C* sums) const {
     for (int64_t column = row / k_.panel * k_.panel; column < channels_; column += k_.panel)
-      k_.product(x + row, ld_, x + column, ld_, depth, sums + row * ld_ + column, ld_);
+      k_.product(x + row, ld_, x + column, ld_, depth, sums + row * ld_ + column, ld_, nullptr);
   }
 
   // The mean, and in place of the blocks' means their deviations from it, times the root of their pixels.

@@ -60,6 +60,9 @@ FCB_STAGE(backward_moments);
 // The whole of backward, in two passes; the gradient of z never reaches memory.
 FCB_STAGE(backward_depthwise);
 
+// All of backward for 1x1 filters, in two passes; the gradient of z never reaches memory.
+FCB_STAGE(backward_pointwise);
+
 // The whole of backward for bfloat16 on AMX.
 FCB_STAGE(backward_direct_amx);
 
