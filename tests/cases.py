@@ -254,6 +254,15 @@ POINTWISE = {
                  (100, 48, 1), (64, 64, 1), (130, 12, 1), (24, 40, 1), (450, 16, 1)),
     "strides": ((1, 1),), "activation": (None, "relu", "relu6", "silu", "elu"),
 }  # fmt: skip
+# As a network's first layer: few inputs; lines of one and of several blocks of 96; whole panels of outputs and parts.
+FEW_CHANNELS = {
+    "channels": ((1, 1, 1), (1, 32, 1), (2, 8, 1), (2, 64, 1), (3, 31, 1), (3, 32, 1), (3, 64, 1), (3, 80, 1),
+                 (4, 33, 1), (4, 96, 1), (17, 32, 1)),
+    "kernel": ((7, 7), (3, 3), (1, 1), (5, 5), (1, 7), (2, 2), (11, 11)),
+    "strides": ((1, 1), (2, 2), (1, 2), (3, 1), (4, 4)),
+    "output": ((1, 1, 1), (2, 1, 5), (1, 3, 12), (2, 5, 13), (1, 33, 15), (3, 4, 23), (1, 7, 47), (2, 5, 96),
+               (1, 3, 97), (1, 2, 201)),
+}  # fmt: skip
 DEPTHWISE = {
     # Around panels of 32 channels; multipliers that divide a panel, that do not, that fill one.
     "channels": ((2, 2, 2), (3, 3, 3), (16, 16, 16), (31, 31, 31), (32, 32, 32), (33, 33, 33), (96, 96, 96),
@@ -365,6 +374,12 @@ def expanding_cases() -> list[Case]:
 def pointwise_cases() -> list[Case]:
     """Training of 1x1 convolutions of stride 1, each for one ISA."""
     return covering({**FACTORS, **POINTWISE}, limit=16_000_000)
+
+
+@functools.cache
+def few_channels_cases() -> list[Case]:
+    """Convolutions of few input channels, each for one ISA."""
+    return covering({**FACTORS, **FEW_CHANNELS}, limit=4_000_000)
 
 
 @functools.cache

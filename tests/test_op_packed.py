@@ -82,6 +82,9 @@ def packing_kernels():
 
 def test_most_kernels_pack():
     assert {"forward_direct_generic", "forward_winograd2_generic"} <= set(packing_kernels())
+    available = {kernel.name for kernel in raw.kernels() if kernel.available}
+    if "forward_direct_amx" in available:
+        assert raw.plan(INPUTS.shape, SHAPE, dtype="bfloat16").packed_bytes > 0
     assert raw.plan(INPUTS.shape, SHAPE, kernel="forward_reference").packed_bytes == 0
 
 
@@ -115,6 +118,20 @@ def test_they_are_right_for_all_kinds_of_layers(shape, groups, dtype):
             arrays = [t.numpy() for t in (inputs, filters, *rest)]
             np.testing.assert_array_equal(call(), raw.forward(*arrays, padding="SAME").output)
         filters.assign(filters * 2)
+
+
+@pytest.mark.parametrize("shape", [(3, 3, 3, 40), (1, 1, 16, 32), (3, 3, 40, 33)], ids=["first", "1x1", "3x3"])
+def test_bfloat16_is_packed_alike_for_all_geometries(shape):
+    """With few channels the taps of a filter line merge, if no dilation parts them."""
+    rest = [tf.constant(np.resize(t, shape[3])) for t in REST]
+    filters = tf.Variable(tf.cast(tf.random.normal(shape), tf.bfloat16))
+    for _ in range(3):
+        for size, strides, dilations in [(12, 1, 1), (12, 1, 2), (9, 2, 1), (56, 1, 1), (3, 1, 3)]:
+            inputs = tf.cast(tf.random.normal([2, size, size, shape[2]]), tf.bfloat16)
+            options = {"strides": strides, "dilations": dilations, "padding": "SAME"}
+            arrays = [t.numpy() for t in (inputs, filters, *rest)]
+            result = fusedconvbn.fused_conv_bn(inputs, filters, *rest, **options).output
+            np.testing.assert_array_equal(result, raw.forward(*arrays, **options).output)
 
 
 LIMITED = """

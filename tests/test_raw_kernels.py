@@ -3,7 +3,15 @@
 from dataclasses import replace
 
 import pytest
-from cases import depthwise_cases, expanding_cases, op_cases, pointwise_cases, winograd_cases
+from cases import (
+    Case,
+    depthwise_cases,
+    expanding_cases,
+    few_channels_cases,
+    op_cases,
+    pointwise_cases,
+    winograd_cases,
+)
 from raw_problem import Problem, planned
 
 from fusedconvbn import raw
@@ -11,11 +19,14 @@ from fusedconvbn import raw
 KERNELS = raw.kernels()
 CASES = op_cases()[::17]
 AMX_CASES = [case for case in op_cases() if case.dtype == "bf16" and case.groups == 1]
+# Sums in several passes, and more filters than a pass over the planes takes.
+DEEP = Case(batch=1, height=5, width=6, in_channels=290, out_channels=525, algorithm="winograd4", training=True)
 SPECIAL_CASES = {  # by a word in the names of the rows that serve no others
     "backward_direct_amx": [case for case in AMX_CASES if case.training and case.data_format == "NHWC"],
     "amx": AMX_CASES[::2],
-    "winograd": [replace(case, isa=None) for case in winograd_cases()[::23]],
+    "winograd": [replace(case, isa=None) for case in winograd_cases()[::23]] + [DEEP],
     "depthwise": [replace(case, isa=None) for case in depthwise_cases()[::5]],
+    "few_channels": [replace(case, isa=None) for case in few_channels_cases()[::4]],
     "columns": [case for case in op_cases() if case.groups == 1][::13],
     "pointwise": [replace(case, isa=None) for case in pointwise_cases()[::7]],
     "moments": [replace(case, isa=None) for case in expanding_cases()[::7]],

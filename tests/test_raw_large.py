@@ -30,6 +30,25 @@ def test_the_algorithm_is_chosen_by_the_sizes():
     assert by_transforms == {"winograd", "float64"}
 
 
+@pytest.mark.parametrize(
+    "case",
+    [
+        Case(height=7, width=9, in_channels=1048, out_channels=1072, kernel=(1, 1)),
+        Case(batch=2, height=13, width=15, in_channels=136, out_channels=520, strides=(2, 2)),
+    ],
+    ids=["channels", "taps"],
+)
+@pytest.mark.parametrize("isa", ["generic", "avx2", "avx512"])
+def test_filter_gradient_in_parts(case, isa):
+    """Rows and columns beyond one part's, and parts that begin within a tap."""
+    if not any(row.available and row.name == f"wgrad_direct_{isa}" for row in raw.kernels()):
+        pytest.skip(f"this machine has no {isa}")
+    problem = Problem(replace(case, isa=isa, training=True))
+    one, many = (problem.run_backward(threads=threads) for threads in (1, 7))
+    problem.check_backward(one)
+    assert one.filters.tobytes() == many.filters.tobytes()
+
+
 def test_filter_gradient_of_amx_beyond_its_cache():
     """Sums of more than 4 MiB go by groups of strips of pixels, the last of which is shorter here."""
     rows = {row.name: row.available for row in raw.kernels()}

@@ -32,41 +32,92 @@ FCB_INLINE void amx_zero() {
   _tile_zero(3);
 }
 
-// The accumulators as [32][32].
+// The accumulators as [32][32], from and to memory.
+constexpr int64_t kAmxTileBytes = kAmxPanel * sizeof(float);
+FCB_INLINE void amx_load(const float* tile) {
+  _tile_loadd(0, tile, kAmxTileBytes);
+  _tile_loadd(1, tile + kAmxTile, kAmxTileBytes);
+  _tile_loadd(2, tile + kAmxTile * kAmxPanel, kAmxTileBytes);
+  _tile_loadd(3, tile + kAmxTile * kAmxPanel + kAmxTile, kAmxTileBytes);
+}
 FCB_INLINE void amx_store(float* tile) {
-  constexpr int64_t kTileBytes = kAmxPanel * sizeof(float);
-  _tile_stored(0, tile, kTileBytes);
-  _tile_stored(1, tile + kAmxTile, kTileBytes);
-  _tile_stored(2, tile + kAmxTile * kAmxPanel, kTileBytes);
-  _tile_stored(3, tile + kAmxTile * kAmxPanel + kAmxTile, kTileBytes);
+  _tile_stored(0, tile, kAmxTileBytes);
+  _tile_stored(1, tile + kAmxTile, kAmxTileBytes);
+  _tile_stored(2, tile + kAmxTile * kAmxPanel, kAmxTileBytes);
+  _tile_stored(3, tile + kAmxTile * kAmxPanel + kAmxTile, kAmxTileBytes);
 }
 
-// 32 rows from `first` on.
-FCB_INLINE void amx_multiply_rows(const AmxRows& in, int64_t first, const uint16_t* filters, float* tile) {
+// Rows of a single tap are read once: a hint keeps them from displacing the filters in L1.
+template <bool Once>
+FCB_INLINE void amx_load_upper(const uint16_t* rows, int64_t row_bytes) {
+  if constexpr (Once)
+    _tile_stream_loadd(4, rows, row_bytes);
+  else
+    _tile_loadd(4, rows, row_bytes);
+}
+template <bool Once>
+FCB_INLINE void amx_load_lower(const uint16_t* rows, int64_t row_bytes) {
+  if constexpr (Once)
+    _tile_stream_loadd(5, rows, row_bytes);
+  else
+    _tile_loadd(5, rows, row_bytes);
+}
+
+FCB_INLINE void amx_fetch(AmxFetch* f) {
+  for (int64_t i = 0; i < f->lines && f->at < f->end; ++i, f->at += 64) _mm_prefetch(f->at, _MM_HINT_T1);
+}
+
+// Adds the products of 32 rows from `first` on and of chunks [begin, end) of all taps.
+template <bool Once>
+FCB_INLINE void amx_multiply_chunks(const AmxRows& in, int64_t first, int64_t begin, int64_t end,
+                                    const uint16_t* filters, AmxFetch* fetch) {
   const int64_t row_bytes = in.stride * 2, half = in.chunk * kAmxTile;
-  amx_zero();
   for (int64_t t = 0; t < in.taps; ++t) {
-    const uint16_t* rows = in.rows + in.tap_offset[t] + first * in.stride;
-    for (int64_t j = 0; j < in.chunks; ++j, rows += in.chunk, filters += 2 * half) {
+    const uint16_t* rows = in.rows + in.tap_offset[t] + first * in.stride + begin * in.chunk;
+    for (int64_t j = begin; j < end; ++j, rows += in.chunk, filters += 2 * half) {
       _tile_loadd(6, filters, 64);
-      _tile_loadd(4, rows, row_bytes);
+      amx_load_upper<Once>(rows, row_bytes);
       _tile_dpbf16ps(0, 4, 6);
       _tile_loadd(7, filters + half, 64);
       _tile_dpbf16ps(1, 4, 7);
-      _tile_loadd(5, rows + kAmxTile * in.stride, row_bytes);
+      amx_load_lower<Once>(rows + kAmxTile * in.stride, row_bytes);
+      amx_fetch(fetch);
       _tile_dpbf16ps(2, 5, 6);
       _tile_dpbf16ps(3, 5, 7);
     }
   }
-  amx_store(tile);
 }
 
-// The last 32 rows end with the last row: some are computed twice rather than any read behind it.
-static void amx_multiply(const AmxRows& in, const uint16_t* filters, float* tile) {
-  for (int64_t r = 0; r < in.count; r += kAmxRows) {
-    const int64_t first = in.count < kAmxRows || r + kAmxRows <= in.count ? r : in.count - kAmxRows;
-    amx_multiply_rows(in, first, filters, tile + first * kAmxPanel);
+// The last 32 rows end with the last row: some are computed twice rather than any read behind it. They lie in the tile
+// as if they did not; then those twice computed are dropped.
+FCB_INLINE int64_t amx_first_row(const AmxRows& in, int64_t r) {
+  return in.count < kAmxRows || r + kAmxRows <= in.count ? r : in.count - kAmxRows;
+}
+static void amx_close_up(const AmxRows& in, float* tile) {
+  const int64_t last = (in.count - 1) / kAmxRows * kAmxRows, twice = last - amx_first_row(in, last);
+  if (twice > 0)
+    __builtin_memmove(tile + last * kAmxPanel, tile + (last + twice) * kAmxPanel,
+                      static_cast<size_t>((in.count - last) * kAmxPanel) * sizeof *tile);
+}
+
+// Sums in memory, parts of a single tap's depth one after the other: a part's filters are in L1 for all rows.
+static void amx_multiply(const AmxRows& in, const uint16_t* filters, float* tile, AmxFetch* fetch) {
+  constexpr int64_t kPartChunks = 18;  // 36 KiB of filters
+  const int64_t parts = in.taps == 1 ? (in.chunks + kPartChunks - 1) / kPartChunks : 1;
+  for (int64_t p = 0; p < parts; ++p) {
+    const int64_t begin = p * in.chunks / parts, end = (p + 1) * in.chunks / parts;
+    for (int64_t r = 0; r < in.count; r += kAmxRows) {
+      const int64_t first = amx_first_row(in, r);
+      p > 0 ? amx_load(tile + r * kAmxPanel) : amx_zero();
+      if (in.taps == 1)
+        amx_multiply_chunks<true>(in, first, begin, end, filters, fetch);
+      else
+        amx_multiply_chunks<false>(in, first, begin, end, filters, fetch);
+      amx_store(tile + r * kAmxPanel);
+    }
+    filters += (end - begin) * in.chunk * kAmxPanel;
   }
+  amx_close_up(in, tile);
 }
 
 // 16 columns of two rows, as pairs.

@@ -74,7 +74,7 @@ class AmxBackward {
   void run_strips(ParallelFor* parallel) const {
     const Image<float> d_inputs = image(b_.d_inputs, input_grid(p_));
     const FilterLayout transposed{b_.filters, {0}, 0, 1, p_.out_channels};
-    if (b_.d_inputs) dgrad_.pack(transposed, dgrad_scratch_, parallel);
+    if (b_.d_inputs) dgrad_.pack(transposed, dgrad_scratch_, dgrad_scratch_.filters, parallel);
     const TileEpilogue<float> store{
         [&](const Tile<float>& t) { d_inputs.write(t.first, t.rows, t.channel, t.cols, {t.data, t.ld}); }, nullptr};
     parallel->run(wgrad_.ranges(), [&](int64_t range, int worker) {

@@ -26,7 +26,7 @@ class AmxConvolution {
   }
 
   struct Scratch {
-    uint16_t* filters;                          // [panels][panel_elements]
+    C* filters;                                 // [panels][panel_elements] of bfloat16
     std::vector<const uint16_t**> filter_rows;  // a worker's, of a tap
     std::vector<uint16_t*> staged;
     std::vector<C*> tile;  // a worker's [kChunk][panel]
@@ -41,7 +41,7 @@ class AmxConvolution {
 
   Scratch carve(Arena* arena, int workers) const {
     Scratch s;
-    s.filters = arena->take<uint16_t>(panels() * panel_elements());
+    s.filters = arena->take<C>(ceil_div(2 * panels() * panel_elements(), kUnit));
     for (int w = 0; w < workers; ++w) {
       s.filter_rows.push_back(arena->take<const uint16_t*>(reader_.depth().elements()));
       s.staged.push_back(arena->take<uint16_t>(group_ * reader_.staged_elements()));
@@ -50,48 +50,66 @@ class AmxConvolution {
     return s;
   }
 
+  // In units of C. What is kept must not depend on more than the filters' shape: whether taps merge does.
+  int64_t packed_elements() const {
+    if (reader_.merges_by_dilation()) return 0;
+    return ceil_div(2 * panels() * panel_elements(), kUnit);
+  }
+
   void run(const FilterLayout& filters, const Scratch& s, ParallelFor* parallel,
            const TileEpilogue<C>& epilogue) const {
     const int64_t strips = reader_.strips();
     if (strips == 0) return;
-    pack(filters, s, parallel);
+    if (!filters.packed) pack(filters, s, s.filters, parallel);
+    const auto packed = filters.packed ? static_cast<const uint16_t*>(filters.packed) : filters_in(s);
     const int64_t groups = ceil_div(strips, group_);
     const int64_t shares = std::min(panels(), ceil_div(4 * (parallel->threads() - 1) + 1, groups));
     parallel->run(groups * shares, [&](int64_t task, int worker) {
-      const int64_t begin = task / shares * group_, share = task % shares;
+      const int64_t group = task / shares, share = task % shares;
       Rows rows[kMaxGroup];
-      const int64_t count = std::min(group_, strips - begin);
-      for (int64_t i = 0; i < count; ++i) {
-        rows[i].strip = reader_.strip(begin + i);
-        rows[i].data = reader_.read(rows[i].strip, s.staged[worker] + i * reader_.staged_elements());
-        rows[i].first_chunk = reader_.first_chunk(begin + i);
-      }
-      run_rows(rows, count, share * panels() / shares, (share + 1) * panels() / shares, s, worker, epilogue);
+      const int64_t count = read_group(group, rows, s.staged[worker]);
+      const Job job{rows,
+                    count,
+                    share * panels() / shares,
+                    (share + 1) * panels() / shares,
+                    packed,
+                    shares == 1 ? memory_of(group + parallel->threads()) : Memory{},
+                    worker};
+      run_job(job, s, epilogue);
     });
   }
 
   // The two halves of run() for a caller that has the rows: `count` positions from `first` on, in order, in rows of
   // row_elements(). There is memory behind them for row_slack() more.
-  void pack(const FilterLayout& filters, const Scratch& s, ParallelFor* parallel) const {
+  void pack(const FilterLayout& filters, const Scratch& s, C* packed, ParallelFor* parallel) const {
     parallel->run(panels(), [&](int64_t panel, int worker) {
-      pack(filters, panel, s.filter_rows[worker], s.filters + panel * panel_elements());
+      pack(filters, panel, s.filter_rows[worker], reinterpret_cast<uint16_t*>(packed) + panel * panel_elements());
     });
   }
   void run_rows(const uint16_t* rows, int64_t first, int64_t count, const Scratch& s, int worker,
                 const TileEpilogue<C>& epilogue) const {
     const Rows strip{{first, 0, 0, count, 1, 1}, rows, 0};
-    run_rows(&strip, 1, 0, panels(), s, worker, epilogue);
+    run_job({&strip, 1, 0, panels(), filters_in(s), {}, worker}, s, epilogue);
   }
   int64_t row_elements() const { return reader_.row_elements(); }
 
  private:
+  using Memory = AmxRowReader::Memory;
   struct Rows {
     AmxRowReader::Strip strip;
     const uint16_t* data;
     int64_t first_chunk;
   };
+  // What a thread does at once: `count` strips by some panels.
+  struct Job {
+    const Rows* rows;
+    int64_t count, panel_begin, panel_end;
+    const uint16_t* filters;
+    Memory next;  // to be read by the thread's next job
+    int worker;
+  };
 
-  static constexpr int64_t kChunk = AmxRowReader::kChunk;
+  static constexpr int64_t kChunk = AmxRowReader::kChunk, kUnit = sizeof(C);
 
   int64_t panels() const { return ceil_div(cols_, kernels_.panel); }
   int64_t tap_elements() const { return reader_.depth().elements() * kernels_.panel; }
@@ -111,35 +129,72 @@ class AmxConvolution {
     }
   }
 
-  // Either a chunk's rows stay in cache for all panels, or a panel's filters for all chunks.
-  void run_rows(const Rows* rows, int64_t count, int64_t panel_begin, int64_t panel_end, const Scratch& s, int worker,
-                const TileEpilogue<C>& epilogue) const {
+  static const uint16_t* filters_in(const Scratch& s) { return reinterpret_cast<const uint16_t*>(s.filters); }
+
+  int64_t read_group(int64_t group, Rows* rows, uint16_t* staged) const {
+    const int64_t begin = group * group_, count = std::min(group_, reader_.strips() - begin);
+    for (int64_t i = 0; i < count; ++i, staged += reader_.staged_elements()) {
+      const auto strip = reader_.strip(begin + i);
+      rows[i] = {strip, reader_.read(strip, staged), reader_.first_chunk(begin + i)};
+    }
+    return count;
+  }
+
+  Memory memory_of(int64_t group) const {
+    if (group * group_ >= reader_.strips()) return {};
+    const int64_t last = std::min((group + 1) * group_, reader_.strips()) - 1;
+    return {reader_.memory_of(reader_.strip(group * group_)).begin, reader_.memory_of(reader_.strip(last)).end};
+  }
+
+  // Either a chunk's rows stay in cache for all panels, and the next rows are fetched meanwhile, or a panel's filters
+  // for all chunks, and the next panel's.
+  void run_job(const Job& job, const Scratch& s, const TileEpilogue<C>& epilogue) const {
     kernels_.amx.begin(reader_.depth().chunk);
-    if (2 * (panel_end - panel_begin) * panel_elements() <= kFilterBytes) {
-      for (int64_t i = 0; i < count; ++i)
-        for (int64_t chunk = 0; chunk < rows[i].strip.chunks(); ++chunk)
-          for (int64_t panel = panel_begin; panel < panel_end; ++panel)
-            run_tile(rows[i], chunk, panel, s, worker, epilogue);
+    const int64_t panels = job.panel_end - job.panel_begin;
+    if (2 * panels * panel_elements() <= kFilterBytes) {
+      AmxFetch fetch = fetch_during(job, panels, job.next);
+      for_chunks(job, [&](const Rows& rows, int64_t chunk) {
+        for (int64_t panel = job.panel_begin; panel < job.panel_end; ++panel)
+          run_tile(rows, chunk, panel, job, &fetch, s, epilogue);
+      });
     } else {
-      for (int64_t panel = panel_begin; panel < panel_end; ++panel)
-        for (int64_t i = 0; i < count; ++i)
-          for (int64_t chunk = 0; chunk < rows[i].strip.chunks(); ++chunk)
-            run_tile(rows[i], chunk, panel, s, worker, epilogue);
+      for (int64_t panel = job.panel_begin; panel < job.panel_end; ++panel) {
+        const uint16_t *next = job.filters + (panel + 1) * panel_elements(), *end = next + panel_elements();
+        AmxFetch fetch = fetch_during(job, 1, panel + 1 < job.panel_end ? Memory{next, end} : job.next);
+        for_chunks(job,
+                   [&](const Rows& rows, int64_t chunk) { run_tile(rows, chunk, panel, job, &fetch, s, epilogue); });
+      }
     }
     kernels_.amx.end();
   }
 
-  void run_tile(const Rows& rows, int64_t chunk, int64_t panel, const Scratch& s, int worker,
+  template <class F>
+  static void for_chunks(const Job& job, F f) {
+    for (int64_t i = 0; i < job.count; ++i)
+      for (int64_t chunk = 0; chunk < job.rows[i].strip.chunks(); ++chunk) f(job.rows[i], chunk);
+  }
+
+  // So fast that the products of a job's rows with some panels take as long.
+  AmxFetch fetch_during(const Job& job, int64_t panels, const Memory& memory) const {
+    constexpr int64_t kLine = 64, kTileRows = 32;  // bytes; rows of a step
+    int64_t steps = 0;
+    for (int64_t i = 0; i < job.count; ++i) steps += ceil_div(job.rows[i].strip.rows(), kTileRows);
+    steps *= panels * reader_.taps() * reader_.depth().chunks;
+    const auto *begin = reinterpret_cast<const char*>(memory.begin), *end = reinterpret_cast<const char*>(memory.end);
+    return {begin, end, steps == 0 ? 0 : ceil_div(end - begin, kLine * steps)};
+  }
+
+  void run_tile(const Rows& rows, int64_t chunk, int64_t panel, const Job& job, AmxFetch* fetch, const Scratch& s,
                 const TileEpilogue<C>& epilogue) const {
     const AmxRowReader::Strip& strip = rows.strip;
     const int64_t row = chunk * kChunk, end = std::min(row + kChunk, strip.rows()), stride = reader_.row_elements();
-    C* data = s.tile[worker];
+    C* data = s.tile[job.worker];
     kernels_.amx.multiply({rows.data + row * stride, stride, reader_.tap_offset().data(), reader_.taps(),
                            reader_.depth().chunks, reader_.depth().chunk, end - row},
-                          s.filters + panel * panel_elements(), data);
+                          job.filters + panel * panel_elements(), data, fetch);
     const int64_t column = panel * kernels_.panel, ld = kernels_.panel;
     const int64_t first = strip.first + strip.positions_before(row), line = row / strip.pitch;
-    Tile<C> tile{data, ld, first, 0, column, std::min(ld, cols_ - column), rows.first_chunk + chunk, worker};
+    Tile<C> tile{data, ld, first, 0, column, std::min(ld, cols_ - column), rows.first_chunk + chunk, job.worker};
     // The positions of each line close up: a flat strip is one run.
     const int64_t runs = strip.pitch == strip.width ? 1 : ceil_div(end, strip.pitch) - line;
     for (int64_t i = 0; i < runs; ++i) {

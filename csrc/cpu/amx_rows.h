@@ -46,7 +46,8 @@ class AmxRowReader {
     for (const Tap& tap : windows_.taps) add_plane(tap);
     if (!flat_) set_pitch();
     const int64_t row_bytes = 2 * unit_ * static_cast<int64_t>(std::max<size_t>(1, planes_.size()));
-    const int64_t rows = max_rows ? max_rows : std::clamp<int64_t>(kStripBytes / row_bytes / kChunk, 2, 32) * kChunk;
+    const int64_t rows =
+        max_rows ? max_rows : std::clamp<int64_t>(strip_bytes() / row_bytes / kChunk, flat_ ? 1 : 2, 32) * kChunk;
     lines_ = flat_ ? rows : std::clamp<int64_t>(rows / pitch_, 1, windows.height);
     for (const Tap& tap : windows_.taps) tap_offset_.push_back(flat_ ? 0 : offset(tap));
   }
@@ -99,11 +100,27 @@ class AmxRowReader {
   bool equal_strips() const { return strips() > 0 && (flat_ || windows_.height % lines_ == 0); }
   int64_t max_read_rows() const { return flat_ ? lines_ : read_rows(strip(0)); }
   int64_t max_rows() const { return flat_ ? lines_ : strip(0).rows(); }
+  // Whether filters of this shape are packed as they are for the sake of the distance of taps.
+  bool merges_by_dilation() const { return !merged_ && channels_ <= kMaxMergedChannels && windows_.taps.size() > 1; }
   int64_t pixel() const { return pixel_; }          // elements of a staged pixel
   const AmxDepth& depth() const { return depth_; }  // of a tap
   int64_t row_elements() const { return unit_; }    // distance of rows
   const std::vector<int64_t>& tap_offset() const { return tap_offset_; }
   int64_t taps() const { return static_cast<int64_t>(windows_.taps.size()); }
+
+  // The memory that a strip reads, where all of it is read but little else.
+  struct Memory {
+    const uint16_t *begin = nullptr, *end = nullptr;
+  };
+  Memory memory_of(const Strip& strip) const {
+    if (grid_.channel_stride != 1 || (flat_ && !in_order_)) return {};
+    if (flat_) return {source_ + grid_.offset(strip.first), source_ + grid_.offset(strip.first + strip.lines)};
+    const int64_t begin = std::clamp<int64_t>((strip.line + low_) * windows_.step_height, 0, grid_.height);
+    const int64_t end =
+        std::clamp<int64_t>((strip.line + strip.lines + high_) * windows_.step_height, begin, grid_.height);
+    const uint16_t* image = source_ + strip.image * grid_.image_stride;
+    return {image + begin * grid_.line_stride, image + end * grid_.line_stride};
+  }
 
   int64_t staged_elements() const {
     if (windows_.positions() == 0 || taps() == 0) return 0;
@@ -124,8 +141,9 @@ class AmxRowReader {
   }
 
  private:
-  static constexpr int64_t kSlack = 32;              // rows behind the last that are read
-  static constexpr int64_t kStripBytes = 256 << 10;  // of a strip's rows: with the filters and outputs within L2
+  static constexpr int64_t kSlack = 32;  // rows behind the last that are read
+  // Of a strip's rows: with the filters, the outputs and the next strip within L2. Lines of padding want more of them.
+  int64_t strip_bytes() const { return flat_ ? 96 << 10 : 256 << 10; }
   static constexpr int64_t kMaxMergedChannels = 16;
 
   struct Plane {

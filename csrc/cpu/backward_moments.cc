@@ -198,7 +198,8 @@ class BackwardByMoments {
     const int64_t cols = std::min(k_.panel, p_.in_channels - column), rows = p_.out_channels;
     if (cols < k_.panel) std::fill(packed, packed + rows * k_.panel, C(0));
     storage_.kernels.load(values(b_.filters) + column * rows, 1, rows, rows, cols, packed, k_.panel);
-    k_.gemm({scaled_rows_, p_.in_channels + 1, p_.in_channels + 1, 1, rows, 0}, packed, packed + rows * k_.panel);
+    k_.gemm({scaled_rows_, p_.in_channels + 1, p_.in_channels + 1, 1, rows, 0}, packed, k_.panel,
+            {packed + rows * k_.panel});
     for (int64_t k = 0; k < rows; ++k)
       for (int64_t c = 0; c < k_.panel; ++c) packed[k * k_.panel + c] *= channels_.slope()[k];
   }
@@ -221,7 +222,7 @@ class BackwardByMoments {
       w.rows[r] = w.joined + r * ld_joined_;
     }
     for (int64_t panel = 0; panel < panels(); ++panel) {
-      k_.gemm({w.rows, kBlockRows, count, 1, depth(), 0}, packed_ + panel * depth() * k_.panel, w.tile);
+      k_.gemm({w.rows, kBlockRows, count, 1, depth(), 0}, packed_ + panel * depth() * k_.panel, k_.panel, {w.tile});
       const int64_t column = panel * k_.panel;
       d_inputs_.write(first, count, column, std::min(k_.panel, p_.in_channels - column), {w.tile, k_.panel});
     }

@@ -82,7 +82,7 @@ class PointwiseBackward {
   void pack(int64_t panel) const {
     const int64_t depth = p_.out_channels;
     k_.transpose(values(b_.filters) + panel * k_.panel * depth, depth, cols(panel), depth,
-                 packed_ + panel * depth * k_.panel);
+                 packed_ + panel * depth * k_.panel, k_.panel);
   }
 
   void run_task(int64_t range, const Panels& panels, const Worker& w, int worker) const {
@@ -121,7 +121,7 @@ class PointwiseBackward {
     if (b_.d_inputs && !d_inputs_.streams(channel, cols)) soon.d_inputs = lines(b_.d_inputs, first, count, w.to);
     soon.inputs = lines(b_.inputs, next, std::min(kBlockRows, p_.pixels() - next), w.next);
     const int64_t steps = (panels.end - panels.begin) * ceil_div(p_.out_channels, k_.outer_rows);
-    soon.d_inputs.steps = soon.inputs.steps = std::max<int64_t>(1, steps / (soon.d_inputs.pairs + soon.inputs.pairs));
+    soon.d_inputs.steps = soon.inputs.steps = std::max<int64_t>(1, steps / (soon.d_inputs.lines + soon.inputs.lines));
     return soon;
   }
 
@@ -147,7 +147,8 @@ class PointwiseBackward {
   void write_inputs(int64_t first, int64_t count, const Panels& panels, const Worker& w) const {
     for (int64_t r = 0; r < count; ++r) w.rows[r] = w.dz + r * ld_dz_;
     for (int64_t panel = panels.begin; panel < panels.end; ++panel) {
-      k_.gemm({w.rows, kBlockRows, count, 1, p_.out_channels, 0}, packed_ + panel * p_.out_channels * k_.panel, w.tile);
+      k_.gemm({w.rows, kBlockRows, count, 1, p_.out_channels, 0}, packed_ + panel * p_.out_channels * k_.panel,
+              k_.panel, {w.tile});
       d_inputs_.write(first, count, panel * k_.panel, cols(panel), {w.tile, k_.panel});
     }
   }
@@ -158,7 +159,7 @@ class PointwiseBackward {
     C *sums = sums_ + column * ld_sums(), *packed = transposed_ + column * p_.in_channels;
     for (int64_t range = 1; range < ranges_; ++range)
       for (int64_t i = 0; i < count * ld_sums(); ++i) sums[i] += sums[range * sum_elements() + i];
-    k_.transpose(sums, ld_sums(), count, p_.in_channels, packed);
+    k_.transpose(sums, ld_sums(), count, p_.in_channels, packed, k_.panel);
     storage_.kernels.store(packed, k_.panel, p_.in_channels, count, static_cast<C*>(b_.d_filters) + column,
                            p_.out_channels, 1, false);
   }

@@ -16,7 +16,7 @@
 
 namespace fusedconvbn {
 
-// Positions of a block: 8 register tiles of AVX-512, 16 of the others. A tile of the block, 96 x 32 floats, is 12 KiB.
+// Positions of a block: 8 to 16 register tiles. A tile of the block, 96 x 64 floats at most, is 24 KiB: half an L1.
 // Also the unit of the batch statistics, so it never depends on the number of threads.
 constexpr int64_t kBlockRows = 96;
 constexpr int64_t kMaxTaskRows = 4096;  // of a task that stages its source: longer lines need no more of them
@@ -44,7 +44,41 @@ struct TileEpilogue {
   std::function<void(const Tile<C>&)> emit;
   // May be empty; for the rows of all the block's runs at once, up to twice as many.
   std::function<void(const Tile<C>&)> finish;
+  // May be empty. What to do with a tile's sums in registers, in place of emit; Emit::kNothing if that cannot be.
+  std::function<GemmOutput<C>(const Tile<C>&)> in_registers = nullptr;
+
+  GemmOutput<C> output(const Tile<C>& tile) const {
+    GemmOutput<C> to{tile.data};
+    if (in_registers) to = in_registers(tile);
+    to.keep = to.emit == Emit::kNothing || finish;
+    return to;
+  }
+  // Of a tile that output() has been made of.
+  void end(const GemmOutput<C>& to, const Tile<C>& tile) const {
+    if (to.emit == Emit::kNothing) emit(tile);
+    if (finish) finish(tile);
+  }
 };
+
+// The activations that need few registers.
+inline Emit emit_of(Activation activation) {
+  switch (activation) {
+    case Activation::kNone: return Emit::kNone;
+    case Activation::kRelu: return Emit::kRelu;
+    case Activation::kRelu6: return Emit::kRelu6;
+    case Activation::kLeakyRelu: return Emit::kLeakyRelu;
+    default: return Emit::kNothing;
+  }
+}
+
+// The tile's sums, as they are, to an image whose memory takes them.
+template <class C>
+GemmOutput<C> sums_to(const Image<C>& image, const Tile<C>& t) {
+  const Block<C> y = image.target(t.first, t.channel, {t.data, t.ld});
+  AffineBlock<C> block{};
+  block.y = y.data, block.ld_y = y.ld, block.cols = t.cols, block.stream = image.streams(t.channel, t.cols);
+  return {t.data, false, Emit::kSums, block};
+}
 
 struct Channels {
   int64_t groups, depth, cols;  // per group: reduced, produced
@@ -63,14 +97,16 @@ class Convolution {
         depth_(channels.depth),
         cols_(channels.cols),
         blocks_in_task_(ceil_div(std::min(4 * windows.width, kMaxTaskRows), kBlockRows)),
+        source_(source),
         in_cache_(fits_cache(source.grid())),
+        fetches_blocks_(!in_cache_ && source.direct() && taps() == 1 && windows.positions() == source.grid().pixels()),
         table_rows_(in_cache_ ? std::max(kBlockRows, windows.positions()) : kBlockRows),
         reader_(source, groups_ * depth_, windows, groups_ == 1, table_rows_, blocks_in_task_ * kBlockRows) {
-    if (!reader_.staged()) blocks_in_task_ = 1;
+    if (!reader_.staged()) blocks_in_task_ = fetches_blocks_ ? kBlocksAhead : 1;
   }
 
   struct Scratch {
-    C* filters;  // [panels][taps][depth][panel]
+    C* filters;  // [groups][panels][taps][depth][panel]
     C* zeros;
     std::vector<C*> tile;  // a worker's [kBlockRows][panel]
     std::vector<typename WindowReader<C>::Scratch> reader;
@@ -84,16 +120,19 @@ class Convolution {
     s.filters = arena->take<C>(packed_elements());
     s.zeros = arena->take<C>(reader_.zero_elements());
     for (int w = 0; w < workers; ++w) {
-      s.tile.push_back(arena->take<C>(kBlockRows * kernels_.panel));
+      s.tile.push_back(arena->take<C>(kBlockRows * kernels_.gemm_columns));
       s.reader.push_back(reader_.carve(arena, s.zeros));
     }
     return s;
   }
 
-  int64_t packed_elements() const { return panels() * panel_elements(); }
+  int64_t packed_elements() const { return groups_ * group_elements(); }
 
   void pack(const FilterLayout& filters, const Scratch&, C* packed, ParallelFor* parallel) const {
-    parallel->run(panels(), [&](int64_t panel, int) { pack(filters, panel, packed + panel * panel_elements()); });
+    parallel->run(panels(), [&](int64_t index, int) {
+      const Panel panel = panel_of(index);
+      pack(filters, panel, packed + panel.element);
+    });
   }
 
   void run(const FilterLayout& filters, const Scratch& s, ParallelFor* parallel,
@@ -106,7 +145,8 @@ class Convolution {
     // Few blocks: tasks of fewer panels, so that every thread has several.
     const int64_t threads = parallel->threads(), wanted = threads == 1 ? 1 : 4 * threads;
     const bool all_blocks = in_cache_ && !reader_.staged() && panels() >= wanted;
-    const int64_t task_blocks = all_blocks ? blocks() : blocks_in_task_;
+    const int64_t share = fetches_blocks_ ? std::max<int64_t>(1, blocks() / wanted) : blocks_in_task_;
+    const int64_t task_blocks = all_blocks ? blocks() : std::min(blocks_in_task_, share);
     const int64_t block_tasks = ceil_div(blocks(), task_blocks);
     const int64_t panel_tasks = std::min(panels(), ceil_div(wanted, block_tasks));
     parallel->run(block_tasks * panel_tasks, [&](int64_t task, int worker) {
@@ -117,32 +157,50 @@ class Convolution {
   }
 
  private:
+  static constexpr int64_t kBlocksAhead = 16;  // of a task: only its first block is not fetched ahead
+
+  // Columns of the product that are computed at once.
+  struct Panel {
+    int64_t group, column, cols;  // in the group
+    int64_t width;                // cols, rounded up to whole vectors
+    int64_t element;              // of the packed filters
+  };
+
   // Whether the source stays in half of an L2 of 2 MiB while the filters pass by. Then each panel of them is used for
   // all blocks at once, and read from memory once.
   bool fits_cache(const Grid& source) const {
     constexpr int64_t kMaxBytes = 1 << 20, kMaxBlocks = 4;  // and the pointers of all positions are few
-    const int64_t elements = windows_.batch * source.height * source.width * groups_ * depth_;
-    return blocks() <= kMaxBlocks && elements * static_cast<int64_t>(sizeof(C)) <= kMaxBytes;
+    const int64_t pixels = windows_.taps.size() == 1 ? windows_.positions() : source.pixels();
+    return blocks() <= kMaxBlocks && pixels * groups_ * depth_ * static_cast<int64_t>(sizeof(C)) <= kMaxBytes;
   }
 
-  int64_t panels_in_group() const { return ceil_div(cols_, kernels_.panel); }
+  int64_t panels_in_group() const { return ceil_div(cols_, kernels_.gemm_columns); }
   int64_t panels() const { return groups_ * panels_in_group(); }
-  int64_t tap_elements() const { return depth_ * kernels_.panel; }
-  int64_t panel_elements() const { return static_cast<int64_t>(windows_.taps.size()) * tap_elements(); }
+  int64_t taps() const { return static_cast<int64_t>(windows_.taps.size()); }
+  int64_t whole_vectors(int64_t cols) const { return ceil_div(cols, kernels_.lanes) * kernels_.lanes; }
+  int64_t group_elements() const { return taps() * depth_ * whole_vectors(cols_); }
 
-  void pack(const FilterLayout& f, int64_t panel, C* packed) const {
-    const int64_t group = panel / panels_in_group(), column = panel % panels_in_group() * kernels_.panel;
-    const int64_t cols = std::min(kernels_.panel, cols_ - column);
-    if (cols < kernels_.panel) std::fill(packed, packed + panel_elements(), C(0));
+  Panel panel_of(int64_t index) const {
+    Panel p;
+    p.group = index / panels_in_group();
+    p.column = index % panels_in_group() * kernels_.gemm_columns;
+    p.cols = std::min(kernels_.gemm_columns, cols_ - p.column);
+    p.width = whole_vectors(p.cols);
+    p.element = p.group * group_elements() + taps() * depth_ * p.column;
+    return p;
+  }
+
+  void pack(const FilterLayout& f, const Panel& panel, C* packed) const {
+    if (panel.cols < panel.width) std::fill(packed, packed + taps() * depth_ * panel.width, C(0));
     const char* data = static_cast<const char*>(f.data);
     for (int64_t offset : f.tap_offset) {
-      const int64_t element = offset + group * f.group_stride + column * f.column_stride;
+      const int64_t element = offset + panel.group * f.group_stride + panel.column * f.column_stride;
       const char* from = data + element * storage_.element_bytes;
       if (storage_.is_compute_type && f.depth_stride == 1)
-        kernels_.transpose(reinterpret_cast<const C*>(from), f.column_stride, cols, depth_, packed);
+        kernels_.transpose(reinterpret_cast<const C*>(from), f.column_stride, panel.cols, depth_, packed, panel.width);
       else
-        storage_.kernels.load(from, f.depth_stride, f.column_stride, depth_, cols, packed, kernels_.panel);
-      packed += tap_elements();
+        storage_.kernels.load(from, f.depth_stride, f.column_stride, depth_, panel.cols, packed, panel.width);
+      packed += depth_ * panel.width;
     }
   }
 
@@ -154,36 +212,47 @@ class Convolution {
     for (int64_t first = begin; first < end; first += table_rows_) {
       const int64_t rows = std::min(table_rows_, end - first);
       reader_.point(first, rows, scratch);
-      for (int64_t panel = panel_begin; panel < panel_end; ++panel)
+      for (int64_t index = panel_begin; index < panel_end; ++index) {
+        const Panel panel = panel_of(index);
         for (int64_t done = 0; done < rows; done += kBlockRows) {
           const int64_t count = std::min(kBlockRows, rows - done);
-          GatheredRows<C> in{scratch.rows + done,
-                             table_rows_,
-                             count,
-                             reader_.taps(),
-                             reader_.depth() * depth_,
-                             panel / panels_in_group() * depth_};
-          const C* filters = packed + panel * panel_elements();
-          if (in_cache_ && panel + 1 < panel_end) fetch_share(filters + panel_elements(), done, rows, &in);
-          kernels_.gemm(in, filters, s.tile[worker]);
-          emit({s.tile[worker], kernels_.panel, first + done, count, 0, 0, (first + done) / kBlockRows, worker}, panel,
-               epilogue);
+          GatheredRows<C> in{scratch.rows + done,      table_rows_,         count, reader_.taps(),
+                             reader_.depth() * depth_, panel.group * depth_};
+          const C* filters = packed + panel.element;
+          if (in_cache_ && index + 1 < panel_end)
+            fetch_panel(filters + taps() * depth_ * panel.width, done, rows, panel, &in);
+          if (fetches_blocks_ && first + rows < windows_.positions())
+            fetch_block(first + rows, index - panel_begin, panel_end - panel_begin, &in);
+          multiply(
+              in, panel, filters,
+              {s.tile[worker], panel.width, first + done, count, 0, panel.cols, (first + done) / kBlockRows, worker},
+              epilogue);
         }
+      }
     }
+    kernels_.end_streaming();
   }
 
   // Of the next panel, as much as `in` is of the `rows` that this one serves.
-  void fetch_share(const C* panel, int64_t done, int64_t rows, GatheredRows<C>* in) const {
-    in->ahead = panel + panel_elements() * done / rows;
-    in->ahead_end = panel + panel_elements() * (done + in->count) / rows;
+  void fetch_panel(const C* next, int64_t done, int64_t rows, const Panel& panel, GatheredRows<C>* in) const {
+    const int64_t elements = taps() * depth_ * panel.width;
+    in->ahead = next + elements * done / rows;
+    in->ahead_end = next + elements * (done + in->count) / rows;
+  }
+  // Of the pixels of the block at position `first`, the share that panel `index` of `panels` asks for.
+  void fetch_block(int64_t first, int64_t index, int64_t panels, GatheredRows<C>* in) const {
+    const int64_t count = std::min(kBlockRows, windows_.positions() - first);
+    const C* pixels = source_.read(first, count, 0, groups_ * depth_, nullptr).data;
+    in->ahead = pixels + count * index / panels * source_.ld();
+    in->ahead_end = pixels + count * (index + 1) / panels * source_.ld();
   }
 
-  void emit(Tile<C> tile, int64_t panel, const TileEpilogue<C>& epilogue) const {
-    const int64_t group = panel / panels_in_group(), column = panel % panels_in_group() * kernels_.panel;
-    tile.channel = group * cols_ + column;
-    tile.cols = std::min(kernels_.panel, cols_ - column);
-    epilogue.emit(tile);
-    if (epilogue.finish) epilogue.finish(tile);
+  void multiply(const GatheredRows<C>& in, const Panel& panel, const C* filters, Tile<C> tile,
+                const TileEpilogue<C>& epilogue) const {
+    tile.channel = panel.group * cols_ + panel.column;
+    const GemmOutput<C> to = epilogue.output(tile);
+    kernels_.gemm(in, filters, panel.width, to);
+    epilogue.end(to, tile);
   }
 
   const ComputeKernels<C>& kernels_;
@@ -191,8 +260,10 @@ class Convolution {
   Windows windows_;
   int64_t groups_, depth_, cols_;
   int64_t blocks_in_task_;  // enough lines that staging those above and below costs little
-  bool in_cache_;           // see fits_cache()
-  int64_t table_rows_;      // positions whose pointers are at hand at once
+  Image<C> source_;
+  bool in_cache_;        // see fits_cache()
+  bool fetches_blocks_;  // a block's pixels while the one before is multiplied: they are adjacent, and read once
+  int64_t table_rows_;   // positions whose pointers are at hand at once
   WindowReader<C> reader_;
 };
 

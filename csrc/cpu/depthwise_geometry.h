@@ -9,8 +9,6 @@
 
 namespace fusedconvbn {
 
-inline int64_t floor_div(int64_t a, int64_t b) { return (a >= 0 ? a : a - b + 1) / b; }
-
 // One dimension of a convolution.
 struct Axis {
   int64_t in, out, stride, pad, dilation, taps;

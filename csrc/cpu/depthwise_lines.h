@@ -12,18 +12,9 @@
 
 #include "arena.h"
 #include "image.h"
+#include "span.h"
 
 namespace fusedconvbn {
-
-struct Span {
-  int64_t begin, end;
-  int64_t size() const { return std::max<int64_t>(0, end - begin); }
-};
-
-// Part `index` of `count` nearly equal ones of [0, size).
-inline Span part(int64_t index, int64_t count, int64_t size) {
-  return {index * size / count, (index + 1) * size / count};
-}
 
 // Output channels as panels. With a multiplier a panel ends between two input channels.
 struct DepthwisePanels {

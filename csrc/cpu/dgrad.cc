@@ -67,7 +67,9 @@ class Phase {
     if (tap_offset_.empty()) return clear(arena.take<C>(p_.in_channels), parallel);
     const FilterLayout transposed{filters, tap_offset_, p_.group_out(), 1, p_.out_channels};
     const auto emit = [this](const Tile<C>& t) { output_.write(t.first, t.rows, t.channel, t.cols, {t.data, t.ld}); };
-    convolution_.run(transposed, convolution_.carve(&arena, workers), parallel, {emit, nullptr});
+    std::function<GemmOutput<C>(const Tile<C>&)> in_registers;
+    if (output_.direct()) in_registers = [this](const Tile<C>& t) { return sums_to(output_, t); };
+    convolution_.run(transposed, convolution_.carve(&arena, workers), parallel, {emit, nullptr, in_registers});
   }
 
  private:

@@ -10,14 +10,13 @@
 
 #include "compute_type.h"
 #include "convolve.h"
+#include "span.h"
 #include "stages.h"
 
 namespace fusedconvbn {
 namespace {
 
 constexpr int64_t kTasks = 16;  // enough for as many threads
-
-int64_t floor_div(int64_t a, int64_t b) { return (a >= 0 ? a : a - b + 1) / b; }
 
 template <class C>
 class ColumnGradient {
@@ -102,8 +101,8 @@ class ColumnGradient {
   // Positions [first, first + count) of the image.
   void run_panel(int64_t first, int64_t count, const Worker& w, Lines* lines) const {
     const int64_t image = lines->image * p_.out_height * p_.out_width;
-    k_.transpose(dz_ + (image + first) * p_.out_channels, p_.out_channels, count, p_.out_channels, w.dz);
-    k_.gemm({filter_rows_, rows(), rows(), 1, p_.out_channels, 0}, w.dz, w.tile);
+    k_.transpose(dz_ + (image + first) * p_.out_channels, p_.out_channels, count, p_.out_channels, w.dz, k_.panel);
+    k_.gemm({filter_rows_, rows(), rows(), 1, p_.out_channels, 0}, w.dz, k_.panel, {w.tile});
     for (int64_t done = 0, run; done < count; done += run) {
       const int64_t i = (first + done) / p_.out_width, j = (first + done) % p_.out_width;
       run = std::min(count - done, p_.out_width - j);

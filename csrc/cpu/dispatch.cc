@@ -83,6 +83,9 @@ bool few_input_channels(const ConvBnParams& p) {
   return p.in_channels <= 16;
 }
 
+// Where the direct algorithm's rows are short, and lines long enough to fill its tiles.
+bool few_source_channels(const ConvBnParams& p) { return p.in_channels <= 4 && p.out_width >= 12; }
+
 // It reads z where there is one, and recomputes it with frozen statistics.
 bool backward_depthwise_applies(const ConvBnParams& p) {
   return depthwise_applies(p) && (!p.training || has_conv_out(p));
@@ -163,6 +166,7 @@ Kernel saving_moments(Kernel row) {
       FCB_PACKING_ROW(forward_winograd4, winograd_applies, forward_winograd<4>, isa, Isa_),                    \
       FCB_PACKING_ROW(forward_winograd2, winograd_applies, forward_winograd<2>, isa, Isa_),                    \
       FCB_ROW(forward_depthwise, kForward, depthwise_applies, any_problem, isa, Isa_),                         \
+      FCB_PACKING_ROW(forward_few_channels, one_group, few_source_channels, isa, Isa_),                        \
       FCB_PACKING_ROW(forward_direct, any_problem, any_problem, isa, Isa_),                                    \
       FCB_ROW(reduce_direct, kReduce, any_problem, any_problem, isa, Isa_),                                    \
       FCB_ROW(dgrad_winograd4, kDgrad, winograd_applies, dgrad_winograd<4>, isa, Isa_),                        \
@@ -176,19 +180,17 @@ Kernel saving_moments(Kernel row) {
       FCB_ROW(backward_depthwise, kBackward, backward_depthwise_applies, any_problem, isa, Isa_)
 
 // Their kernels are those of AMX: the name says it once.
-#define FCB_AMX_ROW(name, stage, applies, suits) \
-  {#name,                                        \
-   Stage::stage,                                 \
-   Isa::kAmx,                                    \
-   applies,                                      \
-   suits,                                        \
-   scratch_with<&kKernelsAmx, name##_scratch>,   \
-   run_with<&kKernelsAmx, run_##name>}
+#define FCB_AMX_ROW(name, stage, applies, suits)                                                \
+  Kernel {                                                                                      \
+    #name, Stage::stage, Isa::kAmx, applies, suits, scratch_with<&kKernelsAmx, name##_scratch>, \
+        run_with<&kKernelsAmx, run_##name>                                                      \
+  }
 
 const std::vector<Kernel>& kernel_table() {
   static const std::vector<Kernel> table = {
 #if defined(__x86_64__) && !defined(FUSEDCONVBN_NO_AMX)
-      FCB_AMX_ROW(forward_direct_amx, kForward, amx_applies, suits_amx),
+      packing(FCB_AMX_ROW(forward_direct_amx, kForward, amx_applies, suits_amx),
+              scratch_with<&kKernelsAmx, forward_direct_amx_packed>),
       FCB_AMX_ROW(backward_direct_amx, kBackward, amx_backward_applies, suits_amx_backward),
 #endif
 #if defined(__x86_64__)

@@ -7,6 +7,7 @@
 #include "compute_type.h"
 #include "convolve.h"
 #include "depthwise.h"
+#include "few_channels.h"
 #include "second_moments.h"
 #include "stages.h"
 #include "statistics.h"
@@ -15,7 +16,7 @@
 namespace fusedconvbn {
 namespace {
 
-// Conv: Convolution, Winograd2, Winograd4 or DepthwiseConvolution.
+// Conv: Convolution, Winograd2, Winograd4, FewChannelsConvolution or DepthwiseConvolution.
 template <class C, template <class> class Conv>
 class Forward {
  public:
@@ -67,7 +68,7 @@ class Forward {
       const int64_t at = t.block * p_.out_channels + t.channel;
       k_.moments(t.data, t.ld, t.rows, t.cols, moments_.mean + at, moments_.squares + at);
     };
-    convolve(parallel, {[this](const Tile<C>& t) { save(t); }, measure});
+    convolve(parallel, {[this](const Tile<C>& t) { save(t); }, measure, sums_to_conv_out()});
     parallel->run(ceil_div(p_.out_channels, kChannelChunk), [&](int64_t chunk, int) { learn(chunk * kChannelChunk); });
     normalize_all(parallel);
   }
@@ -77,15 +78,30 @@ class Forward {
                           if (p_.training) round(t);
                           conv_out_.write(t.first, t.rows, t.channel, t.cols, {t.data, t.ld});
                         },
-                        nullptr});
+                        nullptr, storage_.is_compute_type ? sums_to_conv_out() : nullptr});
   }
 
  private:
-  void convolve_and_normalize(ParallelFor* parallel) const {
-    convolve(parallel, {[this](const Tile<C>& t) { normalize({t.data, t.ld}, t); }, nullptr});
+  using InRegisters = std::function<GemmOutput<C>(const Tile<C>&)>;
+
+  InRegisters sums_to_conv_out() const {
+    if (!conv_out_.direct()) return nullptr;
+    return [this](const Tile<C>& t) { return sums_to(conv_out_, t); };
   }
 
-  int64_t columns() const { return std::max(kChannelChunk, k_.panel); }  // of a block in scratch
+  void convolve_and_normalize(ParallelFor* parallel) const {
+    const Emit emit = emit_of(p_.activation);
+    InRegisters in_registers;
+    if (output_.direct() && emit != Emit::kNothing)
+      in_registers = [this, emit](const Tile<C>& t) {
+        const Block<C> z{t.data, t.ld};
+        return GemmOutput<C>{t.data, false, emit, affine_block(z, t)};
+      };
+    convolve(parallel, {[this](const Tile<C>& t) { normalize({t.data, t.ld}, t); }, nullptr, in_registers});
+  }
+
+  // Of a block in scratch.
+  int64_t columns() const { return std::max(kChannelChunk, k_.gemm_columns); }
 
   FilterLayout filters() const {
     FilterLayout filters{b_.filters, {}, p_.group_out(), p_.out_channels, 1, b_.packed_filters};
@@ -170,14 +186,27 @@ class Forward {
   // output = activation((z - mean) * scale + beta + residual), computed in the tile where it cannot be in place.
   void normalize(const Block<C>& z, const Tile<C>& t) const {
     if (output_.in_place()) return normalize_in_place(output_.in_place_kernels().affine_of_tile, z.data, z.ld, t);
+    const AffineBlock<C> block = affine_block(z, t);
+    k_.affine[static_cast<int>(p_.activation)](block);
+    output_.write(t.first, t.rows, t.channel, t.cols, {static_cast<C*>(block.y), block.ld_y});
+  }
+
+  AffineBlock<C> affine_block(const Block<C>& z, const Tile<C>& t) const {
     Block<C> extra{nullptr, 0};
     if (residual_.present()) extra = residual_.read(t.first, t.rows, t.channel, t.cols, extra_[t.worker]);
     const Block<C> y = output_.target(t.first, t.channel, {t.data, t.ld});
-    k_.affine[static_cast<int>(p_.activation)]({z.data, z.ld, extra.data, extra.ld, y.data, y.ld, t.rows, t.cols,
-                                                static_cast<const C*>(b_.batch_mean) + t.channel, scale_ + t.channel,
-                                                static_cast<const C*>(b_.beta) + t.channel,
-                                                output_.streams(t.channel, t.cols)});
-    output_.write(t.first, t.rows, t.channel, t.cols, y);
+    return {z.data,
+            z.ld,
+            extra.data,
+            extra.ld,
+            y.data,
+            y.ld,
+            t.rows,
+            t.cols,
+            static_cast<const C*>(b_.batch_mean) + t.channel,
+            scale_ + t.channel,
+            static_cast<const C*>(b_.beta) + t.channel,
+            output_.streams(t.channel, t.cols)};
   }
 
   // The same where 16-bit numbers lie in rows.
@@ -302,14 +331,16 @@ Status run_with(const KernelSet& set, const StageCall& call) {
 }
 
 // Where the filters may have been packed before.
+template <class C, template <class> class Conv>
+void run_or_pack(const KernelSet& set, const StageCall& call) {
+  if (!call.packed) return run_as<C, Conv>(set, call);
+  Forward<C, Conv>(set, call.params, call.device, *call.forward, conv_out_image<C>(set, call), call.scratch)
+      .pack(call.packed, call.parallel);
+}
+
 template <template <class> class Conv>
 Status run_packing(const KernelSet& set, const StageCall& call) {
-  if (!call.packed) return run_with<Conv>(set, call);
-  with_compute_type(call.params.dtype, [&](auto c) {
-    Forward<decltype(c), Conv>(set, call.params, call.device, *call.forward, conv_out_image<decltype(c)>(set, call),
-                               call.scratch)
-        .pack(call.packed, call.parallel);
-  });
+  with_compute_type(call.params.dtype, [&](auto c) { run_or_pack<decltype(c), Conv>(set, call); });
   return Status{};
 }
 
@@ -333,6 +364,12 @@ size_t forward_winograd2_packed(const KernelSet& set, const ConvBnParams& p, con
 size_t forward_winograd4_packed(const KernelSet& set, const ConvBnParams& p, const DeviceInfo& device) {
   return packed_of<Winograd4>(set, p, device);
 }
+size_t forward_few_channels_scratch(const KernelSet& set, const ConvBnParams& p, const DeviceInfo& device) {
+  return scratch_of<FewChannelsConvolution>(set, p, device);
+}
+size_t forward_few_channels_packed(const KernelSet& set, const ConvBnParams& p, const DeviceInfo& device) {
+  return packed_of<FewChannelsConvolution>(set, p, device);
+}
 size_t forward_moments_scratch(const KernelSet& set, const ConvBnParams& p, const DeviceInfo& device) {
   return with_compute_type(
       p.dtype, [&](auto c) { return ForwardByMoments<decltype(c)>(set, p, device, {}, nullptr).scratch_bytes(); });
@@ -349,6 +386,9 @@ size_t forward_depthwise_scratch(const KernelSet& set, const ConvBnParams& p, co
 Status run_forward_direct(const KernelSet& set, const StageCall& call) { return run_packing<Convolution>(set, call); }
 Status run_forward_winograd2(const KernelSet& set, const StageCall& call) { return run_packing<Winograd2>(set, call); }
 Status run_forward_winograd4(const KernelSet& set, const StageCall& call) { return run_packing<Winograd4>(set, call); }
+Status run_forward_few_channels(const KernelSet& set, const StageCall& call) {
+  return run_packing<FewChannelsConvolution>(set, call);
+}
 Status run_forward_depthwise(const KernelSet& set, const StageCall& call) {
   return run_with<DepthwiseConvolution>(set, call);
 }
@@ -357,8 +397,12 @@ size_t forward_direct_amx_scratch(const KernelSet& set, const ConvBnParams& p, c
   return Forward<float, AmxConvolution>(set, p, device, {}, conv_grad_image<float>(set, p, nullptr), nullptr)
       .scratch_bytes();
 }
+size_t forward_direct_amx_packed(const KernelSet& set, const ConvBnParams& p, const DeviceInfo& device) {
+  return Forward<float, AmxConvolution>(set, p, device, {}, conv_grad_image<float>(set, p, nullptr), nullptr)
+      .packed_bytes();
+}
 Status run_forward_direct_amx(const KernelSet& set, const StageCall& call) {
-  run_as<float, AmxConvolution>(set, call);
+  run_or_pack<float, AmxConvolution>(set, call);
   return Status{};
 }
 

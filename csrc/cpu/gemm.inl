@@ -1,23 +1,30 @@
 // Register tiles: small matrix products whose accumulators never leave the registers.
 //
-// Budget with 32 registers (AVX-512): 12 rows x 2 vectors = 24 accumulators, 2 for the filters, 1 for the broadcast.
-// With 16 registers (AVX2, SSE2): 6 x 2 = 12, 2, 1. A 14-row tile makes gcc 12 spill.
+// Budget with 32 registers (AVX-512): 12 rows x 2 vectors or 6 x 4 = 24 accumulators, 2 or 4 for the filters, 1 for the
+// broadcast. With 16 registers (AVX2, SSE2): 6 x 2 = 12, 2, 1. A 14-row tile makes gcc 12 spill.
 template <class C>
 constexpr int64_t kPanel = 2 * kLanes<C>;
 constexpr int kTileRows = FCB_TILE_ROWS;
 
-// acc[r] += row r of a times b, over begin <= k < end; element k of row r is a[r][k].
-template <class C, int R>
-FCB_INLINE void accumulate(const C* const (&a)[R], const C* b, int64_t begin, int64_t end, Vector<C> (&acc)[R][2]) {
-  b += begin * kPanel<C>;
+// Of N vectors of columns: N vectors of the filters and R broadcasts feed N * R multiplications, so wide tiles load
+// less. Each loop is unrolled by what divides it.
+template <int N>
+constexpr int kRows = N == 1 ? 12 : 2 * kTileRows / N;
+constexpr int kMaxVectors = kTileRows >= 12 ? 4 : 2;
+
+// acc[r] += element k of row r of a times row k of b, k < K; b's rows are N vectors.
+template <class C, int R, int N, int K>
+FCB_INLINE void accumulate(const C* const (&a)[R], int64_t begin, const C* b, Vector<C> (&acc)[R][N]) {
 #pragma GCC unroll 4
-  for (int64_t k = begin; k < end; ++k, b += kPanel<C>) {
-    const Vector<C> b0 = load(b), b1 = load(b + kLanes<C>);
+  for (int k = 0; k < K; ++k, b += N * kLanes<C>) {
+    Vector<C> v[N];
+#pragma GCC unroll 4
+    for (int n = 0; n < N; ++n) v[n] = load(b + n * kLanes<C>);
 #pragma GCC unroll 16
     for (int r = 0; r < R; ++r) {
-      const Vector<C> x = broadcast(a[r][k]);
-      acc[r][0] += x * b0;
-      acc[r][1] += x * b1;
+      const Vector<C> x = broadcast(a[r][begin + k]);
+#pragma GCC unroll 4
+      for (int n = 0; n < N; ++n) acc[r][n] += x * v[n];
     }
   }
 }
@@ -33,70 +40,159 @@ FCB_INLINE void fetch_rows(const C* const* rows, int64_t offset, int64_t depth) 
 // Memory that is asked for a few lines at a time, so that the multiplications do not wait for them.
 template <class C>
 struct Fetch {
-  static constexpr int64_t kStep = 16;  // of the depth: 16 * 12 * 2 multiplications hide some lines from the L3
-  static constexpr int64_t kLine = 64 / sizeof(C);
   const C *next, *end;
-  int64_t lines;  // a step
+  int64_t lines;  // every kStep of the depth
 };
 
 template <class C>
 FCB_INLINE void fetch(Fetch<C>* f) {
-  for (int64_t i = 0; i < f->lines && f->next < f->end; ++i, f->next += Fetch<C>::kLine)
-    __builtin_prefetch(f->next, 0, 2);
+  constexpr int64_t kLine = 64 / sizeof(C);
+  for (int64_t i = 0; i < f->lines && f->next < f->end; ++i, f->next += kLine) __builtin_prefetch(f->next, 0, 2);
 }
 
-template <class C, int R>
-static void gemm_tile(const GatheredRows<C>& in, int64_t first, const C* filters, C* tile, Fetch<C>* ahead) {
-  Vector<C> acc[R][2] = {};
+// In straight runs of kStep of the depth: the end of a short loop is one that the processor does not foresee.
+constexpr int kStep = 4;
+
+// The sums of `valid` rows from `first` on, and of the last one again up to R.
+template <class C, int R, int N>
+FCB_INLINE void multiply_rows(const GatheredRows<C>& in, int64_t first, int64_t valid, const C* filters,
+                              Fetch<C>* ahead, Vector<C> (&acc)[R][N]) {
   for (int64_t t = 0; t < in.taps; ++t) {
     const C* const* rows = in.rows + t * in.row_stride + first;
     const C* a[R];
 #pragma GCC unroll 16
-    for (int r = 0; r < R; ++r) a[r] = rows[r] + in.offset;
-    if (t + 1 < in.taps) fetch_rows<C, R>(rows + in.row_stride, in.offset, in.depth);
-    const int64_t step = ahead->lines > 0 ? Fetch<C>::kStep : in.depth;
-    for (int64_t k = 0; k < in.depth; k += step) {
+    for (int r = 0; r < R; ++r) a[r] = rows[r < valid ? r : valid - 1] + in.offset;
+    if (t + 1 < in.taps && valid == R) fetch_rows<C, R>(rows + in.row_stride, in.offset, in.depth);
+    int64_t k = 0;
+    for (; k + kStep <= in.depth; k += kStep, filters += kStep * N * kLanes<C>) {
       fetch(ahead);
-      accumulate<C, R>(a, filters, k, k + step < in.depth ? k + step : in.depth, acc);
+      accumulate<C, R, N, kStep>(a, k, filters, acc);
     }
-    filters += in.depth * kPanel<C>;
+    for (; k < in.depth; ++k, filters += N * kLanes<C>) accumulate<C, R, N, 1>(a, k, filters, acc);
   }
+}
+
+template <class C, int R, int N>
+FCB_INLINE void store_tile(const Vector<C> (&acc)[R][N], int64_t rows, C* tile) {
 #pragma GCC unroll 16
   for (int r = 0; r < R; ++r) {
-    store(tile + r * kPanel<C>, acc[r][0]);
-    store(tile + r * kPanel<C> + kLanes<C>, acc[r][1]);
+    if (r == rows) return;
+#pragma GCC unroll 4
+    for (int n = 0; n < N; ++n) store(tile + (r * N + n) * kLanes<C>, acc[r][n]);
   }
 }
 
-template <class C, int R = kTileRows>
-FCB_INLINE void gemm_rows(const GatheredRows<C>& in, int64_t first, int64_t rows, const C* filters, C* tile,
-                          Fetch<C>* ahead) {
-  if constexpr (R > 0) {
-    if (rows == R) return gemm_tile<C, R>(in, first, filters, tile + first * kPanel<C>, ahead);
-    gemm_rows<C, R - 1>(in, first, rows, filters, tile, ahead);
+// The rows from `first` on of what `to` says, from registers. Memory takes these few lines while the next tile is
+// computed; whole blocks of lines it would not.
+template <class C, Activation A, bool Affine, int R, int N>
+FCB_INLINE void emit_tile(const Vector<C> (&acc)[R][N], int64_t first, const AffineBlock<C>& to) {
+  C* y = row<C>(to.y, first, to.ld_y);
+  const C* residual = to.residual ? row<C>(to.residual, first, to.ld_residual) : nullptr;
+  const auto emit = [&](int n, auto read, auto write) {
+    const int64_t c = n * kLanes<C>;
+    Vector<C> mean{}, scale{}, beta{};
+    if constexpr (Affine) mean = read(to.mean + c), scale = read(to.scale + c), beta = read(to.beta + c);
+#pragma GCC unroll 16
+    for (int r = 0; r < R; ++r) {
+      Vector<C> u = acc[r][n];
+      if constexpr (Affine) u = (u - mean) * scale + beta;
+      if (Affine && residual) u += read(residual + r * to.ld_residual + c);
+      write(y + r * to.ld_y + c, activate<A, C>(u));
+    }
+  };
+  const auto whole = [](const C* p) { return load(p); };
+#pragma GCC unroll 4
+  for (int n = 0; n < N; ++n) {
+    const int64_t part = to.cols - n * kLanes<C>;
+    if (part <= 0) return;
+    if (part < kLanes<C>)
+      emit(n, [part](const C* p) { return load_part(p, part); }, [part](C* p, Vector<C> v) { store_part(p, v, part); });
+    else if (to.stream)
+      emit(n, whole, [](C* p, Vector<C> v) { stream(p, v); });
+    else
+      emit(n, whole, [](C* p, Vector<C> v) { store(p, v); });
   }
 }
 
-// In tiles of about as many rows: one of few rows has too few accumulators to keep the multipliers busy.
+template <class C, int R, int N>
+FCB_INLINE void finish_tile(const Vector<C> (&acc)[R][N], int64_t first, const GemmOutput<C>& to) {
+  if (to.keep) store_tile<C, R, N>(acc, R, to.tile + first * N * kLanes<C>);
+  switch (to.emit) {
+    case Emit::kNothing: break;
+    case Emit::kSums: emit_tile<C, Activation::kNone, false, R, N>(acc, first, to.block); break;
+    case Emit::kNone: emit_tile<C, Activation::kNone, true, R, N>(acc, first, to.block); break;
+    case Emit::kRelu: emit_tile<C, Activation::kRelu, true, R, N>(acc, first, to.block); break;
+    case Emit::kRelu6: emit_tile<C, Activation::kRelu6, true, R, N>(acc, first, to.block); break;
+    case Emit::kLeakyRelu: emit_tile<C, Activation::kLeakyRelu, true, R, N>(acc, first, to.block); break;
+  }
+}
+
+// A whole tile, of kRows<N> rows. A function of its own, for the sake of its registers.
+template <class C, int N>
+static __attribute__((noinline)) void gemm_tile(const GatheredRows<C>& in, int64_t first, const C* filters,
+                                                Fetch<C>* ahead, const GemmOutput<C>& to) {
+  constexpr int R = kRows<N>;
+  Vector<C> acc[R][N] = {};
+  multiply_rows<C, R, N>(in, first, R, filters, ahead, acc);
+  finish_tile<C, R, N>(acc, first, to);
+}
+
+// What finish_tile() makes of a tile, from memory.
 template <class C>
-static void gemm(const GatheredRows<C>& in, const C* filters, C* tile) {
-  const int64_t tiles = (in.count + kTileRows - 1) / kTileRows;
-  const int64_t steps = tiles * in.taps * ((in.depth + Fetch<C>::kStep - 1) / Fetch<C>::kStep);
-  const int64_t lines = (in.ahead_end - in.ahead) / Fetch<C>::kLine;
-  Fetch<C> ahead{in.ahead, in.ahead_end, steps == 0 ? 0 : (lines + steps - 1) / steps};
-  for (int64_t t = 0, first = 0, rows; t < tiles; ++t, first += rows) {
-    rows = (in.count - first + tiles - t - 1) / (tiles - t);
-    gemm_rows(in, first, rows, filters, tile, &ahead);
+static void emit_rows(const C* tile, int64_t ld, int64_t first, int64_t rows, const GemmOutput<C>& to) {
+  AffineBlock<C> b = to.block;
+  b.z = tile, b.ld_z = ld, b.rows = rows;
+  b.y = row<C>(b.y, first, b.ld_y);
+  if (b.residual) b.residual = row<C>(b.residual, first, b.ld_residual);
+  switch (to.emit) {
+    case Emit::kNothing: break;
+    case Emit::kSums: store_block<C, C>(tile, ld, rows, b.cols, b.y, b.ld_y, 1, b.stream); break;
+    case Emit::kNone: affine<C, Activation::kNone>(b); break;
+    case Emit::kRelu: affine<C, Activation::kRelu>(b); break;
+    case Emit::kRelu6: affine<C, Activation::kRelu6>(b); break;
+    case Emit::kLeakyRelu: affine<C, Activation::kLeakyRelu>(b); break;
   }
 }
 
-// Asks for the next lines of `ahead`.
+// The last rows, by a tile of about as many.
+template <class C, int N, int R>
+static void gemm_rest(const GatheredRows<C>& in, int64_t first, int64_t rows, const C* filters, Fetch<C>* ahead,
+                      C* tile) {
+  if constexpr (R > 1)
+    if (rows <= R / 2) return gemm_rest<C, N, R / 2>(in, first, rows, filters, ahead, tile);
+  Vector<C> acc[R][N] = {};
+  multiply_rows<C, R, N>(in, first, rows, filters, ahead, acc);
+  store_tile<C, R, N>(acc, rows, tile);
+}
+
+template <class C, int N>
+static void gemm_of(const GatheredRows<C>& in, const C* filters, const GemmOutput<C>& to) {
+  constexpr int64_t R = kRows<N>, kLd = N * kLanes<C>, kLine = 64 / sizeof(C);
+  const int64_t steps = (in.count + R - 1) / R * in.taps * (in.depth / kStep);
+  const int64_t lines = (in.ahead_end - in.ahead) / kLine;
+  Fetch<C> ahead{in.ahead, in.ahead_end, steps == 0 ? 0 : (lines + steps - 1) / steps};
+  int64_t first = 0;
+  for (; first + R <= in.count; first += R) gemm_tile<C, N>(in, first, filters, &ahead, to);
+  if (first == in.count) return;
+  gemm_rest<C, N, kRows<N>>(in, first, in.count - first, filters, &ahead, to.tile + first * kLd);
+  emit_rows(to.tile + first * kLd, kLd, first, in.count - first, to);
+}
+
+template <class C, int N = kMaxVectors>
+static void gemm(const GatheredRows<C>& in, const C* filters, int64_t columns, const GemmOutput<C>& to) {
+  if constexpr (N > 0) {
+    if (columns < N * kLanes<C>) return gemm<C, N - 1>(in, filters, columns, to);
+    gemm_of<C, N>(in, filters, to);
+  }
+}
+
+// Asks for the next line of `ahead`.
 template <class C>
 FCB_INLINE void fetch(Ahead<C>* ahead) {
   if (ahead->row == ahead->count) return;
-  __builtin_prefetch(ahead->rows[ahead->row] + ahead->offset + ahead->pair * Ahead<C>::kPair, 0, 2);
-  if (++ahead->pair < ahead->pairs) return;
-  ahead->pair = 0;
+  __builtin_prefetch(ahead->rows[ahead->row] + ahead->offset + ahead->line * Ahead<C>::kLine, 0, 2);
+  if (++ahead->line < ahead->lines) return;
+  ahead->line = 0;
   ++ahead->row;
 }
 
@@ -115,7 +211,7 @@ FCB_INLINE void accumulate_outer(const C* a, const C* b, int64_t depth, Vector<C
 }
 
 template <class C, int R>
-static void outer_tile(const C* a, const C* b, int64_t depth, C* tile, Ahead<C>* ahead) {
+static void outer_tile(const C* a, const C* b, int64_t depth, bool add, C* tile, Ahead<C>* ahead) {
   Vector<C> acc[R][2] = {};  // of this block alone: adding it to the tile once errs less than adding each product
   const int64_t step = ahead ? ahead->steps : depth;
   for (int64_t k = 0; k < depth; k += step) {
@@ -126,16 +222,16 @@ static void outer_tile(const C* a, const C* b, int64_t depth, C* tile, Ahead<C>*
   for (int r = 0; r < R; ++r)
     for (int v = 0; v < 2; ++v) {
       C* to = tile + r * kPanel<C> + v * kLanes<C>;
-      store(to, load(to) + acc[r][v]);
+      store(to, add ? load(to) + acc[r][v] : acc[r][v]);
     }
 }
 
 // Of a partial tile no more rows than 8 accumulators need are computed: fewer would wait for each other's additions.
 template <class C>
-static void outer(const C* a, const C* b, int64_t depth, int64_t rows, C* tile, Ahead<C>* ahead) {
-  if (kTileRows > 4 && rows <= 4) return outer_tile<C, 4>(a, b, depth, tile, ahead);
-  if (kTileRows > 8 && rows <= 8) return outer_tile<C, 8>(a, b, depth, tile, ahead);
-  outer_tile<C, kTileRows>(a, b, depth, tile, ahead);
+static void outer(const C* a, const C* b, int64_t depth, int64_t rows, bool add, C* tile, Ahead<C>* ahead) {
+  if (kTileRows > 4 && rows <= 4) return outer_tile<C, 4>(a, b, depth, add, tile, ahead);
+  if (kTileRows > 8 && rows <= 8) return outer_tile<C, 8>(a, b, depth, add, tile, ahead);
+  outer_tile<C, kTileRows>(a, b, depth, add, tile, ahead);
 }
 
 // The first `valid` of Width elements, zeros as the others.
@@ -147,30 +243,33 @@ FCB_INLINE void pack_part(const C* from, int64_t valid, C* to) {
   }
 }
 
-// Row by row, each from its first element to its last: that is how memory is read ahead.
+// A few rows at a time, panel by panel: few streams of memory are read, and whole lines of a panel are written at once.
 template <class C, int Width>
 static void pack(const C* const* rows, int64_t offset, int64_t count, int64_t valid, C* packed, int64_t panel) {
-  const int64_t whole = valid / Width, rest = valid % Width;
-  for (int64_t i = 0; i < count; ++i, packed += Width) {
-    const C* from = rows[i] + offset;
+  constexpr int64_t kRows = 8;
+  const int64_t whole = valid / Width * Width;
+  for (int64_t first = 0; first < count; first += kRows, packed += kRows * Width) {
+    const int64_t n = count - first < kRows ? count - first : kRows;
     C* to = packed;
-    for (int64_t p = 0; p < whole; ++p, from += Width, to += panel) __builtin_memcpy(to, from, Width * sizeof(C));
-    if (rest != 0) pack_part<C, Width>(from, rest, to);
+    for (int64_t c = 0; c < whole; c += Width, to += panel)
+      for (int64_t r = 0; r < n; ++r) __builtin_memcpy(to + r * Width, rows[first + r] + offset + c, Width * sizeof(C));
+    if (whole < valid)
+      for (int64_t r = 0; r < n; ++r)
+        pack_part<C, Width>(rows[first + r] + offset + whole, valid - whole, to + r * Width);
   }
 }
 
 template <class C>
-static void transpose(const C* from, int64_t ld, int64_t rows, int64_t depth, C* packed) {
+static void transpose(const C* from, int64_t ld, int64_t rows, int64_t depth, C* packed, int64_t panel) {
   constexpr int64_t L = kLanes<C>;
-  for (int64_t c = 0; c < kPanel<C>; c += L)
+  for (int64_t c = 0; c < panel; c += L)
     for (int64_t k = 0; k < depth; k += L) {
       const int64_t count = rows - c < L ? rows - c : L, part = depth - k < L ? depth - k : L;
       if (count == L && part == L)
-        transpose_square(from + c * ld + k, ld, packed + k * kPanel<C> + c, kPanel<C>);
+        transpose_square(from + c * ld + k, ld, packed + k * panel + c, panel);
       else
         for (int64_t i = 0; i < part; ++i)
-          for (int64_t r = 0; r < L; ++r)
-            packed[(k + i) * kPanel<C> + c + r] = r < count ? from[(c + r) * ld + k + i] : 0;
+          for (int64_t r = 0; r < L; ++r) packed[(k + i) * panel + c + r] = r < count ? from[(c + r) * ld + k + i] : 0;
     }
 }
 

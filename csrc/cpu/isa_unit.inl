@@ -29,6 +29,7 @@ namespace {
 #include "gemm.inl"  // kTileRows and the panel of all that follows
 
 #include "depthwise.inl"
+#include "few_channels.inl"
 #include "planes.inl"
 #include "pointwise.inl"
 #include "winograd.inl"
@@ -86,13 +87,18 @@ static constexpr ComputeKernels<C> compute_kernels() {
   ComputeKernels<C> k{};
   k.panel = kPanel<C>;
   k.outer_rows = kTileRows;
+  k.lanes = kLanes<C>;
+  k.gemm_columns = kMaxVectors * kLanes<C>;
   k.gemm = gemm<C>;
+  k.end_streaming = end_streaming;
   k.depthwise = depthwise<C>;
   k.outer = outer<C>;
   k.pack_rows = pack<C, kTileRows>;
   k.pack_columns = pack<C, static_cast<int>(kPanel<C>)>;
   k.transpose = transpose<C>;
   k.add_rows = add_rows<C>;
+  k.split = split<C>;
+  k.multiply_shifted = multiply_shifted<C>;
   k.depthwise_outer = depthwise_outer<C>;
   k.multiply_planes = multiply_planes<C>;
   k.multiply_transposed_planes = multiply_transposed_planes<C>;

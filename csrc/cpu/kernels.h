@@ -20,20 +20,29 @@ struct GatheredRows {
   const C *ahead = nullptr, *ahead_end = nullptr;  // gemm: memory to be fetched meanwhile, evenly
 };
 
-// Memory that the next block will read. A kernel asks for a part of it every `steps` steps of its own, so that few
-// lines are in flight at once and the multiplications do not wait; it moves on `row` and `pair`. Lines come in pairs.
+// Memory that the next block will read. A kernel asks for a line of it every `steps` steps of its own, so that few are
+// in flight at once and the multiplications do not wait; it moves on `row` and `line`. Line after line, since a stream
+// is what the hardware walks to the next page for: with every other line missing, the multiplications wait for that.
 template <class C>
 struct Ahead {
-  static constexpr int64_t kPair = 128 / sizeof(C);  // elements
-  const C* const* rows;                              // [count], each of `pairs` pairs of lines from `offset` on
-  int64_t offset, count, pairs, steps;
-  int64_t row, pair;
+  static constexpr int64_t kLine = 64 / sizeof(C);  // elements
+  const C* const* rows;                             // [count], each of `lines` lines from `offset` on
+  int64_t offset, count, lines, steps;
+  int64_t row, line;
 };
 
 template <class C>
 static inline Ahead<C> ahead_of(const C* const* rows, int64_t offset, int64_t count, int64_t elements) {
-  return {rows, offset, count, (elements + Ahead<C>::kPair - 1) / Ahead<C>::kPair, 1, 0, 0};
+  return {rows, offset, count, (elements + Ahead<C>::kLine - 1) / Ahead<C>::kLine, 1, 0, 0};
 }
+
+// Windows of consecutive positions: element k of that of position r lies at from + offsets[k] + r.
+template <class C>
+struct ShiftedRows {
+  const C* from;
+  const int64_t* offsets;  // [depth]
+  int64_t depth, count;
+};
 
 constexpr int64_t kDepthwisePanel = 32;  // channels of a row in depthwise kernels, whatever the vectors
 
@@ -65,6 +74,17 @@ struct AffineBlock {
   int64_t rows, cols;
   const C *mean, *scale, *beta;  // [cols]
   bool stream;                   // y past the caches; y and its rows aligned to 64 bytes, cols a multiple of 16
+};
+
+// What gemm does with sums that are still in registers: nothing, store them as they are, or as AffineBlock says.
+enum class Emit { kNothing, kSums, kNone, kRelu, kRelu6, kLeakyRelu };
+
+template <class C>
+struct GemmOutput {
+  C* tile;           // [count][columns]
+  bool keep = true;  // the sums are to be left there; else it is scratch
+  Emit emit = Emit::kNothing;
+  AffineBlock<C> block{};  // its z and rows are gemm's; kSums: y, ld_y, cols and stream
 };
 
 // How the activation's argument u is had again.
@@ -102,6 +122,12 @@ struct AmxRows {
   int64_t count;  // at least 32, or there is memory behind the last row: whole tiles are read
 };
 
+// Memory that is fetched into L2 while products are computed: so many lines for each 32 rows of a chunk.
+struct AmxFetch {
+  const char *at, *end;
+  int64_t lines;
+};
+
 // The depth of a product in pieces: a piece is `depth` rows, a multiple of 32, and lies so many elements behind the
 // last.
 struct AmxPieces {
@@ -120,8 +146,8 @@ struct AmxKernels {
   void (*end)();
   // As InPlaceKernels::apply, d_conv also of bfloat16.
   void (*apply[kActivationCount][3])(const GradientBlock<float>&);
-  // tile[count][32] = the sum over taps and chunks of rows * filters.
-  void (*multiply)(const AmxRows& rows, const uint16_t* filters, float* tile);
+  // tile[count][32] = the sum over taps and chunks of rows * filters; whole 32 rows of `tile` are written.
+  void (*multiply)(const AmxRows& rows, const uint16_t* filters, float* tile, AmxFetch* fetch);
   // Packs a tap: element k of its depth has the columns at rows[k], or is 0 where rows[k] is null; cols <= 32, the
   // others are 0.
   void (*pack)(const uint16_t* const* rows, int64_t column_stride, int64_t cols, int64_t chunks, int64_t chunk,
@@ -152,6 +178,10 @@ struct MaskBlock {
   C* sum;  // may be null; [cols] += sum of du over the rows
 };
 
+// Rows of operands of products of planes lie in blocks of so many elements: an operand [depth / kPlaneDepth][rows]
+// [kPlaneDepth].
+constexpr int64_t kPlaneDepth = 64;
+
 // Matrix products of many planes; c is [plane][rows][panel], the others as the kernel says. Distances in elements.
 template <class C>
 struct Planes {
@@ -165,34 +195,52 @@ struct Planes {
   bool add;  // to what c holds
 };
 
+// Where the transforms of windows go: channel c of row r of a plane at r * ld + c / kPlaneDepth * block +
+// c % kPlaneDepth.
+template <class C>
+struct PlaneLayout {
+  C* planes;
+  int64_t ld, block, plane;
+};
+
 // The transforms of Winograd's F(MxM, 3x3), winograd.inl: (M+2)^2 planes of `plane` elements.
 template <class C>
 struct WinogradKernels {
-  void (*window)(const GatheredRows<C>& rows, C* planes, int64_t ld, int64_t plane);
-  void (*gradient)(const GatheredRows<C>& rows, C* planes, int64_t ld, int64_t plane);
-  void (*filter)(const C* filters, int64_t depth, C* planes, int64_t plane);
+  void (*window)(const GatheredRows<C>& rows, const PlaneLayout<C>& to);
+  void (*gradient)(const GatheredRows<C>& rows, const PlaneLayout<C>& to);
+  // filters[9 taps, `tap` elements apart][depth][ld], of which a panel; planes[depth][panel].
+  void (*filter)(const C* filters, int64_t tap, int64_t ld, int64_t depth, C* planes, int64_t plane, bool streams);
   void (*filter_gradient)(const C* planes, int64_t plane, int64_t rows, C* filters);
   void (*output)(const C* planes, int64_t plane, int64_t count, int64_t pixels, int64_t lines, C* rows);
 };
 
 template <class C>
 struct ComputeKernels {
-  int64_t panel;       // columns of a packed filter panel and of a tile
-  int64_t outer_rows;  // rows of an outer-product tile
+  int64_t panel;         // columns of a packed filter panel and of a tile
+  int64_t outer_rows;    // rows of an outer-product tile
+  int64_t lanes;         // of a vector
+  int64_t gemm_columns;  // at most
 
-  // tile[count][panel] = sum over taps and depth of rows * filters[taps][depth][panel].
-  void (*gemm)(const GatheredRows<C>& rows, const C* filters, C* tile);
-  // tile[rows][panel] += sum over depth of a[depth][outer_rows]' * b[depth][panel], rows <= outer_rows; the tile's
-  // other rows may change. `ahead` may be null.
-  void (*outer)(const C* a, const C* b, int64_t depth, int64_t rows, C* tile, Ahead<C>* ahead);
+  // tile[count][columns] = sum over taps and depth of rows * filters[taps][depth][columns]; columns: a multiple of
+  // `lanes`. What it streams is ordered by end_streaming().
+  void (*gemm)(const GatheredRows<C>& rows, const C* filters, int64_t columns, const GemmOutput<C>& to);
+  void (*end_streaming)();
+  // tile[rows][panel] = the sum over depth of a[depth][outer_rows]' * b[depth][panel], or that added to it; rows <=
+  // outer_rows, and the tile's other rows may change. `ahead` may be null.
+  void (*outer)(const C* a, const C* b, int64_t depth, int64_t rows, bool add, C* tile, Ahead<C>* ahead);
   // Operands of outer: the `valid` elements at rows[i] + offset, i < count, and zeros up to a whole panel, in panels of
   // outer_rows or of `panel` elements: element c of row i at packed[c / width * panel + i * width + c % width].
   void (*pack_rows)(const C* const* rows, int64_t offset, int64_t count, int64_t valid, C* packed, int64_t panel);
   void (*pack_columns)(const C* const* rows, int64_t offset, int64_t count, int64_t valid, C* packed, int64_t panel);
-  // packed[depth][panel] = from[rows][depth]' and columns of zeros, rows <= panel.
-  void (*transpose)(const C* from, int64_t ld, int64_t rows, int64_t depth, C* packed);
+  // packed[depth][panel] = from[rows][depth]' and columns of zeros, rows <= panel, a multiple of `lanes`.
+  void (*transpose)(const C* from, int64_t ld, int64_t rows, int64_t depth, C* packed, int64_t panel);
   // to[r][offset + c] += tile[r][c], c < cols, ld = panel; nothing where to[r] is null.
   void (*add_rows)(const C* tile, int64_t rows, int64_t cols, C* const* to, int64_t offset);
+
+  // few_channels.inl. to[planes][ld] = from[columns][planes]', the last column in part: `elements` in all.
+  void (*split)(const C* from, int64_t elements, int64_t planes, C* to, int64_t ld);
+  // As gemm, of rows * filters[depth][panel].
+  void (*multiply_shifted)(const ShiftedRows<C>& rows, const C* filters, const GemmOutput<C>& to);
 
   // Depthwise, on up to kDepthwisePanel channels, element by element. out = sum over taps of rows *
   // filters[taps][kDepthwisePanel].
@@ -208,7 +256,8 @@ struct ComputeKernels {
   // [c * multiplier, (c + 1) * multiplier).
   void (*depthwise_fold)(C* block, int64_t rows, int64_t cols, int64_t multiplier);
 
-  // a[plane][rows][depth] * b[plane][depth][panel]; ldb is the panel, nothing is added.
+  // a[plane][depth / kPlaneDepth][rows][kPlaneDepth] * b[plane][depth][panel]; lda is the distance of blocks, ldb the
+  // panel, nothing is added.
   void (*multiply_planes)(const Planes<C>&);
   // a[plane][depth][rows]' * b[plane][depth][panel].
   void (*multiply_transposed_planes)(const Planes<C>&);

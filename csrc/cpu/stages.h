@@ -32,7 +32,8 @@ inline bool depthwise_applies(const ConvBnParams& p) {
 FCB_PACKING_STAGE(forward_direct);
 FCB_PACKING_STAGE(forward_winograd2);
 FCB_PACKING_STAGE(forward_winograd4);
-FCB_STAGE(forward_direct_amx);
+FCB_PACKING_STAGE(forward_direct_amx);
+FCB_PACKING_STAGE(forward_few_channels);
 FCB_STAGE(forward_depthwise);
 
 // The same for 1x1 filters in training, with the statistics from the second moments of the inputs; saves those, no z.

@@ -44,15 +44,16 @@ class WinogradConvolution {
         windows_(winograd_windows<M>(windows)),
         depth_(channels.depth),
         cols_(channels.cols),
-        block_windows_(block_windows(channels.depth)),
+        pass_panels_(std::min(kMaxPassPanels, ceil_div(channels.cols, kernels.panel))),
+        block_windows_(block_windows()),
         reader_(source, depth_, windows_, false, block_windows_, block_windows_) {}
 
   struct Worker {
     typename WindowReader<C>::Scratch reader;
-    C* planes;    // [kPlanes][windows][ld()]
-    C* products;  // [kPlanes][windows][panel]
+    C* planes;    // [kPlanes][depth / kPlaneDepth][windows][kPlaneDepth]
+    C* products;  // [pass_panels_][kPlanes][windows][panel]
     C* outputs;   // [kGroupRows][panel]
-    C* filters;   // [9][kDepth][panel]
+    C* filters;   // [9][kBlockElements]
   };
   struct Scratch {
     C* filters;  // [panels][kPlanes][depth][panel]
@@ -64,8 +65,8 @@ class WinogradConvolution {
     Scratch s{arena->take<C>(packed_elements()), arena->take<C>(reader_.zero_elements()), {}};
     for (int w = 0; w < workers; ++w)
       s.workers.push_back({reader_.carve(arena, s.zeros), arena->take<C>(kPlanes * plane()),
-                           arena->take<C>(kPlanes * product_plane()), arena->take<C>(kGroupRows * kernels_.panel),
-                           arena->take<C>(9 * kDepth * kernels_.panel)});
+                           arena->take<C>(pass_panels_ * product_panel()), arena->take<C>(kGroupRows * kernels_.panel),
+                           arena->take<C>(9 * kBlockElements)});
     return s;
   }
 
@@ -79,8 +80,12 @@ class WinogradConvolution {
   int64_t packed_elements() const { return panels() * panel_elements(); }
 
   void pack(const FilterLayout& filters, const Scratch& s, C* packed, ParallelFor* parallel) const {
-    parallel->run(panels(), [&](int64_t panel, int worker) {
-      pack(filters, panel, s.workers[worker].filters, packed + panel * panel_elements());
+    const FilterBlocks blocks = filter_blocks(filters);
+    const int64_t wide = ceil_div(panels(), blocks.panels);
+    parallel->run(ceil_div(depth_, blocks.depth) * wide, [&](int64_t task, int worker) {
+      const int64_t begin = task / wide * blocks.depth, panel = task % wide * blocks.panels;
+      const int64_t depth = std::min(blocks.depth, depth_ - begin), count = std::min(blocks.panels, panels() - panel);
+      pack(filters, begin, depth, panel, count, s.workers[worker].filters, packed);
     });
   }
 
@@ -90,12 +95,14 @@ class WinogradConvolution {
     std::fill(s.zeros, s.zeros + reader_.zero_elements(), C(0));
     if (!filters.packed) pack(filters, s, s.filters, parallel);
     const C* packed = filters.packed ? static_cast<const C*>(filters.packed) : s.filters;
-    const int64_t tasks = ceil_div(windows_.positions(), block_windows_);
-    const int64_t panel_tasks = std::min(panels(), ceil_div(4 * parallel->threads(), tasks));
+    // Few windows: tasks of fewer panels, each of which transforms the windows again.
+    const int64_t threads = parallel->threads(), wanted = threads == 1 ? 1 : 2 * threads;
+    const int64_t tasks = ceil_div(blocks(), block_windows_ / kGroup);
+    const int64_t panel_tasks = std::min(panels(), ceil_div(wanted, tasks));
     parallel->run(tasks * panel_tasks, [&](int64_t task, int worker) {
-      const int64_t share = task % panel_tasks;
-      run_task(task / panel_tasks, share * panels() / panel_tasks, (share + 1) * panels() / panel_tasks, packed, s,
-               worker, epilogue);
+      const int64_t at = task / panel_tasks, share = task % panel_tasks;
+      run_task(at * blocks() / tasks, (at + 1) * blocks() / tasks, share * panels() / panel_tasks,
+               (share + 1) * panels() / panel_tasks, packed, s, worker, epilogue);
     });
   }
 
@@ -103,7 +110,7 @@ class WinogradConvolution {
   static constexpr int64_t kPlanes = (M + 2) * (M + 2);
   static constexpr int64_t kGroupRows = 2 * kBlockRows;    // pixels of a block: of blocks()
   static constexpr int64_t kGroup = kGroupRows / (M * M);  // its windows
-  static constexpr int64_t kDepth = 64;  // channels of filters transformed at once: 9 x 64 x 32 floats are 72 KiB
+  static constexpr int64_t kMaxPassPanels = 16;
   static constexpr int64_t kOdd = 64 / sizeof(C);  // elements that make a plane an odd number of cache lines
 
   // A run of windows of one image line: `lines` output lines of `pixels`, fewer than M where the image ends.
@@ -112,49 +119,81 @@ class WinogradConvolution {
     int64_t first, pixels, lines;
   };
 
-  int64_t ld() const { return depth_ + kOdd; }  // not a power of two, whose rows would share few sets of the cache
-  int64_t plane() const { return block_windows_ * ld() + kOdd; }
+  int64_t depth_block() const { return block_windows_ * kPlaneDepth; }
+  int64_t plane() const { return ceil_div(depth_, kPlaneDepth) * depth_block() + kOdd; }
   int64_t product_plane() const { return block_windows_ * kernels_.panel + kOdd; }
+  int64_t product_panel() const { return kPlanes * product_plane(); }
   int64_t panels() const { return ceil_div(cols_, kernels_.panel); }
   int64_t filter_plane() const { return depth_ * kernels_.panel + kOdd; }
   int64_t panel_elements() const { return kPlanes * filter_plane(); }
 
-  // Windows of a task: their planes take half of an L2 of 2 MiB, but where that leaves few windows to the filters,
-  // which then are better read again and again than they.
-  static int64_t block_windows(int64_t depth) {
-    constexpr int64_t kBudget = 1 << 20, kMin = std::max<int64_t>(kGroup, 36), kMax = 2048;
-    const int64_t windows = kBudget / (kPlanes * (depth + kOdd) * static_cast<int64_t>(sizeof(C)));
-    return std::clamp(windows, kMin, kMax) / kGroup * kGroup;
+  // Windows of a task. The filters pass by once a task: so many windows hide that they come from L3, and those of up to
+  // 256 channels, and their products, about stay in an L2 of 2 MiB. Deeper ones do not: then more of them are better.
+  int64_t block_windows() const {
+    constexpr int64_t kWindows = 36, kDeepWindows = 72, kDeep = 3 << 20;
+    const int64_t bytes = kPlanes * (depth_ + pass_panels_ * kernels_.panel) * static_cast<int64_t>(sizeof(C));
+    const int64_t windows = kWindows * bytes > kDeep ? kDeepWindows : kWindows;
+    return std::clamp(windows / kGroup, int64_t{1}, std::max<int64_t>(1, blocks())) * kGroup;
   }
 
-  // loaded: a worker's filters.
-  void pack(const FilterLayout& f, int64_t panel, C* loaded, C* packed) const {
-    const int64_t column = panel * kernels_.panel, cols = std::min(kernels_.panel, cols_ - column);
-    for (int64_t begin = 0; begin < depth_; begin += kDepth) {
-      const int64_t depth = std::min(kDepth, depth_ - begin);
-      if (cols < kernels_.panel) std::fill(loaded, loaded + 9 * depth * kernels_.panel, C(0));
-      for (int64_t t = 0; t < 9; ++t) {
-        const int64_t element = f.tap_offset[t] + begin * f.depth_stride + column * f.column_stride;
-        storage_.kernels.load(static_cast<const char*>(f.data) + element * storage_.element_bytes, f.depth_stride,
-                              f.column_stride, depth, cols, loaded + t * depth * kernels_.panel, kernels_.panel);
-      }
-      transforms_.filter(loaded, depth, packed + begin * kernels_.panel, filter_plane());
+  // Filters are transformed in blocks that are loaded first, as they lie in memory: some of their rows or, of
+  // transposed filters, some of their columns.
+  struct FilterBlocks {
+    int64_t depth, panels;
+  };
+  static constexpr int64_t kStreamed = 16 << 20;    // bytes of transformed filters that are better written past caches
+  static constexpr int64_t kBlockElements = 16384;  // for each tap: 9 of them are 576 KiB of floats
+
+  FilterBlocks filter_blocks(const FilterLayout& f) const {
+    const int64_t depth = f.depth_stride == 1 ? kBlockElements / kernels_.panel / 2 : 16;
+    return {depth, std::max<int64_t>(1, kBlockElements / (depth * kernels_.panel))};
+  }
+
+  // loaded: a worker's filters, [9][depth][count][panel].
+  void pack(const FilterLayout& f, int64_t begin, int64_t depth, int64_t panel, int64_t count, C* loaded,
+            C* packed) const {
+    const int64_t ld = count * kernels_.panel, tap = depth * ld, column = panel * kernels_.panel;
+    const int64_t cols = std::min(ld, cols_ - column);
+    if (cols < ld) std::fill(loaded, loaded + 9 * tap, C(0));
+    for (int64_t t = 0; t < 9; ++t) {
+      const int64_t element = f.tap_offset[t] + begin * f.depth_stride + column * f.column_stride;
+      const char* from = static_cast<const char*>(f.data) + element * storage_.element_bytes;
+      if (storage_.is_compute_type && f.depth_stride == 1)
+        kernels_.transpose(reinterpret_cast<const C*>(from), f.column_stride, cols, depth, loaded + t * tap, ld);
+      else
+        storage_.kernels.load(from, f.depth_stride, f.column_stride, depth, cols, loaded + t * tap, ld);
     }
+    const bool streams = packed_elements() * static_cast<int64_t>(sizeof(C)) > kStreamed;
+    for (int64_t p = 0; p < count; ++p)
+      transforms_.filter(loaded + p * kernels_.panel, tap, ld, depth,
+                         packed + (panel + p) * panel_elements() + begin * kernels_.panel, filter_plane(), streams);
   }
 
-  void run_task(int64_t task, int64_t panel_begin, int64_t panel_end, const C* packed, const Scratch& s, int worker,
-                const TileEpilogue<C>& epilogue) const {
+  // Blocks begin <= i < end.
+  void run_task(int64_t begin, int64_t end, int64_t panel_begin, int64_t panel_end, const C* packed, const Scratch& s,
+                int worker, const TileEpilogue<C>& epilogue) const {
     const Worker& w = s.workers[worker];
-    const int64_t first = task * block_windows_, count = std::min(block_windows_, windows_.positions() - first);
+    const int64_t first = begin * kGroup, count = std::min(end * kGroup, windows_.positions()) - first;
     reader_.stage(first, count, w.reader);
     reader_.point(first, count, w.reader);
-    transforms_.window({w.reader.rows, block_windows_, count, kPlanes, depth_, 0}, w.planes, ld(), plane());
-    for (int64_t panel = panel_begin; panel < panel_end; ++panel) {
-      kernels_.multiply_planes({kPlanes, count, depth_, w.planes, ld(), plane(), packed + panel * panel_elements(),
-                                kernels_.panel, filter_plane(), w.products, product_plane(), false});
-      for (int64_t done = 0; done < count; done += kGroup)
-        emit((first + done) / kGroup, panel, w.products + done * kernels_.panel, worker, w.outputs, epilogue);
+    transforms_.window({w.reader.rows, block_windows_, count, kPlanes, depth_, 0},
+                       {w.planes, kPlaneDepth, depth_block(), plane()});
+    for (int64_t panel = panel_begin; panel < panel_end; panel += pass_panels_) {
+      const int64_t pass_end = std::min(panel + pass_panels_, panel_end);
+      multiply(count, packed + panel * panel_elements(), pass_end - panel, w);
+      for (int64_t block = begin; block < end; ++block)
+        for (int64_t p = panel; p < pass_end; ++p)
+          emit(block, p, w.products + (p - panel) * product_panel() + (block - begin) * kGroup * kernels_.panel, worker,
+               w.outputs, epilogue);
     }
+  }
+
+  // The products of some panels, plane by plane: a plane's rows stay in L2 meanwhile.
+  void multiply(int64_t count, const C* packed, int64_t panels, const Worker& w) const {
+    for (int64_t p = 0; p < kPlanes; ++p)
+      kernels_.multiply_planes({panels, count, depth_, w.planes + p * plane(), depth_block(), 0,
+                                packed + p * filter_plane(), kernels_.panel, panel_elements(),
+                                w.products + p * product_plane(), product_panel(), false});
   }
 
   // Transforms the products of a group back, line by line, so that the outputs of a line are consecutive rows.
@@ -194,7 +233,8 @@ class WinogradConvolution {
   Storage<C> storage_;
   Windows outputs_, windows_;
   int64_t depth_, cols_;
-  int64_t block_windows_;  // of a task
+  int64_t pass_panels_;    // multiplied in a pass over the planes
+  int64_t block_windows_;  // of a task, at most
   WindowReader<C> reader_;
 };
 

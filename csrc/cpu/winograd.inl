@@ -41,40 +41,59 @@ FCB_INLINE void fetch_window(const C* const* rows, int64_t row_stride, int64_t o
     for (int x = In - M; x < In; ++x) __builtin_prefetch(rows[(y * In + x) * row_stride] + offset);
 }
 
-// planes[(M+2)^2][count][ld]: `line` of squares of In x In pixels, channels in.offset .. + in.depth.
+// Channels in.offset + begin .. end of each row: `line` of squares of In x In pixels.
 template <int In, int M, class C, class Line>
-FCB_INLINE void pixels_to_planes(const GatheredRows<C>& in, C* planes, int64_t ld, int64_t plane, Line line) {
-  for (int64_t r = 0; r < in.count; ++r)
-    for_vectors<C>(in.depth, [&](auto read, auto write, int64_t c) {
-      if (r + 1 < in.count) fetch_window<In, M>(in.rows + r + 1, in.row_stride, in.offset + c);
+FCB_INLINE void channels_to_planes(const GatheredRows<C>& in, int64_t begin, int64_t end, C* planes,
+                                   const PlaneLayout<C>& to, Line line) {
+  for (int64_t r = 0; r < in.count; ++r, planes += to.ld)
+    for_vectors<C>(end - begin, [&](auto read, auto write, int64_t c) {
+      const int64_t channel = in.offset + begin + c;
+      if (r + 1 < in.count) fetch_window<In, M>(in.rows + r + 1, in.row_stride, channel);
       transform_square<In, M + 2, C>(
-          line, [&](int y, int x) { return read(in.rows[(y * In + x) * in.row_stride + r] + in.offset + c); },
-          [&](int y, int x, Vector<C> v) { write(planes + (y * (M + 2) + x) * plane + r * ld + c, v); });
+          line, [&](int y, int x) { return read(in.rows[(y * In + x) * in.row_stride + r] + channel); },
+          [&](int y, int x, Vector<C> v) { write(planes + (y * (M + 2) + x) * to.plane + c, v); });
     });
+}
+
+// A block of depth after the other, so that each plane is written from its beginning to its end.
+template <int In, int M, class C, class Line>
+FCB_INLINE void pixels_to_planes(const GatheredRows<C>& in, const PlaneLayout<C>& to, Line line) {
+  for (int64_t k = 0; k < in.depth; k += kPlaneDepth)
+    channels_to_planes<In, M>(in, k, k + kPlaneDepth < in.depth ? k + kPlaneDepth : in.depth,
+                              to.planes + k / kPlaneDepth * to.block, to, line);
 }
 
 // B' d B of in.taps = (M+2)^2 pixels.
 template <class C, int M>
-static void winograd_window(const GatheredRows<C>& in, C* planes, int64_t ld, int64_t plane) {
-  pixels_to_planes<M + 2, M>(in, planes, ld, plane,
-                             [](const auto& from, auto& to) { WinogradLine<M>::window(from, to); });
+static void winograd_window(const GatheredRows<C>& in, const PlaneLayout<C>& to) {
+  pixels_to_planes<M + 2, M>(in, to, [](const auto& from, auto& to) { WinogradLine<M>::window(from, to); });
 }
 
 // A dy A' of in.taps = M^2 pixels.
 template <class C, int M>
-static void winograd_gradient(const GatheredRows<C>& in, C* planes, int64_t ld, int64_t plane) {
-  pixels_to_planes<M, M>(in, planes, ld, plane,
-                         [](const auto& from, auto& to) { WinogradLine<M>::gradient(from, to); });
+static void winograd_gradient(const GatheredRows<C>& in, const PlaneLayout<C>& to) {
+  pixels_to_planes<M, M>(in, to, [](const auto& from, auto& to) { WinogradLine<M>::gradient(from, to); });
 }
 
-// G g G' of filters[9][depth][panel].
+// G g G' of a panel of filters[9][depth][ld], the taps `tap` elements apart.
+template <class C, int M, class Write>
+FCB_INLINE void filters_to_planes(const C* filters, int64_t tap, int64_t ld, int64_t depth, C* planes, int64_t plane,
+                                  Write write) {
+  for (int64_t k = 0; k < depth; ++k)
+    for (int64_t c = 0; c < kPanel<C>; c += kLanes<C>)
+      transform_square<3, M + 2, C>(
+          [](const auto& from, auto& to) { WinogradLine<M>::filter(from, to); },
+          [&](int y, int x) { return load(filters + (3 * y + x) * tap + k * ld + c); },
+          [&](int y, int x, Vector<C> v) { write(planes + (y * (M + 2) + x) * plane + k * kPanel<C> + c, v); });
+}
+
 template <class C, int M>
-static void winograd_filter(const C* filters, int64_t depth, C* planes, int64_t plane) {
-  const int64_t tap = depth * kPanel<C>;
-  for (int64_t i = 0; i < tap; i += kLanes<C>)
-    transform_square<3, M + 2, C>([](const auto& from, auto& to) { WinogradLine<M>::filter(from, to); },
-                                  [&](int y, int x) { return load(filters + (3 * y + x) * tap + i); },
-                                  [&](int y, int x, Vector<C> v) { store(planes + (y * (M + 2) + x) * plane + i, v); });
+static void winograd_filter(const C* filters, int64_t tap, int64_t ld, int64_t depth, C* planes, int64_t plane,
+                            bool streams) {
+  if (!streams)
+    return filters_to_planes<C, M>(filters, tap, ld, depth, planes, plane, [](C* to, Vector<C> v) { store(to, v); });
+  filters_to_planes<C, M>(filters, tap, ld, depth, planes, plane, [](C* to, Vector<C> v) { stream(to, v); });
+  end_streaming();
 }
 
 // filters[9][rows][panel] = G' s G of planes[(M+2)^2][rows][panel].

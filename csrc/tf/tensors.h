@@ -4,6 +4,7 @@
 #include <array>
 
 #include "attributes.h"
+#include "memory.h"
 #include "tensorflow/core/framework/op_kernel.h"
 
 namespace fusedconvbn::tf {
@@ -36,7 +37,9 @@ class Tensors {
   void* output(const char* name, const tensorflow::TensorShape& shape) {
     tensorflow::Tensor* tensor = nullptr;
     if (status_.ok()) check(context_->allocate_output(name, shape, &tensor));
-    return tensor ? pointer(*tensor) : nullptr;
+    if (tensor == nullptr) return nullptr;
+    prefer_huge_pages(tensor->data(), tensor->TotalBytes());
+    return pointer(*tensor);
   }
 
   // An output that is there for nobody.
