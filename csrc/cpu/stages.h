@@ -62,6 +62,9 @@ FCB_STAGE(backward_moments);
 FCB_STAGE(backward_depthwise);
 FCB_STAGE(backward_pointwise);
 
+// All of backward for 1x1 filters, in two passes; the gradient of z never reaches memory.
+FCB_STAGE(backward_pointwise);
+
 // The whole of backward for bfloat16 on AMX.
 FCB_STAGE(backward_direct_amx);
 
