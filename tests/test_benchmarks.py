@@ -141,6 +141,15 @@ def test_small_error_everywhere_is_found(result):
     assert "root mean square" in mismatch(PROBLEM, "output", result * (1 + 0.9 * bound(PROBLEM, "output")), result)
 
 
+def test_error_of_the_statistics_grows_with_the_pixels(result):
+    depthwise = parse_shape("112x112x32 3x3x32 padding=same groups=32")
+    problem = {batch: Problem(depthwise, batch, dtype="float32", mode="train-step", training=True) for batch in (1, 16)}
+    erring = result * (1 + 6e-5)  # twice the error of stock fused_batch_norm at batch 16
+    assert mismatch(problem[16], "output", erring, result) is None
+    assert "root mean square" in mismatch(problem[1], "output", erring, result)
+    assert mismatch(problem[16], "conv_output", erring, result)
+
+
 def test_wrong_number_of_elements_is_found(result):
     assert "elements" in mismatch(PROBLEM, "output", result[1:], result)
 

@@ -109,7 +109,7 @@ class BackwardPointwise {
       share_lines(values(b_.output_gradient) + at, panels() > 1 ? z_ + at : nullptr, elements, {index, panels()},
                   steps(block.count, panel.width, p_.out_channels), &in);
       k_.gemm(in, packed_ + panel.column * p_.out_channels, panel.width,
-              sums_to(d_inputs_,
+              sums_to(k_, d_inputs_,
                       Tile<C>{w.tile, panel.width, block.first, block.count, panel.column, panel.cols, 0, worker}));
     }
     k_.end_streaming();

@@ -18,9 +18,6 @@
 namespace fusedconvbn {
 namespace {
 
-constexpr int64_t kRanges = 16;            // enough for as many threads
-constexpr int64_t kMinBandLines = 16;      // of a region that is not a whole image
-constexpr int64_t kStepPixels = 96;        // of a panel: 12 KiB each of dz, inputs and their gradient, in L1
 constexpr int64_t kRingBytes = 512 << 10;  // both rings of a task: in L2
 
 template <class C>
@@ -35,6 +32,7 @@ class DepthwiseBackward {
         storage_(storage_of<C>(set, p.dtype)),
         lines_{p.in_height, p.out_height, p.stride_height, p.pad_top, p.dilation_height, p.filter_height},
         columns_{p.in_width, p.out_width, p.stride_width, p.pad_left, p.dilation_width, p.filter_width},
+        regions_{p.batch, lines_, columns_},
         panels_{p.out_channels, p.group_out()},
         inputs_(buffers.inputs, storage_, input_grid(p)),
         d_inputs_(buffers.d_inputs, storage_, input_grid(p)),
@@ -44,7 +42,7 @@ class DepthwiseBackward {
                 p.training ? GradientBlocks<C>::blocks(p) : convolution_.blocks(), device.threads, arena, p.training) {
     make_phases();
     if (!p.training) convolution_scratch_ = convolution_.carve(arena, device.threads);
-    sums_ = arena->take<C>(ranges() * panels_.count() * panel_elements());
+    sums_ = arena->take<C>(regions_.ranges() * panels_.count() * panel_elements());
     transposed_ = arena->take<C>(panels_.count() * panel_elements());
     for (int w = 0; w < device.threads; ++w) workers_.push_back(carve(arena));
   }
@@ -54,7 +52,7 @@ class DepthwiseBackward {
     if (!b_.d_inputs && !b_.d_filters && !b_.d_residual) return;
     pack_panels(b_.filters, transposed_taps_, storage_, panels_, transposed_);
     const int64_t shares = ceil_div(panels_.count(), share());
-    parallel->run(ranges() * shares, [&](int64_t task, int worker) {
+    parallel->run(regions_.ranges() * shares, [&](int64_t task, int worker) {
       const int64_t first = task % shares * share();
       run_range(task / shares, {first, std::min(first + share(), panels_.count())}, workers_[worker], worker);
     });
@@ -62,18 +60,6 @@ class DepthwiseBackward {
   }
 
  private:
-  struct Region {
-    int64_t image;
-    Piece lines, columns;
-    Span columns_read;  // of the inputs, by the windows of columns.inside
-  };
-
-  // The lines of z's gradient that a step adds to the ring, and the lines of the inputs' gradient that it completes.
-  struct Step {
-    Span gradients, inputs;
-    bool owned;
-  };
-
   struct PhaseLines {
     PanelLines<C> lines;
     int64_t first_tap, line, column;  // line, column: the first, of the step's inputs
@@ -86,70 +72,28 @@ class DepthwiseBackward {
     C *z, *tile, *stage;
   };
 
-  // How far a region is done.
-  struct Progress {
-    int64_t next, ready, staged;  // line of the gradient of z, of the inputs' gradient, of the inputs
-  };
-
   int64_t panel_elements() const { return p_.taps() * kDepthwisePanel; }
-  int64_t strips() const { return std::max<int64_t>(1, ceil_div(p_.out_width, kStepPixels)); }
-  int64_t bands() const {
-    const int64_t wanted = ceil_div(kRanges, std::max<int64_t>(1, p_.batch * strips()));
-    return std::clamp<int64_t>(wanted, 1, std::max<int64_t>(1, p_.out_height / kMinBandLines));
-  }
-  int64_t regions() const { return p_.batch * strips() * bands(); }
-  int64_t ranges() const { return std::clamp<int64_t>(regions(), 1, kRanges); }
-  int64_t group_lines() const {
-    return strips() > 1 ? 1 : std::max<int64_t>(1, kStepPixels / std::max<int64_t>(1, p_.out_width));
-  }
-  Piece lines_piece(int64_t band, bool needs_inputs) const { return make_piece(lines_, band, bands(), needs_inputs); }
-  Piece columns_piece(int64_t strip, bool needs_inputs) const {
-    return make_piece(columns_, strip, strips(), needs_inputs);
-  }
-
-  // The largest of the strips.
-  template <class F>
-  int64_t most_columns(F size) const {
-    int64_t most = 0;
-    for (int64_t strip = 0; strip < strips(); ++strip) most = std::max(most, size(columns_piece(strip, true)));
-    return most;
-  }
-  int64_t window_columns(const Span& gradients) const {
-    return gradients.size() == 0 ? 0 : (gradients.size() - 1) * columns_.stride + columns_.reach() + 1;
-  }
-  int64_t input_ring_pixels() const {
-    return most_columns([this](const Piece& piece) { return window_columns(piece.inside); });
-  }
-  int64_t gradient_ring_pixels() const {
-    return most_columns([](const Piece& piece) { return piece.gradients.size(); });
-  }
-  int64_t input_ring_lines() const {
-    return std::clamp<int64_t>((group_lines() - 1) * lines_.stride + lines_.reach() + 1, 1,
-                               std::max<int64_t>(1, p_.in_height));
-  }
-  int64_t gradient_ring_lines() const { return group_lines() + lines_.reach() / lines_.stride + 1; }
-
   // Panels of a task.
   int64_t share() const {
-    const int64_t pixels =
-        (input_ring_lines() + 1) * input_ring_pixels() + (gradient_ring_lines() + 1) * gradient_ring_pixels();
+    const int64_t pixels = (regions_.input_ring_lines() + 1) * regions_.input_ring_pixels() +
+                           (regions_.gradient_ring_lines() + 1) * regions_.gradient_ring_pixels();
     const int64_t bytes = pixels * kDepthwisePanel * static_cast<int64_t>(sizeof(C));
     return panels_.share(kRingBytes / std::max<int64_t>(1, bytes));
   }
 
   Worker carve(Arena* arena) const {
-    const int64_t group = group_lines(), inputs = group * lines_.stride;
-    const int64_t owned_columns = most_columns([](const Piece& piece) { return piece.inputs.size(); });
+    const int64_t group = regions_.group_lines(), inputs = group * lines_.stride;
+    const int64_t owned_columns = regions_.owned_columns();
     Worker w;
-    w.inputs = LineRing<C>::carve(arena, share(), input_ring_lines(), input_ring_pixels());
-    w.gradients = LineRing<C>::carve(arena, share(), gradient_ring_lines(), gradient_ring_pixels());
+    w.inputs = LineRing<C>::carve(arena, share(), regions_.input_ring_lines(), regions_.input_ring_pixels());
+    w.gradients = LineRing<C>::carve(arena, share(), regions_.gradient_ring_lines(), regions_.gradient_ring_pixels());
     w.windows = arena->take<const C*>(group * p_.taps());
     w.gradient_lines = arena->take<const C*>(group);
     w.sources = arena->take<const C*>(inputs * p_.taps());
     w.phases = arena->take<PhaseLines>(static_cast<int64_t>(phases_.size()));
-    w.z = arena->take<C>(p_.training ? 0 : gradient_ring_pixels() * kDepthwisePanel);
+    w.z = arena->take<C>(p_.training ? 0 : regions_.gradient_ring_pixels() * kDepthwisePanel);
     w.tile = arena->take<C>(inputs * owned_columns * kDepthwisePanel);
-    w.stage = arena->take<C>(stager_.scratch_elements(input_ring_pixels()));
+    w.stage = arena->take<C>(stager_.scratch_elements(regions_.input_ring_pixels()));
     return w;
   }
 
@@ -184,24 +128,15 @@ class DepthwiseBackward {
     std::fill(sums, sums + panels.size() * panel_elements(), C(0));
     std::fill_n(w.gradients.data, w.gradients.elements(), C(0));  // channels beyond the last stay so
     w.inputs.zero_last_line();
-    const Span share = part(range, ranges(), regions());
-    for (int64_t index = share.begin; index < share.end; ++index) run_region(region(index), panels, w, worker, sums);
-  }
-
-  Region region(int64_t index) const {
-    const bool needs_inputs = b_.d_inputs != nullptr;
-    const int64_t strip = index / bands() % strips();
-    Region r{
-        index / bands() / strips(), lines_piece(index % bands(), needs_inputs), columns_piece(strip, needs_inputs), {}};
-    r.columns_read.begin = r.columns.inside.begin * columns_.stride - columns_.pad;
-    r.columns_read.end = r.columns_read.begin + window_columns(r.columns.inside);
-    return r;
+    const Span share = part(range, regions_.ranges(), regions_.count());
+    for (int64_t index = share.begin; index < share.end; ++index)
+      run_region(regions_.region(index, b_.d_inputs != nullptr), panels, w, worker, sums);
   }
 
   void run_region(const Region& r, const Span& panels, const Worker& w, int worker, C* sums) const {
     Progress done{r.lines.inside.begin, r.lines.inputs.begin, 0};
     while (done.next < r.lines.inside.end || done.ready < r.lines.inputs.end) {
-      const Step step = next_step(r, done);
+      const Step step = regions_.next_step(r, done);
       const bool multiplies = step.owned && b_.d_filters;
       if (multiplies || !p_.training) read_inputs(r, step, panels, w, &done);
       for (int64_t i = step.gradients.begin; i < step.gradients.end; ++i)
@@ -215,19 +150,6 @@ class DepthwiseBackward {
       }
       done.next = step.gradients.end, done.ready = step.inputs.end;
     }
-  }
-
-  Step next_step(const Region& r, const Progress& done) const {
-    const Span& owned = r.lines.outputs;
-    const int64_t limit = done.next < owned.begin ? owned.begin
-                          : done.next < owned.end ? owned.end
-                                                  : r.lines.inside.end;
-    Step step{{done.next, std::min(done.next + group_lines(), limit)}, {done.ready, r.lines.inputs.end}, false};
-    step.owned = done.next >= owned.begin && done.next < owned.end;
-    if (step.gradients.end < r.lines.inside.end)
-      step.inputs.end = std::clamp(step.gradients.end * lines_.stride - lines_.pad, done.ready, r.lines.inputs.end);
-    step.inputs.end = std::min(step.inputs.end, done.ready + group_lines() * lines_.stride);
-    return step;
   }
 
   // Stages the inputs of the step's windows, and points windows[line][tap] at them.
@@ -367,7 +289,7 @@ class DepthwiseBackward {
   // Adds the ranges' sums of a panel and stores them.
   void finish(int64_t panel) const {
     C* sums = sums_ + panel * panel_elements();
-    for (int64_t range = 1; range < ranges(); ++range)
+    for (int64_t range = 1; range < regions_.ranges(); ++range)
       for (int64_t i = 0; i < panel_elements(); ++i) sums[i] += sums[range * panels_.count() * panel_elements() + i];
     char* to = static_cast<char*>(b_.d_filters) + panels_.channel(panel) * storage_.element_bytes;
     storage_.kernels.store(sums, kDepthwisePanel, p_.taps(), panels_.cols(panel), to, p_.out_channels, 1, false);
@@ -378,6 +300,7 @@ class DepthwiseBackward {
   const ComputeKernels<C>& k_;
   Storage<C> storage_;
   Axis lines_, columns_;
+  DepthwiseRegions regions_;
   DepthwisePanels panels_;
   Image<C> inputs_, d_inputs_;
   PanelStager<C> stager_;

@@ -70,16 +70,21 @@ FCB_INLINE void for_row_groups(int64_t rows, F f) {
   for (int64_t first = 0; first < rows; first += kGroup) f(first, first + kGroup < rows ? first + kGroup : rows);
 }
 
+// Of z in memory, or in cache: then these are the rows of a tile, and the next ones' residual is asked for.
 // Takes its own copy of the block, as do those below: what is stored could be the caller's.
-template <class C, Activation A, bool Stream>
+template <class C, Activation A, bool Stream, bool InCache>
 FCB_INLINE void affine_block(AffineBlock<C> b) {
   for_row_groups(b.rows, [&](int64_t first, int64_t end) {
     for_vectors<C>(b.cols, [&](auto read, auto write, int64_t c) {
       const Vector<C> mean = read(b.mean + c), scale = read(b.scale + c), beta = read(b.beta + c);
       for (int64_t r = first; r < end; ++r) {
-        fetch_ahead<C, C>(b.z, r, b.ld_z, c);
+        if constexpr (!InCache) fetch_ahead<C, C>(b.z, r, b.ld_z, c);
         Vector<C> u = (read(row<C>(b.z, r, b.ld_z) + c) - mean) * scale + beta;
-        if (b.residual) u += read(row<C>(b.residual, r, b.ld_residual) + c);
+        if (b.residual) {
+          const C* residual = row<C>(b.residual, r, b.ld_residual) + c;
+          if constexpr (InCache) __builtin_prefetch(residual + (end - first) * b.ld_residual);
+          u += read(residual);
+        }
         C* y = row<C>(b.y, r, b.ld_y) + c;
         if constexpr (Stream) {
           stream(y, activate<A, C>(u));
@@ -94,13 +99,14 @@ FCB_INLINE void affine_block(AffineBlock<C> b) {
 
 template <class C, Activation A>
 static void emit(const AffineBlock<C>& b) {
-  b.stream ? affine_block<C, A, true>(b) : affine_block<C, A, false>(b);
+  b.stream ? affine_block<C, A, true, true>(b) : affine_block<C, A, false, true>(b);
 }
 
 template <class C, Activation A>
 static void affine(const AffineBlock<C>& b) {
-  emit<C, A>(b);
-  if (b.stream) end_streaming();
+  if (!b.stream) return affine_block<C, A, false, false>(b);
+  affine_block<C, A, true, false>(b);
+  end_streaming();
 }
 
 template <class C>

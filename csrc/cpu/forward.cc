@@ -193,18 +193,10 @@ class Forward {
     Block<C> extra{nullptr, 0};
     if (residual_.present()) extra = residual_.read(t.first, t.rows, t.channel, t.cols, extra_[t.worker]);
     const Block<C> y = output_.target(t.first, t.channel, {t.data, t.ld});
-    return {z.data,
-            z.ld,
-            extra.data,
-            extra.ld,
-            y.data,
-            y.ld,
-            t.rows,
-            t.cols,
-            static_cast<const C*>(b_.batch_mean) + t.channel,
-            scale_ + t.channel,
-            static_cast<const C*>(b_.beta) + t.channel,
-            output_.streams(t.channel, t.cols)};
+    const C* mean = static_cast<const C*>(b_.batch_mean) + t.channel;
+    const C* beta = static_cast<const C*>(b_.beta) + t.channel;
+    const bool stream = output_.streams(t.channel, t.cols);
+    return {z.data, z.ld, extra.data, extra.ld, y.data, y.ld, t.rows, t.cols, mean, scale_ + t.channel, beta, stream};
   }
 
   // The same where 16-bit numbers lie in rows.

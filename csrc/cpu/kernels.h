@@ -281,7 +281,8 @@ struct ComputeKernels {
   void (*moments)(const C* block, int64_t ld, int64_t rows, int64_t cols, C* mean, C* squares);
 
   // pointwise.inl. mean[depth] of in.count rows; centered[count][ld] = rows - mean; sums[outer_rows][panel] += a' b, of
-  // a[depth][outer_rows] and b[depth][panel]; du, null for activations whose derivative does not follow from y.
+  // a[depth][outer_rows] and b[depth][panel], `ahead` may be null; du, null for activations whose derivative does not
+  // follow from y.
   void (*row_means)(const GatheredRows<C>& in, C* mean);
   void (*center_rows)(const GatheredRows<C>& in, const C* mean, C* centered, int64_t ld);
   void (*product)(const C* a, int64_t lda, const C* b, int64_t ldb, int64_t depth, C* sums, int64_t ld,

@@ -147,6 +147,14 @@ FCB_INLINE void row_to_storage(const C* from, int64_t count, T* to) {
   for (; i < count; ++i) to_storage(from[i], to + i);
 }
 
+// A store waits for its line, and stores wait for each other: so the lines of a row are asked for this many rows ahead.
+constexpr int64_t kFetchRows = 16;
+
+template <class T>
+FCB_INLINE void fetch_row(const T* row, int64_t count) {
+  for (int64_t i = 0; i < count; i += 64 / static_cast<int64_t>(sizeof(T))) __builtin_prefetch(row + i, 1);
+}
+
 // Whole rows where channels are consecutive, whole columns where pixels are, single elements elsewhere.
 template <class C, class T>
 static void load_block(const void* memory, int64_t pixel_stride, int64_t channel_stride, int64_t rows, int64_t cols,
@@ -177,7 +185,10 @@ static void store_block(const C* block, int64_t ld, int64_t rows, int64_t cols, 
     return end_streaming();
   }
   if (channel_stride == 1) {
-    for (int64_t r = 0; r < rows; ++r) row_to_storage(block + r * ld, cols, to + r * pixel_stride);
+    for (int64_t r = 0; r < rows; ++r) {
+      fetch_row(to + (r + kFetchRows) * pixel_stride, cols);
+      row_to_storage(block + r * ld, cols, to + r * pixel_stride);
+    }
     return;
   }
   for (int64_t r0 = 0; r0 < rows; r0 += 16) {
