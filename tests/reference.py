@@ -147,10 +147,14 @@ class _Problem:
         return max(LOSS.values()) if algorithm == "auto" and pay else LOSS.get(algorithm, 0)
 
     def by_transforms(self, image: Real, axis: int) -> np.ndarray | None:
-        """For `bilinear` of an image and the filters, whose `axis` is summed: all taps count, also those in padding."""
+        """For `bilinear` of an image and the filters, whose `axis` is summed: all taps count, also those in padding.
+
+        The error is of a tile's size, and a tile of few channels may lie well above the mean of all: so they count more.
+        """
         if not self.loss or not image.value.size:
             return None
         squares = (image.value**2 + image.error**2).mean((0, 1, 2))
+        squares *= 1 + 3 / squares.size
         return self.loss**2 * np.tensordot(squares, np.square(self.filters.value).sum((0, 1)), (0, axis - 2))
 
     def by_transforms_over_pixels(self, inputs: Real, dz: Real) -> np.ndarray | None:
