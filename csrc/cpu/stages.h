@@ -65,9 +65,6 @@ FCB_STAGE(backward_pointwise);
 // The whole of backward for images of few channels, in two passes.
 FCB_STAGE(backward_few_channels);
 
-// All of backward for 1x1 filters, in two passes; the gradient of z never reaches memory.
-FCB_STAGE(backward_pointwise);
-
 // The whole of backward for bfloat16 on AMX.
 FCB_STAGE(backward_direct_amx);
 
