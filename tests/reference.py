@@ -149,7 +149,7 @@ class _Problem:
     def by_transforms(self, image: Real, axis: int) -> np.ndarray | None:
         """For `bilinear` of an image and the filters, whose `axis` is summed: all taps count, also those in padding.
 
-        The error is of a tile's size, and a tile of few channels may lie well above the mean of all: so they count more.
+        The error is of a tile's size, and a tile of few channels may lie well above the mean of all: they count more.
         """
         if not self.loss or not image.value.size:
             return None
