@@ -6,6 +6,7 @@ import dataclasses
 from collections.abc import Callable, Sequence
 from typing import Any
 
+import numpy as np
 import tensorflow as tf
 
 from benchmarks.cases import Case
@@ -74,11 +75,16 @@ def _finish(case: Case, normalized: tf.Tensor, residual: tf.Tensor | None) -> tf
     return ACTIVATIONS[case.activation](normalized if residual is None else normalized + residual)
 
 
+def _filters(array: np.ndarray) -> tf.Variable:
+    """In memory of TensorFlow's own, as trained or restored: of an array that it takes over, no packed copy is kept."""
+    return tf.Variable(tf.convert_to_tensor(array) * 1)
+
+
 Forward = Callable[[tf.Tensor, "tf.Tensor | None", _Variables], tf.Tensor]
 
 
 def _stock_layers(problem: Problem, weights: Weights, forward: Forward, **properties: Any) -> list[Layer]:
-    filters = tf.Variable(weights.filters.reshape(stock_shape(problem.case)))
+    filters = _filters(weights.filters.reshape(stock_shape(problem.case)))
     return _copies(problem, weights, filters, forward, **properties)
 
 
@@ -109,7 +115,7 @@ def ours(problem: Problem, weights: Weights) -> list[Layer]:
             v.assign(result.moving_mean, result.moving_variance)
         return result.output
 
-    return _copies(problem, weights, tf.Variable(weights.filters), forward)
+    return _copies(problem, weights, _filters(weights.filters), forward)
 
 
 def _fused_batch_norm(z: tf.Tensor, v: _Variables, training: bool) -> tuple[tf.Tensor, tf.Tensor, tf.Tensor]:
@@ -175,7 +181,7 @@ def moments(problem: Problem, weights: Weights) -> list[Layer]:
 
 def bare_conv(problem: Problem, weights: Weights) -> list[Layer]:
     """The convolution alone."""
-    filters = tf.Variable(weights.filters.reshape(stock_shape(problem.case)))
+    filters = _filters(weights.filters.reshape(stock_shape(problem.case)))
     layer = Layer(lambda inputs, residual: convolve(problem.case, inputs, filters), [filters], result="conv_output")
     return [layer] * problem.copies
 
