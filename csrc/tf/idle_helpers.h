@@ -40,11 +40,14 @@ class IdleHelpers {
     return helpers;
   }
 
-  // On a thread of `pool`: does `job`, and those that come soon.
+  // On a thread of `pool`: does `job`, and those that come soon; not for long, for other ops' work may wait in the
+  // pool.
   void help(const void* pool, Job job) {
+    constexpr std::chrono::milliseconds kTurn(2);
+    const auto end = std::chrono::steady_clock::now() + kTurn;
     while (job) {
       job();
-      job = next(pool);
+      job = std::chrono::steady_clock::now() < end ? next(pool) : nullptr;
     }
   }
 
