@@ -151,15 +151,10 @@ Status run_with(const KernelSet& set, const StageCall& call) {
 
 }  // namespace
 
-size_t dgrad_direct_scratch(const KernelSet& set, const ConvBnParams& p, const DeviceInfo& device) {
-  return scratch_of<Convolution>(set, p, device);
-}
-size_t dgrad_winograd2_scratch(const KernelSet& set, const ConvBnParams& p, const DeviceInfo& device) {
-  return scratch_of<Winograd2>(set, p, device);
-}
-size_t dgrad_winograd4_scratch(const KernelSet& set, const ConvBnParams& p, const DeviceInfo& device) {
-  return scratch_of<Winograd4>(set, p, device);
-}
+FCB_DEFINE_STAGE(dgrad_direct, Convolution)
+FCB_DEFINE_STAGE(dgrad_winograd2, Winograd2)
+FCB_DEFINE_STAGE(dgrad_winograd4, Winograd4)
+
 size_t dgrad_amx_scratch(const KernelSet& set, const ConvBnParams& p, const Image<float>& conv_grad, int workers) {
   return scratch_as<float, AmxConvolution>(set, p, conv_grad, workers);
 }
@@ -167,8 +162,5 @@ void run_dgrad_amx(const KernelSet& set, const ConvBnParams& p, const Image<floa
                    int workers, char* scratch, ParallelFor* parallel) {
   run_as<float, AmxConvolution>(set, p, conv_grad, b, workers, scratch, parallel);
 }
-Status run_dgrad_direct(const KernelSet& set, const StageCall& call) { return run_with<Convolution>(set, call); }
-Status run_dgrad_winograd2(const KernelSet& set, const StageCall& call) { return run_with<Winograd2>(set, call); }
-Status run_dgrad_winograd4(const KernelSet& set, const StageCall& call) { return run_with<Winograd4>(set, call); }
 
 }  // namespace fusedconvbn

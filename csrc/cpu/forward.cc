@@ -336,30 +336,12 @@ Status run_packing(const KernelSet& set, const StageCall& call) {
 
 }  // namespace
 
-size_t forward_direct_scratch(const KernelSet& set, const ConvBnParams& p, const DeviceInfo& device) {
-  return scratch_of<Convolution>(set, p, device);
-}
-size_t forward_winograd2_scratch(const KernelSet& set, const ConvBnParams& p, const DeviceInfo& device) {
-  return scratch_of<Winograd2>(set, p, device);
-}
-size_t forward_winograd4_scratch(const KernelSet& set, const ConvBnParams& p, const DeviceInfo& device) {
-  return scratch_of<Winograd4>(set, p, device);
-}
-size_t forward_direct_packed(const KernelSet& set, const ConvBnParams& p, const DeviceInfo& device) {
-  return packed_of<Convolution>(set, p, device);
-}
-size_t forward_winograd2_packed(const KernelSet& set, const ConvBnParams& p, const DeviceInfo& device) {
-  return packed_of<Winograd2>(set, p, device);
-}
-size_t forward_winograd4_packed(const KernelSet& set, const ConvBnParams& p, const DeviceInfo& device) {
-  return packed_of<Winograd4>(set, p, device);
-}
-size_t forward_few_channels_scratch(const KernelSet& set, const ConvBnParams& p, const DeviceInfo& device) {
-  return scratch_of<FewChannelsConvolution>(set, p, device);
-}
-size_t forward_few_channels_packed(const KernelSet& set, const ConvBnParams& p, const DeviceInfo& device) {
-  return packed_of<FewChannelsConvolution>(set, p, device);
-}
+FCB_DEFINE_PACKING_STAGE(forward_direct, Convolution)
+FCB_DEFINE_PACKING_STAGE(forward_winograd2, Winograd2)
+FCB_DEFINE_PACKING_STAGE(forward_winograd4, Winograd4)
+FCB_DEFINE_PACKING_STAGE(forward_few_channels, FewChannelsConvolution)
+FCB_DEFINE_STAGE(forward_depthwise, DepthwiseConvolution)
+
 size_t forward_moments_scratch(const KernelSet& set, const ConvBnParams& p, const DeviceInfo& device) {
   return with_compute_type(
       p.dtype, [&](auto c) { return ForwardByMoments<decltype(c)>(set, p, device, {}, nullptr).scratch_bytes(); });
@@ -369,18 +351,6 @@ Status run_forward_moments(const KernelSet& set, const StageCall& call) {
     ForwardByMoments<decltype(c)>(set, call.params, call.device, *call.forward, call.scratch).train(call.parallel);
   });
   return Status{};
-}
-size_t forward_depthwise_scratch(const KernelSet& set, const ConvBnParams& p, const DeviceInfo& device) {
-  return scratch_of<DepthwiseConvolution>(set, p, device);
-}
-Status run_forward_direct(const KernelSet& set, const StageCall& call) { return run_packing<Convolution>(set, call); }
-Status run_forward_winograd2(const KernelSet& set, const StageCall& call) { return run_packing<Winograd2>(set, call); }
-Status run_forward_winograd4(const KernelSet& set, const StageCall& call) { return run_packing<Winograd4>(set, call); }
-Status run_forward_few_channels(const KernelSet& set, const StageCall& call) {
-  return run_packing<FewChannelsConvolution>(set, call);
-}
-Status run_forward_depthwise(const KernelSet& set, const StageCall& call) {
-  return run_with<DepthwiseConvolution>(set, call);
 }
 
 size_t forward_direct_amx_scratch(const KernelSet& set, const ConvBnParams& p, const DeviceInfo& device) {

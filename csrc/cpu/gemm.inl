@@ -7,7 +7,7 @@ constexpr int64_t kPanel = 2 * kLanes<C>;
 constexpr int kTileRows = FCB_TILE_ROWS;
 
 // Of N vectors of columns: N vectors of the filters and R broadcasts feed N * R multiplications, so wide tiles load
-// less. Each loop is unrolled by what divides it.
+// less. One vector takes 12 rows, for fewer sums would wait for each other.
 template <int N>
 constexpr int kRows = N == 1 ? 12 : 2 * kTileRows / N;
 constexpr int kMaxVectors = kTileRows >= 12 ? 4 : 2;
@@ -203,10 +203,10 @@ FCB_INLINE void pack_part(const C* from, int64_t valid, C* to) {
 // A few rows at a time, panel by panel: few streams of memory are read, and whole lines of a panel are written at once.
 template <class C, int Width>
 static void pack(const C* const* rows, int64_t offset, int64_t count, int64_t valid, C* packed, int64_t panel) {
-  constexpr int64_t kRows = 8;
+  constexpr int64_t kGroup = 8;
   const int64_t whole = valid / Width * Width;
-  for (int64_t first = 0; first < count; first += kRows, packed += kRows * Width) {
-    const int64_t n = count - first < kRows ? count - first : kRows;
+  for (int64_t first = 0; first < count; first += kGroup, packed += kGroup * Width) {
+    const int64_t n = count - first < kGroup ? count - first : kGroup;
     C* to = packed;
     for (int64_t c = 0; c < whole; c += Width, to += panel)
       for (int64_t r = 0; r < n; ++r) __builtin_memcpy(to + r * Width, rows[first + r] + offset + c, Width * sizeof(C));

@@ -1,4 +1,4 @@
-// What kernels of 1x1 convolutions do with a block of pixels that lies row by row in L1 or L2 (gram.h,
+// What kernels of 1x1 convolutions do with a block of pixels that lies row by row in L1 or L2 (second_moments.h,
 // backward_moments.cc).
 
 // mean[depth] of the rows, as exact as a second pass can make it: the deviations' own mean is added.

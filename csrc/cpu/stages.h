@@ -27,6 +27,22 @@ inline bool depthwise_applies(const ConvBnParams& p) {
   FCB_STAGE(name);              \
   size_t name##_packed(const KernelSet& set, const ConvBnParams& p, const DeviceInfo& device)
 
+// Their definitions for one of a stage's algorithms, by the templates scratch_of, run_with, packed_of and run_packing
+// of the file that the stage is written in.
+#define FCB_STAGE_SCRATCH(name, Algorithm)                                                       \
+  size_t name##_scratch(const KernelSet& set, const ConvBnParams& p, const DeviceInfo& device) { \
+    return scratch_of<Algorithm>(set, p, device);                                                \
+  }
+#define FCB_DEFINE_STAGE(name, Algorithm) \
+  FCB_STAGE_SCRATCH(name, Algorithm)      \
+  Status run_##name(const KernelSet& set, const StageCall& call) { return run_with<Algorithm>(set, call); }
+#define FCB_DEFINE_PACKING_STAGE(name, Algorithm)                                               \
+  FCB_STAGE_SCRATCH(name, Algorithm)                                                            \
+  size_t name##_packed(const KernelSet& set, const ConvBnParams& p, const DeviceInfo& device) { \
+    return packed_of<Algorithm>(set, p, device);                                                \
+  }                                                                                             \
+  Status run_##name(const KernelSet& set, const StageCall& call) { return run_packing<Algorithm>(set, call); }
+
 // Forward: convolution, and in the epilogue of each tile either the whole of batch norm, residual and activation
 // (inference) or the tile's moments (training; then merge, normalize). In a backward plan: z alone.
 FCB_PACKING_STAGE(forward_direct);

@@ -9,8 +9,8 @@
 
 namespace fusedconvbn {
 
-// Prices in ns with AVX-512, of the direct algorithm, F(2x2) and F(4x4). Least squares, then the least loss, over 120
-// random layers timed by each; the layers that judge the choice are others.
+// Prices in ns with AVX-512, of the direct algorithm, F(2x2) and F(4x4): fitted, in part by hand, to random layers
+// timed by each. docs/performance.md says what the choice loses on layers that were not among them.
 struct WinogradPrices {
   double product[3];    // of each of the (M+2)^2 elements of a tile (9, of a pixel), for a pair of channels
   double transform[3];  // of the same, for an input or an output channel
