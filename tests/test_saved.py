@@ -36,9 +36,8 @@ def test_nothing_saved_changes_no_result(case):
     _, saving, expected = results(case, {}, {})
     for name, one, other in zip(raw.ForwardResult._fields[:-1], forward[:-1], saving[:-1]):
         np.testing.assert_array_equal(one, other, name)
-    for name, one, other in zip(
-        raw.BackwardResult._fields, backward, expected
-    ):  # by other rows, where depthwise or of few channels
+    # By other rows, where depthwise or of few channels: they add up in another order.
+    for name, one, other in zip(raw.BackwardResult._fields, backward, expected):
         eps = float(ml_dtypes.finfo(one.dtype).eps) if one is not None else 0
         if eps and one.size:
             np.testing.assert_allclose(one, other, atol=32 * eps * np.abs(other).max(), rtol=0, err_msg=name)
