@@ -30,10 +30,12 @@ AMX_DEEP = [
 ]
 # Sums in several passes, and more filters than a pass over the planes takes.
 DEEP = Case(batch=1, height=5, width=6, in_channels=290, out_channels=525, algorithm="winograd4", training=True)
+# More windows than L2 has room for: their filters are transformed before.
+MANY = Case(batch=3, height=40, width=41, in_channels=40, out_channels=35, activation="relu")
 SPECIAL_CASES = {  # by a word in the names of the rows that serve no others
     "backward_direct_amx": [case for case in AMX_CASES + AMX_DEEP if case.training and case.data_format == "NHWC"],
     "amx": AMX_CASES[::2] + AMX_DEEP,
-    "winograd": [replace(case, isa=None) for case in winograd_cases()[::23]] + [DEEP],
+    "winograd": [replace(case, isa=None) for case in winograd_cases()[::23]] + [DEEP, MANY],
     "depthwise": [replace(case, isa=None) for case in depthwise_cases()[::5]],
     "backward_few_channels": [case for case in FEW_CHANNELS_CASES if case.training][::3],
     "few_channels": FEW_CHANNELS_CASES[::4],

@@ -27,7 +27,7 @@ def test_the_algorithm_is_chosen_by_the_sizes():
         for name, case in LAYERS.items()
     }  # fmt: skip
     by_transforms = {name for name, names in kernels.items() if any("winograd" in kernel for kernel in names)}
-    assert by_transforms == {"winograd", "float64"}
+    assert by_transforms == {"winograd", "many_windows", "float64"}
 
 
 @pytest.mark.parametrize(

@@ -205,6 +205,10 @@ struct Planes {
   C* c;
   int64_t plane_c;
   bool add;  // to what c holds
+  // multiply_planes: what will be read next, `ahead_row` elements of it for each row of b; plane_b apart for each
+  // plane.
+  const C* ahead = nullptr;
+  int64_t ahead_row = 0;
 };
 
 // Where the transforms of windows go: channel c of row r of a plane at r * ld + c / kPlaneDepth * block +
@@ -271,7 +275,7 @@ struct ComputeKernels {
   void (*depthwise_fold)(C* block, int64_t rows, int64_t cols, int64_t multiplier);
 
   // a[plane][depth / kPlaneDepth][rows][kPlaneDepth] * b[plane][depth][panel]; lda is the distance of blocks, ldb the
-  // panel, nothing is added.
+  // panel.
   void (*multiply_planes)(const Planes<C>&);
   // a[plane][depth][rows]' * b[plane][depth][panel].
   void (*multiply_transposed_planes)(const Planes<C>&);

@@ -87,7 +87,8 @@ void PackedFilters::forget(const tensorflow::Tensor& filters) {
 PackedFilters::Form PackedFilters::form_of(const Plan& plan) {
   const ConvBnParams& p = plan.params;
   return {plan.stages[0],
-          {p.filter_height, p.filter_width, p.in_channels, p.out_channels, p.groups, static_cast<int64_t>(p.dtype)}};
+          {p.filter_height, p.filter_width, p.in_channels, p.out_channels, p.groups, static_cast<int64_t>(p.dtype),
+           static_cast<int64_t>(plan.packed_bytes)}};
 }
 
 PackedFilters::Copy* PackedFilters::find(const tensorflow::Tensor& filters, const Form& form) {

@@ -43,8 +43,9 @@ class PackedFilters {
   void forget(const tensorflow::Tensor& filters);
 
  private:
-  // Row, and shape with the number of groups and dtype: what decides the packed form of given memory.
-  using Form = std::pair<const Kernel*, std::array<int64_t, 6>>;
+  // Row, shape with the number of groups, dtype, and bytes, which tell the forms of a row apart: what decides the
+  // packed form of given memory.
+  using Form = std::pair<const Kernel*, std::array<int64_t, 7>>;
   struct Copy {
     Packed packed;  // null after the first call
     size_t bytes;   // of it
