@@ -43,8 +43,8 @@ class Tensors {
   }
 
   // As output(), in the memory of this input if there is one that nobody else refers to: lines that were just read are
-  // in cache, those of new memory are not (ResNet-50 at batch 1: -2 %). Large results go past the caches, and past lines
-  // that are there they take longer (batch 16: +1 to +3 %).
+  // in cache, those of new memory are not (ResNet-50 at batch 1: -2 %). Large results go past the caches, and past
+  // lines that are there they take longer (batch 16: +1 to +3 %).
   void* output_over(const char* input, const char* name, const tensorflow::TensorShape& shape) {
     constexpr int64_t kMaxBytes = 4 << 20;
     const tensorflow::Tensor* over = find(input);
