@@ -68,17 +68,26 @@ def test_each_stage_has_rows_for_each_isa_and_a_reference():
 
 @pytest.mark.parametrize(("kernel", "case"), RUNS, ids=[f"{row.name}-{case}" for row, case in RUNS])
 def test_forced_kernel(kernel, case):
-    if not kernel.available:
-        pytest.skip(f"this machine has no {kernel.isa}")
     problem = Problem(case)
     if kernel.stage == "forward":
         assert planned(case, "forward", kernel=kernel.name).kernels == [kernel.name]
-        problem.check_forward(problem.run_forward(kernel=kernel.name))
+        result = problem.run_forward(kernel=kernel.name)
+        problem.check_forward(result)
+        check_packed(problem, kernel.name, result)
     saved = "moments" if kernel.name.startswith("backward_moments") else "conv"
     if kernel.name in planned(case, "backward", kernel=kernel.name, saved=saved).kernels:
         problem.check_backward(problem.run_backward(saved, kernel=kernel.name))
     else:
         assert kernel.stage == "forward"
+
+
+def check_packed(problem, kernel, result):
+    """Filters packed before change no bit."""
+    plan = planned(problem.case, "forward", kernel=kernel)
+    if plan.packed_bytes:
+        packed = raw.pack_filters(plan, problem.arguments.filters)
+        again = problem.run_forward(kernel=kernel, packed_filters=packed)
+        assert [a is None or a.tobytes() for a in again] == [a is None or a.tobytes() for a in result]
 
 
 @pytest.mark.parametrize("needs_filters", [False, True])

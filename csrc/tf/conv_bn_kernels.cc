@@ -87,6 +87,7 @@ class FusedConvBN : public ConvBnKernel {
     int residuals = 0;
     OP_REQUIRES_OK(context, at_most_one(context, "num_residual", &residuals));
     OP_REQUIRES_OK(context, context->GetAttr("keep_filters", &keep_filters_));
+    OP_REQUIRES_OK(context, to_absl(PackedFilters::check_limit()));
   }
 
   void Compute(OpKernelContext* context) override {

@@ -28,6 +28,9 @@ class PackedFilters {
   // One for the process, never destroyed: kernels may run while it ends.
   static PackedFilters* global();
 
+  // Whether FUSEDCONVBN_PACKED_MEGABYTES, which global() reads once, is a number of megabytes.
+  static Status check_limit();
+
   // Whether TensorFlow owns the memory of `filters`: the owner of any other may write to it at any time. Not of slices:
   // they hold the whole, and each other's references would pass for somebody's.
   static bool may_keep(const tensorflow::Tensor& filters);
