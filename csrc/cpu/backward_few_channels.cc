@@ -112,8 +112,8 @@ class FewChannelsBackward {
                     ld_windows());
     for (int64_t row = 0; row < window(); row += k_.outer_rows)
       for (int64_t column = 0; column < p_.out_channels; column += k_.panel)
-        k_.product(w.windows + row, ld_windows(), w.dz + column, ld_dz(), count, sums + row * ld_dz() + column, ld_dz(),
-                   nullptr);
+        k_.product[1].add(w.windows + row, ld_windows(), w.dz + column, ld_dz(), count, sums + row * ld_dz() + column,
+                          ld_dz(), nullptr);
   }
 
   // Adds the ranges' sums of some rows, and stores them.

@@ -28,7 +28,7 @@ constexpr WinogradPrices kConvolutionPrices = {{0.0112, 0.0130, 0.0135},
 constexpr WinogradPrices kPackedPrices = {{0.0109, 0.0120, 0.0112},
                                           {0, 0.076, 0.13},
                                           {{0, 0.02, 0.05}, {0.07, 0.05, 0.08}, {0.1, 0.09, 0.22}},
-                                          {0, 0.15, 0.14}};
+                                          {0, 0.13, 0.13}};
 // Sums of elements of filters are transformed in cache.
 constexpr WinogradPrices kFilterGradientPrices = {
     {0.0177, 0.0169, 0.0174}, {0, 0.13, 0.12}, {{0, 0.1, 0.1}, {0.2, 0.18, 0.14}, {0.2, 0.18, 0.14}}, {0, 0, 0}};
