@@ -33,11 +33,12 @@ constexpr WinogradPrices kPackedPrices = {{0.0109, 0.0120, 0.0112},
 constexpr WinogradPrices kFilterGradientPrices = {
     {0.0177, 0.0169, 0.0174}, {0, 0.13, 0.12}, {{0, 0.1, 0.1}, {0.2, 0.18, 0.14}, {0.2, 0.18, 0.14}}, {0, 0, 0}};
 
-// Whether the transformed inputs of so many windows of F(MxM) stay in an L2 of 2 MiB, with some filters.
+// Whether the transformed inputs of so many windows of F(MxM), and their products by a panel, stay in an L2 of 2 MiB,
+// with some filters.
 template <int M>
 constexpr bool winograd_inputs_fit_cache(int64_t windows, int64_t depth, int64_t element_bytes) {
-  constexpr int64_t kMaxBytes = 5 << 18;
-  return (M + 2) * (M + 2) * windows * depth * element_bytes <= kMaxBytes;
+  constexpr int64_t kMaxBytes = 5 << 18, kPanel = 32;
+  return (M + 2) * (M + 2) * windows * (depth + kPanel) * element_bytes <= kMaxBytes;
 }
 
 struct WinogradProblem {
