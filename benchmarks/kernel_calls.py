@@ -9,11 +9,12 @@ from typing import Any
 
 import numpy as np
 
+from benchmarks import plans
 from benchmarks.data import make_data
 from benchmarks.implementations import TRAIN_STEP, Implementation
 from benchmarks.measured import Call as MeasuredCall
 from benchmarks.measured import Measured, Naming
-from benchmarks.problem import EPSILON, MOMENTUM, Problem
+from benchmarks.problem import Problem
 from fusedconvbn import _load, raw
 
 _LINE = 64  # bytes: where TensorFlow's tensors begin
@@ -54,15 +55,7 @@ class KernelCalls:
         self.moments = [np.empty_like(weights.gamma) for _ in range(4)]  # new moving mean and variance, mean, 1 / std
 
     def plan(self, direction: str, kernel: str | None = None, saved: str = "conv", threads: int = 1) -> Any:
-        """What `raw.plan` says; a ValueError if `kernel` does not support the problem."""
-        problem, case = self._problem, self._problem.case
-        return raw.plan(
-            case.input_shape(problem.batch), case.filter_shape, dtype=problem.dtype, strides=case.stride,
-            dilations=case.dilation, padding=case.op_padding, activation=case.activation, residual=case.residual,
-            training=problem.training, epsilon=EPSILON, momentum=MOMENTUM, algorithm=problem.algorithm,
-            save=problem.save, direction=direction, saved=saved, kernel=kernel,
-            threads=threads,
-        )  # fmt: skip
+        return plans.plan(self._problem, direction, kernel, saved, threads)
 
     def packed(self, plan: Any) -> np.ndarray | None:
         """The filters as ops keep them between calls of inference; None where they do not."""
