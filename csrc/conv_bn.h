@@ -75,7 +75,7 @@ struct ForwardBuffers {
   const void* moving_mean = nullptr;      // stat [K]
   const void* moving_variance = nullptr;  // stat [K]
   const void* residual = nullptr;         // data, shape of output; null unless has_residual
-  void* output = nullptr;                 // data [N,OH,OW,K] or [N,K,OH,OW]
+  void* output = nullptr;                 // data [N,OH,OW,K] or [N,K,OH,OW]; unless training, may be the residual
   void* new_moving_mean = nullptr;        // stat [K]
   void* new_moving_variance = nullptr;    // stat [K]
   void* batch_mean = nullptr;             // stat [K]: the mean that was subtracted (training: of the batch)

@@ -126,7 +126,7 @@ static void add_rows(const C* tile, const ColumnSegment<C>& s, int64_t row, int6
 template <class C, int R>
 static void add_columns_tile(const C* a, int64_t lda, const C* b, int64_t depth, const ColumnSegments<C>& to) {
   Vector<C> acc[R][2] = {};
-  product_sums<C, R>(a, lda, b, kPanel<C>, depth, nullptr, acc);
+  product_sums<C, R, 2>(a, lda, b, kPanel<C>, depth, nullptr, acc);
   if (to.segments->count == kPanel<C>) return add_rows<C, R>(acc, *to.segments, to.row, to.rows);
   C tile[R * kPanel<C>];
   store_tile<C, R, 2>(acc, R, tile);

@@ -115,7 +115,9 @@ static constexpr ComputeKernels<C> compute_kernels() {
   k.emit_sums = emit_sums<C>;
   k.row_means = row_means<C>;
   k.center_rows = center_rows<C>;
-  k.product = product<C>;
+  k.product[0] = product_kernel<C, 1>();
+  k.product[1] = product_kernel<C, 2>();
+  k.product[2] = product_kernel<C, 3>();
   fill_activation<0>(&k);
   fill_gradients<0, C, C, C>(&k.reduce, &k.apply);
 #if defined(__AMX_BF16__)

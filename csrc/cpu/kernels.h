@@ -192,7 +192,7 @@ struct MaskBlock {
   int64_t ld_du;
   C* d_residual;  // may be null; = du
   int64_t ld_d_residual;
-  C* sum;  // may be null; [cols] += sum of du over the rows
+  C* sum;  // [cols] += sum of du over the rows
 };
 
 // Rows of operands of products of planes lie in blocks of so many elements: an operand [depth / kPlaneDepth][rows]
@@ -210,6 +210,10 @@ struct Planes {
   C* c;
   int64_t plane_c;
   bool add;  // to what c holds
+  // multiply_planes: what will be read next, `ahead_row` elements of it for each row of b; plane_b apart for each
+  // plane.
+  const C* ahead = nullptr;
+  int64_t ahead_row = 0;
 };
 
 // Where the transforms of windows go: channel c of row r of a plane at r * ld + c / kPlaneDepth * block +
@@ -229,6 +233,13 @@ struct WinogradKernels {
   void (*filter)(const C* filters, int64_t tap, int64_t ld, int64_t depth, C* planes, int64_t plane, bool streams);
   void (*filter_gradient)(const C* planes, int64_t plane, int64_t rows, C* filters);
   void (*output)(const C* planes, int64_t plane, int64_t count, int64_t pixels, int64_t lines, C* rows);
+};
+
+// sums[rows][columns] += a' b, of `depth` rows of a and b; `ahead` may be null.
+template <class C>
+struct ProductKernel {
+  int64_t rows, columns;
+  void (*add)(const C* a, int64_t lda, const C* b, int64_t ldb, int64_t depth, C* sums, int64_t ld, Ahead<C>* ahead);
 };
 
 template <class C>
@@ -276,7 +287,7 @@ struct ComputeKernels {
   void (*depthwise_fold)(C* block, int64_t rows, int64_t cols, int64_t multiplier);
 
   // a[plane][depth / kPlaneDepth][rows][kPlaneDepth] * b[plane][depth][panel]; lda is the distance of blocks, ldb the
-  // panel, nothing is added.
+  // panel.
   void (*multiply_planes)(const Planes<C>&);
   // a[plane][depth][rows]' * b[plane][depth][panel].
   void (*multiply_transposed_planes)(const Planes<C>&);
@@ -285,13 +296,11 @@ struct ComputeKernels {
   // Of each column: its mean, and the sum of squared deviations from it, in two passes over the block.
   void (*moments)(const C* block, int64_t ld, int64_t rows, int64_t cols, C* mean, C* squares);
 
-  // pointwise.inl. mean[depth] of in.count rows; centered[count][ld] = rows - mean; sums[outer_rows][panel] += a' b, of
-  // a[depth][outer_rows] and b[depth][panel], `ahead` may be null; du, null for activations whose derivative does not
-  // follow from y.
+  // pointwise.inl. mean[depth] of in.count rows; centered[count][ld] = rows - mean; du, null for activations whose
+  // derivative does not follow from y.
   void (*row_means)(const GatheredRows<C>& in, C* mean);
   void (*center_rows)(const GatheredRows<C>& in, const C* mean, C* centered, int64_t ld);
-  void (*product)(const C* a, int64_t lda, const C* b, int64_t ldb, int64_t depth, C* sums, int64_t ld,
-                  Ahead<C>* ahead);
+  ProductKernel<C> product[3];  // of 1, 2 and 3 vectors of columns; the second one has outer_rows x panel
   void (*mask[kActivationCount])(const MaskBlock<C>&);
 
   void (*affine[kActivationCount])(const AffineBlock<C>&);
