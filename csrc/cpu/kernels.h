@@ -12,12 +12,17 @@
 
 namespace fusedconvbn {
 
+template <class C>
+struct Stretch {
+  const C *begin = nullptr, *end = nullptr;
+};
+
 // Row r of tap t starts at rows[t * row_stride + r] + offset and has `depth` elements.
 template <class C>
 struct GatheredRows {
   const C* const* rows;
   int64_t row_stride, count, taps, depth, offset;
-  const C *ahead = nullptr, *ahead_end = nullptr;  // gemm: memory to be fetched meanwhile, evenly
+  Stretch<C> ahead[2] = {};  // gemm: memory to be fetched meanwhile, evenly
 };
 
 // Memory that the next block will read. A kernel asks for a line of it every `steps` steps of its own, so that few are
