@@ -28,7 +28,9 @@ namespace {
 
 #include "gemm.inl"  // kTileRows and the panel of all that follows
 
-#include "depthwise.inl"
+#include "depthwise3.inl"
+
+#include "depthwise.inl"  // by depthwise3.inl where that can be
 #include "planes.inl"
 #include "pointwise.inl"
 

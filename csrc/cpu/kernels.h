@@ -66,11 +66,11 @@ struct ColumnSegments {
 constexpr int64_t kDepthwisePanel = 32;  // channels of a row in depthwise kernels, whatever the vectors
 
 // Lines of a depthwise convolution. Tap t of column c of line l reads `cols` channels at sources[l * taps + t] + offset
-// + c * step, in whole vectors.
+// + c * step, in whole vectors. Taps come in lines of `row_taps`, of which each lies tap_step behind the last.
 template <class C>
 struct PanelLines {
   const C* const* sources;
-  int64_t lines, columns, taps, step, offset, cols;
+  int64_t lines, columns, taps, row_taps, tap_step, step, offset, cols;
 };
 
 // Where the result of line l and column c goes: at data + l * ld_line + c * ld_column, in whole vectors.
