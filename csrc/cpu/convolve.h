@@ -47,6 +47,8 @@ struct TileEpilogue {
   std::function<void(const Tile<C>&)> finish;
   // May be empty. What to do with a tile's sums a few rows at a time, in place of emit.
   std::function<GemmOutput<C>(const Tile<C>&)> row_by_row = nullptr;
+  // May be empty. The same of AmxConvolution, where the rows of memory are of 16-bit numbers.
+  std::function<GemmOutput<C>(const Tile<C>&)> in_place = nullptr;
 
   GemmOutput<C> output(const Tile<C>& tile) const {
     GemmOutput<C> to{tile.data};
