@@ -27,7 +27,7 @@ bool forward_winograd(const ConvBnParams& p) {
 }
 template <int M>
 bool dgrad_winograd(const ConvBnParams& p) {
-  return suits_winograd<M>(p, kConvolutionPrices, {p.batch, p.in_height, p.in_width, p.out_channels, p.in_channels});
+  return suits_winograd<M>(p, kInputGradientPrices, {p.batch, p.in_height, p.in_width, p.out_channels, p.in_channels});
 }
 template <int M>
 bool wgrad_winograd(const ConvBnParams& p) {
