@@ -2,8 +2,8 @@
 
 `raw_cases()` covers every pair of levels of the factors below (and, as (dtype, layout, ISA) and (channels, groups) are
 factors of their own, many triples and quintuples); `op_cases()` does so without the ISA; `winograd_cases()`,
-`depthwise_cases()`, `expanding_cases()` and `pointwise_cases()` for what Winograd's kernels, depthwise ones, those by
-moments and those of 1x1 filters can do.
+`depthwise_cases()`, `sliding_cases()`, `expanding_cases()` and `pointwise_cases()` for what Winograd's kernels can do,
+depthwise ones, those among them that slide 3x3 windows, those by moments and those of 1x1 filters.
 Sizes are those that break kernels: prime, one off a tile, smaller than any tile.
 """
 
@@ -271,6 +271,14 @@ DEPTHWISE = {
     "output": ((1, 1, 1), (2, 1, 1), (1, 3, 4), (5, 1, 5), (2, 6, 4), (1, 8, 12), (1, 1, 97), (2, 7, 7), (3, 5, 13),
                (1, 17, 17), (1, 3, 193), (2, 37, 5), (17, 2, 3)),
 }  # fmt: skip
+# What windows that slide along lines in place can do, and just more than that.
+SLIDING = {
+    **DEPTHWISE,
+    "target": tuple(itertools.product(("f32", "f64"), ("NHWC",), ISAS)),
+    "channels": ((8, 8, 8), (16, 16, 16), (32, 32, 32), (48, 48, 48), (96, 96, 96)),
+    "kernel": ((3, 3),), "dilations": ((1, 1),), "strides": ((1, 1), (2, 2), (1, 2), (3, 1), (2, 3)),
+    "padding": ("SAME", "VALID", ((1, 1), (1, 1)), ((2, 0), (1, 0)), ((0, 2), (2, 1))),
+}  # fmt: skip
 
 
 def _from_levels(levels: dict[str, Any]) -> Case:
@@ -385,3 +393,9 @@ def few_channels_cases() -> list[Case]:
 def depthwise_cases() -> list[Case]:
     """Convolutions of groups of one input channel, each for one ISA."""
     return covering({**FACTORS, **DEPTHWISE})
+
+
+@functools.cache
+def sliding_cases() -> list[Case]:
+    """3x3 depthwise convolutions whose taps are neighbours, in rows of whole vectors, each for one ISA."""
+    return covering({**FACTORS, **SLIDING})
