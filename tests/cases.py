@@ -197,6 +197,7 @@ LAYERS = {
     "expand": Case(batch=2, height=29, width=31, kernel=(1, 1), in_channels=16, out_channels=208, residual=True),
     "reduce": Case(batch=3, height=14, width=15, kernel=(1, 1), in_channels=515, out_channels=130, activation="silu"),
     "winograd": Case(batch=2, height=29, width=31, in_channels=40, out_channels=72, residual=True, activation="relu"),
+    "many_windows": Case(height=49, width=47, in_channels=64, out_channels=528),
     "strided": Case(dtype="bf16", batch=3, height=57, width=55, in_channels=24, out_channels=40, strides=(2, 2)),
     "grouped": Case(dtype="f16", batch=2, height=33, width=35, in_channels=48, out_channels=96, groups=4),
     "depthwise": Case(batch=2, height=57, width=59, in_channels=96, out_channels=96, groups=96, activation="relu6"),

@@ -45,6 +45,9 @@ class FewChannelsBackward {
     gradients_.reduce(parallel);
     if (!b_.d_inputs && !b_.d_filters && !b_.d_residual) return;
     std::fill(zeros_, zeros_ + reader_.zero_elements(), C(0));
+    // Nobody reads what the products make of columns that dz lacks, but what lies there must not be subnormal: slow.
+    if (ld_dz() > p_.out_channels)
+      for (const Worker& w : workers_) std::fill(w.dz, w.dz + kBlock * ld_dz(), C(0));
     if (b_.d_inputs) columns_.pack_filters();
     parallel->run(ranges_, [&](int64_t range, int worker) {
       C* sums = sums_ + range * sum_elements();

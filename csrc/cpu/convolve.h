@@ -12,6 +12,7 @@
 
 #include "arena.h"
 #include "image.h"
+#include "span.h"
 #include "windows.h"
 
 namespace fusedconvbn {
@@ -46,6 +47,8 @@ struct TileEpilogue {
   std::function<void(const Tile<C>&)> finish;
   // May be empty. What to do with a tile's sums a few rows at a time, in place of emit.
   std::function<GemmOutput<C>(const Tile<C>&)> row_by_row = nullptr;
+  // May be empty. The same of AmxConvolution, where the rows of memory are of 16-bit numbers.
+  std::function<GemmOutput<C>(const Tile<C>&)> in_place = nullptr;
 
   GemmOutput<C> output(const Tile<C>& tile) const {
     GemmOutput<C> to{tile.data};
@@ -88,6 +91,7 @@ class Convolution {
         blocks_in_task_(ceil_div(std::min(4 * windows.width, kMaxTaskRows), kBlockRows)),
         source_(source),
         in_cache_(fits_cache(source.grid())),
+        fetches_filters_(!in_cache_ && exceeds_cache()),
         fetches_blocks_(!in_cache_ && source.direct() && taps() == 1 && windows.positions() == source.grid().pixels()),
         table_rows_(in_cache_ ? std::max(kBlockRows, windows.positions()) : kBlockRows),
         reader_(source, groups_ * depth_, windows, groups_ == 1, table_rows_, blocks_in_task_ * kBlockRows) {
@@ -155,6 +159,14 @@ class Convolution {
     int64_t element;              // of the packed filters
   };
 
+  // Whether the filters and two blocks' pixels exceed an L2 of 2 MiB. Then a block finds filters gone that the one
+  // before has used.
+  bool exceeds_cache() const {
+    constexpr int64_t kMaxBytes = 3 << 19;
+    const int64_t pixels = 2 * kBlockRows * windows_.step_height * windows_.step_width;
+    return (packed_elements() + pixels * groups_ * depth_) * static_cast<int64_t>(sizeof(C)) > kMaxBytes;
+  }
+
   // Whether the source stays in half of an L2 of 2 MiB while the filters pass by. Then each panel of them is used for
   // all blocks at once, and read from memory once.
   bool fits_cache(const Grid& source) const {
@@ -208,10 +220,13 @@ class Convolution {
           GatheredRows<C> in{scratch.rows + done,      table_rows_,         count, reader_.taps(),
                              reader_.depth() * depth_, panel.group * depth_};
           const C* filters = packed + panel.element;
-          if (in_cache_ && index + 1 < panel_end)
-            fetch_panel(filters + taps() * depth_ * panel.width, done, rows, panel, &in);
-          if (fetches_blocks_ && first + rows < windows_.positions())
-            fetch_block(first + rows, index - panel_begin, panel_end - panel_begin, &in);
+          const Panel next = panel_of(index + 1 < panel_end ? index + 1 : panel_begin);
+          if (in_cache_) {
+            if (index + 1 < panel_end) look_ahead(next, packed, done / kBlockRows, ceil_div(rows, kBlockRows), &in);
+          } else {
+            if (fetches_filters_) in.ahead[0] = filters_of(next, packed, 0, 1);
+            if (fetches_blocks_) in.ahead[1] = pixels_of(first + rows, index - panel_begin, panel_end - panel_begin);
+          }
           multiply(
               in, panel, filters,
               {s.tile[worker], panel.width, first + done, count, 0, panel.cols, (first + done) / kBlockRows, worker},
@@ -222,18 +237,22 @@ class Convolution {
     kernels_.end_streaming();
   }
 
-  // Of the next panel, as much as `in` is of the `rows` that this one serves.
-  void fetch_panel(const C* next, int64_t done, int64_t rows, const Panel& panel, GatheredRows<C>* in) const {
-    const int64_t elements = taps() * depth_ * panel.width;
-    in->ahead = next + elements * done / rows;
-    in->ahead_end = next + elements * (done + in->count) / rows;
+  // Two stretches at once: few pixels use filters up faster than one can fetch them.
+  void look_ahead(const Panel& next, const C* packed, int64_t number, int64_t parts, GatheredRows<C>* in) const {
+    for (int i = 0; i < 2; ++i) in->ahead[i] = filters_of(next, packed, 2 * number + i, 2 * parts);
   }
-  // Of the pixels of the block at position `first`, the share that panel `index` of `panels` asks for.
-  void fetch_block(int64_t first, int64_t index, int64_t panels, GatheredRows<C>* in) const {
+  // One of `parts` of the filters of a panel.
+  Stretch<C> filters_of(const Panel& panel, const C* packed, int64_t number, int64_t parts) const {
+    const Span elements = part(number, parts, taps() * depth_ * panel.width);
+    return {packed + panel.element + elements.begin, packed + panel.element + elements.end};
+  }
+  // One of `parts` of the pixels of the block at position `first`, if there is one.
+  Stretch<C> pixels_of(int64_t first, int64_t number, int64_t parts) const {
     const int64_t count = std::min(kBlockRows, windows_.positions() - first);
+    if (count <= 0) return {};
+    const Span rows = part(number, parts, count);
     const C* pixels = source_.read(first, count, 0, groups_ * depth_, nullptr).data;
-    in->ahead = pixels + count * index / panels * source_.ld();
-    in->ahead_end = pixels + count * (index + 1) / panels * source_.ld();
+    return {pixels + rows.begin * source_.ld(), pixels + rows.end * source_.ld()};
   }
 
   void multiply(const GatheredRows<C>& in, const Panel& panel, const C* filters, Tile<C> tile,
@@ -250,9 +269,10 @@ class Convolution {
   int64_t groups_, depth_, cols_;
   int64_t blocks_in_task_;  // enough lines that staging those above and below costs little
   Image<C> source_;
-  bool in_cache_;        // see fits_cache()
-  bool fetches_blocks_;  // a block's pixels while the one before is multiplied: they are adjacent, and read once
-  int64_t table_rows_;   // positions whose pointers are at hand at once
+  bool in_cache_;         // see fits_cache()
+  bool fetches_filters_;  // a panel's while the one before is used
+  bool fetches_blocks_;   // a block's pixels while the one before is multiplied: they are adjacent, and read once
+  int64_t table_rows_;    // positions whose pointers are at hand at once
   WindowReader<C> reader_;
 };
 

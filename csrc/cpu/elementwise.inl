@@ -77,7 +77,7 @@ FCB_INLINE void for_row_groups(int64_t rows, F f) {
   for (int64_t first = 0; first < rows; first += kGroup) f(first, first + kGroup < rows ? first + kGroup : rows);
 }
 
-// Of z in memory, or in cache: then these are the rows of a tile, and the next ones' residual is asked for.
+// Of z in memory, or in cache: then these are the rows of a tile, and gemm has asked for what else they need.
 // Takes its own copy of the block, as do those below: what is stored could be the caller's.
 template <class C, Activation A, bool Stream, bool InCache>
 FCB_INLINE void affine_block(AffineBlock<C> b) {
@@ -89,15 +89,14 @@ FCB_INLINE void affine_block(AffineBlock<C> b) {
         if constexpr (!InCache) __builtin_prefetch(row<C>(b.z, r, b.ld_z) + c + ahead);
         Vector<C> u = (read(row<C>(b.z, r, b.ld_z) + c) - mean) * scale + beta;
         if (b.residual) {
-          const C* residual = row<C>(b.residual, r, b.ld_residual) + c;
-          if constexpr (InCache) __builtin_prefetch(residual + (end - first) * b.ld_residual);
-          u += read(residual);
+          u += read(row<C>(b.residual, r, b.ld_residual) + c);
         }
         C* y = row<C>(b.y, r, b.ld_y) + c;
         if constexpr (Stream) {
           stream(y, activate<A, C>(u));
         } else {
-          __builtin_prefetch(y + (end - first) * b.ld_y);  // a store waits for its line, which no hardware foresees
+          // A store waits for its line, which no hardware foresees.
+          if constexpr (!InCache) __builtin_prefetch(y + (end - first) * b.ld_y);
           write(y, activate<A, C>(u));
         }
       }

@@ -73,6 +73,7 @@ static constexpr AmxKernels amx_kernels() {
   k.begin = amx_begin;
   k.end = amx_end;
   k.multiply = amx_multiply;
+  k.emit = amx_emit;
   k.pack = amx_pack;
   k.transpose = amx_transpose;
   k.pairs = amx_pairs_of_rows;
