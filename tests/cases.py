@@ -2,8 +2,8 @@
 
 `raw_cases()` covers every pair of levels of the factors below (and, as (dtype, layout, ISA) and (channels, groups) are
 factors of their own, many triples and quintuples); `op_cases()` does so without the ISA; `winograd_cases()`,
-`depthwise_cases()`, `sliding_cases()`, `expanding_cases()` and `pointwise_cases()` for what Winograd's kernels can do,
-depthwise ones, those among them that slide 3x3 windows, those by moments and those of 1x1 filters.
+`depthwise_cases()`, `sliding_cases()` (3x3), `expanding_cases()` and `pointwise_cases()` for what Winograd's kernels,
+depthwise ones, those by moments and those of 1x1 filters can do.
 Sizes are those that break kernels: prime, one off a tile, smaller than any tile.
 """
 
@@ -274,10 +274,9 @@ DEPTHWISE = {
 }  # fmt: skip
 # What windows that slide along lines in place can do, and just more than that.
 SLIDING = {
-    **DEPTHWISE,
+    **DEPTHWISE, "kernel": ((3, 3),), "dilations": ((1, 1),), "strides": ((1, 1), (2, 2), (1, 2), (3, 1), (2, 3)),
     "target": tuple(itertools.product(("f32", "f64"), ("NHWC",), ISAS)),
     "channels": ((8, 8, 8), (16, 16, 16), (32, 32, 32), (48, 48, 48), (96, 96, 96)),
-    "kernel": ((3, 3),), "dilations": ((1, 1),), "strides": ((1, 1), (2, 2), (1, 2), (3, 1), (2, 3)),
     "padding": ("SAME", "VALID", ((1, 1), (1, 1)), ((2, 0), (1, 0)), ((0, 2), (2, 1))),
 }  # fmt: skip
 
