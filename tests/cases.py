@@ -272,8 +272,7 @@ DEPTHWISE = {
     "output": ((1, 1, 1), (2, 1, 1), (1, 3, 4), (5, 1, 5), (2, 6, 4), (1, 8, 12), (1, 1, 97), (2, 7, 7), (3, 5, 13),
                (1, 17, 17), (1, 3, 193), (2, 37, 5), (17, 2, 3)),
 }  # fmt: skip
-# What windows that slide along lines in place can do, and just more than that.
-SLIDING = {
+SLIDING = {  # what windows that slide along lines in place can do, and just more than that
     **DEPTHWISE, "kernel": ((3, 3),), "dilations": ((1, 1),), "channels": tuple((c,) * 3 for c in (8, 16, 32, 48, 96)),
     "target": tuple(itertools.product(("f32", "f64"), ("NHWC",), ISAS)),
     "padding": ("SAME", "VALID", ((1, 1), (1, 1)), ((2, 0), (1, 0)), ((0, 2), (2, 1))),
