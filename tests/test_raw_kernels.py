@@ -11,6 +11,7 @@ from cases import (
     few_channels_cases,
     op_cases,
     pointwise_cases,
+    sliding_cases,
     winograd_cases,
 )  # fmt: skip
 from raw_problem import Problem, planned
@@ -44,7 +45,7 @@ SPECIAL_CASES = {  # by a word in the names of the rows that serve no others
     "backward_direct_amx": [case for case in AMX_CASES + AMX_DEEP if case.training and case.data_format == "NHWC"],
     "amx": AMX_CASES[::2] + AMX_DEEP + AMX_EMITTED,
     "winograd": [replace(case, isa=None) for case in winograd_cases()[::23]] + [DEEP, MANY],
-    "depthwise": [replace(case, isa=None) for case in depthwise_cases()[::5]],
+    "depthwise": [replace(case, isa=None) for case in depthwise_cases()[::5] + sliding_cases()],
     "backward_few_channels": [case for case in FEW_CHANNELS_CASES if case.training][::3],
     "few_channels": FEW_CHANNELS_CASES[::4],
     "columns": [case for case in op_cases() if case.groups == 1][::13],

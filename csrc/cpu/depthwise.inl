@@ -66,7 +66,6 @@ static void depthwise(const PanelLines<C>& in, const C* filters, const PanelTarg
     for (; c + kLanes<C> < in.cols; c += 2 * kLanes<C>) depthwise_lines<C, 2>(in, c, filters, out);
     if (c < in.cols) depthwise_lines<C, 1>(in, c, filters, out);
   }
-  if (out.stream) end_streaming();
 }
 
 // sums[T][panel] += for taps [first, first + T) and a few vectors of channels.

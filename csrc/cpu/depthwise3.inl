@@ -20,34 +20,52 @@ FCB_INLINE WindowColumn<C> window_column(const C* const (&lines)[3], int64_t at)
   return {{load(lines[0] + at), load(lines[1] + at), load(lines[2] + at)}};
 }
 
-// Calls f(output column, the window's three columns). S: the stride; the lines' pixels are `step` apart.
+// Calls f(output column, the window's three columns) along line `l`, from `channel` on. S: the stride.
 template <class C, int S, class F>
-FCB_INLINE void slide(const C* const (&lines)[3], int64_t step, int64_t columns, F f) {
+FCB_INLINE void slide(const PanelLines<C>& in, int64_t l, int64_t channel, F f) {
+  const int64_t columns = in.columns, step = in.tap_step, last = in.right ? columns - 1 : columns;
   if (columns == 0) return;
-  WindowColumn<C> a = window_column(lines, 0), b, c;
+  const C* const lines[3] = {in.sources[9 * l] + in.offset + channel, in.sources[9 * l + 3] + in.offset + channel,
+                             in.sources[9 * l + 6] + in.offset + channel};
+  WindowColumn<C> a{}, b, c;
+  if (!in.left) a = window_column(lines, 0);
+  const auto next = [&](int64_t j, int64_t at) { return j == last ? WindowColumn<C>{} : window_column(lines, at); };
   if constexpr (S == 1) {
     b = window_column(lines, step);
     int64_t at = 2 * step;
     for (int64_t j = 0; j < columns; j += 3, at += 3 * step) {
-      c = window_column(lines, at);
+      c = next(j, at);
       f(j, a, b, c);
       if (j + 1 == columns) return;
-      a = window_column(lines, at + step);
+      a = next(j + 1, at + step);
       f(j + 1, b, c, a);
       if (j + 2 == columns) return;
-      b = window_column(lines, at + 2 * step);
+      b = next(j + 2, at + 2 * step);
       f(j + 2, c, a, b);
     }
   } else {
     int64_t at = step;
     for (int64_t j = 0; j < columns; j += 2, at += 4 * step) {
-      b = window_column(lines, at), c = window_column(lines, at + step);
+      b = window_column(lines, at), c = next(j, at + step);
       f(j, a, b, c);
       if (j + 1 == columns) return;
-      b = window_column(lines, at + 2 * step), a = window_column(lines, at + 3 * step);
+      b = window_column(lines, at + 2 * step), a = next(j + 1, at + 3 * step);
       f(j + 1, c, b, a);
     }
   }
+}
+
+// Asks for what the windows of a vector of channels step over by a column, and moves on.
+template <class C, int S>
+FCB_INLINE void fetch_step(const C** next, int64_t step) {
+#pragma GCC unroll 4
+  for (int i = 0; i < S * S; ++i, *next += step) __builtin_prefetch(*next, 0, 2);
+}
+
+// Where `vector`, of so many of channels, begins to do so.
+template <class C, int S>
+FCB_INLINE const C* first_ahead(const PanelLines<C>& in, int64_t vector) {
+  return in.ahead ? in.ahead + vector * in.lines * in.columns * S * S * kLanes<C> : in.sources[0];
 }
 
 template <class C>
@@ -71,15 +89,14 @@ static void depthwise3_lines(const PanelLines<C>& in, int64_t channel, const C* 
   Vector<C> f[9];
 #pragma GCC unroll 9
   for (int t = 0; t < 9; ++t) f[t] = load(filters + t * kDepthwisePanel + channel);
-  const int64_t columns = in.columns, step = in.tap_step, ld = out.ld_column;
+  const C* ahead = first_ahead<C, S>(in, channel / kLanes<C>);
+  const int64_t ahead_step = in.ahead ? kLanes<C> : 0;
   for (int64_t l = 0; l < in.lines; ++l) {
-    const C* const* sources = in.sources + l * 9;
-    const int64_t at = in.offset + channel;
-    const C* const lines[3] = {sources[0] + at, sources[3] + at, sources[6] + at};
     C* to = out.data + l * out.ld_line + channel;
-    slide<C, S>(lines, step, columns, [&](int64_t j, const auto& a, const auto& b, const auto& c) {
+    slide<C, S>(in, l, channel, [&](int64_t j, const auto& a, const auto& b, const auto& c) {
+      fetch_step<C, S>(&ahead, ahead_step);
       const Vector<C> sum = window_product(a, b, c, f);
-      Stream ? stream(to + j * ld, sum) : store(to + j * ld, sum);
+      Stream ? stream(to + j * out.ld_column, sum) : store(to + j * out.ld_column, sum);
     });
   }
 }
@@ -97,13 +114,12 @@ template <class C, int S>
 static void depthwise3_outer_lines(const PanelLines<C>& in, int64_t channel, const C* const* dz, int64_t dz_offset,
                                    int64_t dz_step, C* sums) {
   Vector<C> acc[9] = {};
-  const int64_t columns = in.columns, step = in.tap_step;
+  const C* ahead = first_ahead<C, S>(in, channel / kLanes<C>);
+  const int64_t ahead_step = in.ahead ? kLanes<C> : 0;
   for (int64_t l = 0; l < in.lines; ++l) {
-    const C* const* sources = in.sources + l * 9;
-    const int64_t at = in.offset + channel;
-    const C* const lines[3] = {sources[0] + at, sources[3] + at, sources[6] + at};
     const C* g = dz[l] + dz_offset + channel;
-    slide<C, S>(lines, step, columns, [&](int64_t j, const auto& a, const auto& b, const auto& c) {
+    slide<C, S>(in, l, channel, [&](int64_t j, const auto& a, const auto& b, const auto& c) {
+      fetch_step<C, S>(&ahead, ahead_step);
       const Vector<C> d = load(g + j * dz_step);
 #pragma GCC unroll 3
       for (int t = 0; t < 3; ++t) {

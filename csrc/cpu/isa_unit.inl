@@ -97,6 +97,7 @@ static constexpr ComputeKernels<C> compute_kernels() {
   k.gemm_columns = kMaxVectors * kLanes<C>;
   k.gemm = gemm<C>;
   k.end_streaming = end_streaming;
+  k.slides = kSlides;
   k.depthwise = depthwise<C>;
   k.outer = outer<C>;
   k.pack_rows = pack<C, kTileRows>;

@@ -71,6 +71,10 @@ template <class C>
 struct PanelLines {
   const C* const* sources;
   int64_t lines, columns, taps, row_taps, tap_step, step, offset, cols;
+  // Where ComputeKernels::slides says so. Whether the first column of the first window, and the last one of the last,
+  // are beyond the image: zeros, not to be read.
+  bool left = false, right = false;
+  const C* ahead = nullptr;  // memory to be fetched meanwhile: as many elements as the windows step over
 };
 
 // Where the result of line l and column c goes: at data + l * ld_line + c * ld_column, in whole vectors.
@@ -292,8 +296,9 @@ struct ComputeKernels {
   // Adds the tile a[depth][outer_rows]' * b[depth][panel] to where `to` says.
   void (*add_columns)(const C* a, int64_t lda, const C* b, int64_t depth, const ColumnSegments<C>& to);
 
+  bool slides;  // 3x3 windows of neighbours, at strides 1 and 2, along lines of any length: depthwise3.inl
   // Depthwise, on up to kDepthwisePanel channels, element by element. out = sum over taps of rows *
-  // filters[taps][kDepthwisePanel].
+  // filters[taps][kDepthwisePanel]; what it streams is ordered by end_streaming().
   void (*depthwise)(const PanelLines<C>& in, const C* filters, const PanelTarget<C>& out);
   // sums[taps][kDepthwisePanel] += sum over lines and columns of rows * the row at dz[l] + dz_offset + c * dz_step.
   void (*depthwise_outer)(const PanelLines<C>& in, const C* const* dz, int64_t dz_offset, int64_t dz_step, C* sums);

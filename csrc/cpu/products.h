@@ -19,13 +19,15 @@ int64_t padded_columns(int64_t channels) {
   return (ceil_div(channels + kBeyond, kLine) | 1) * kLine;
 }
 
-// Columns of a convolution with 1x1 filters that gemm computes at once.
+// Columns of a convolution with 1x1 filters that gemm computes at once: nearly equal panels.
 struct ColumnPanel {
   int64_t column, cols, width;  // width: whole vectors
 };
 template <class C>
 ColumnPanel column_panel(const ComputeKernels<C>& k, int64_t columns, int64_t index) {
-  const int64_t column = index * k.gemm_columns, cols = std::min(k.gemm_columns, columns - column);
+  const int64_t panels = ceil_div(columns, k.gemm_columns),
+                width = ceil_div(ceil_div(columns, panels), k.lanes) * k.lanes;
+  const int64_t column = index * width, cols = std::min(width, columns - column);
   return {column, cols, ceil_div(cols, k.lanes) * k.lanes};
 }
 
