@@ -90,12 +90,14 @@ class Forward {
   }
 
   void convolve_and_normalize(ParallelFor* parallel) const {
-    RowByRow row_by_row;
-    if (output_.direct())
-      row_by_row = [this](const Tile<C>& t) {
+    TileEpilogue<C> epilogue{[this](const Tile<C>& t) { normalize({t.data, t.ld}, t); }, nullptr};
+    if (output_.direct()) {
+      epilogue.row_by_row = [this](const Tile<C>& t) {
         return GemmOutput<C>{t.data, false, k_.emit[static_cast<int>(p_.activation)], affine_block({t.data, t.ld}, t)};
       };
-    convolve(parallel, {[this](const Tile<C>& t) { normalize({t.data, t.ld}, t); }, nullptr, row_by_row});
+      if (residual_.present()) epilogue.reads = residual_.read(0, 1, 0, 1, nullptr);
+    }
+    convolve(parallel, epilogue);
   }
 
   // Of a block in scratch.

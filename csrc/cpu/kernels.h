@@ -22,7 +22,7 @@ template <class C>
 struct GatheredRows {
   const C* const* rows;
   int64_t row_stride, count, taps, depth, offset;
-  Stretch<C> ahead[2] = {};  // gemm: memory to be fetched meanwhile, evenly
+  Stretch<C> ahead[3] = {};  // gemm: memory to be fetched meanwhile, evenly
 };
 
 // Memory that the next block will read. A kernel asks for a line of it every `steps` steps of its own, so that few are
