@@ -293,7 +293,7 @@ struct ComputeKernels {
   void (*multiply_transposed_planes)(const Planes<C>&);
   WinogradKernels<C> winograd2, winograd4;
 
-  // Of each column: its mean, and the sum of squared deviations from it, in two passes over the block.
+  // Of each column: its mean, and the sum of squared deviations from it.
   void (*moments)(const C* block, int64_t ld, int64_t rows, int64_t cols, C* mean, C* squares);
 
   // pointwise.inl. mean[depth] of in.count rows; centered[count][ld] = rows - mean; du, null for activations whose
