@@ -165,7 +165,7 @@ class ParallelFor {
 };
 
 // Packs filters ahead of run_cpu, into plan.packed_bytes of 64-byte aligned memory. They serve every forward plan of
-// the same row whose filters have the same shape, groups and dtype, whatever else differs.
+// the same row and packed_bytes whose filters have the same shape, groups and dtype, whatever else differs.
 Status pack_filters(const Plan& plan, const void* filters, void* packed, void* workspace, ParallelFor* parallel);
 
 Status run_cpu(const Plan& plan, const ForwardBuffers& buffers, void* workspace, ParallelFor* parallel);

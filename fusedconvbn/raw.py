@@ -27,7 +27,7 @@ _MAX_THREADS = 1024
 class PackedFilters(NamedTuple):
     """What `pack_filters` returns: filters as a kernel reads them."""
 
-    form: tuple  # what decides how they lie: the kernel, shape, groups and dtype of the filters
+    form: tuple  # what decides how they lie: the kernel, shape, groups and dtype of the filters, bytes
     memory: np.ndarray
 
 
@@ -124,15 +124,15 @@ def pack_filters(plan: Any, filters: Any) -> PackedFilters:
     """What a call of `forward` does with its filters first, done once for all calls with the same ones.
 
     Args:
-        plan: What `raw.plan` returned for such a call. It stands for all calls that choose the same kernel, whatever
-            the images' size.
+        plan: What `raw.plan` returned for such a call. It stands for all calls whose plan has the same `packed_form`:
+            the same kernel, whatever the images' size, but for Winograd's, which read those for small images otherwise.
         filters: Of the shape and dtype that the plan was made for.
 
     Raises a `ValueError` if the kernel packs no filters: `plan.packed_bytes` is 0.
     """
     if not plan.packed_bytes:
         _arguments.refuse(ValueError, "plan", "of a kernel that packs filters", plan)
-    _, shape, _, dtype = plan.packed_form
+    _, shape, _, dtype, _ = plan.packed_form
     filters = np.asarray(filters)
     if filters.dtype.name != _DTYPES[dtype]:
         _refuse_array(TypeError, "filters", f"of dtype {_DTYPES[dtype]}", filters)
@@ -291,7 +291,7 @@ def _packed(packed_filters: Any, plan: Any) -> np.ndarray | None:
     if not isinstance(packed_filters, PackedFilters):
         _arguments.refuse(TypeError, "packed_filters", "None or what pack_filters() returns", packed_filters)
     if packed_filters.form != plan.packed_form:
-        accepted = f"of the kernel, filters' shape, groups and dtype {plan.packed_form}"
+        accepted = f"of the kernel, filters' shape, groups, dtype and bytes {plan.packed_form}"
         _arguments.refuse(ValueError, "packed_filters", accepted, packed_filters.form)
     return packed_filters.memory
 

@@ -28,13 +28,21 @@ AMX_DEEP = [
     )
     for c, t in ((72, False), (72, True), (640, True))
 ]
+# Tiles that are emitted while the next is computed: some begin between two lines, some are streamed.
+AMX_EMITTED = [
+    Case(dtype="bf16", height=40, width=10, in_channels=40, out_channels=100, activation="relu", residual=True),
+    Case(
+        dtype="bf16", height=64, width=65, in_channels=12, out_channels=672, kernel=(1, 1), activation="relu",
+        residual=True,
+    ),
+]  # fmt: skip
 # Sums in several passes, and more filters than a pass over the planes takes.
 DEEP = Case(batch=1, height=5, width=6, in_channels=290, out_channels=525, algorithm="winograd4", training=True)
 # More windows than L2 has room for: their filters are transformed before.
 MANY = Case(batch=3, height=40, width=41, in_channels=40, out_channels=35, activation="relu")
 SPECIAL_CASES = {  # by a word in the names of the rows that serve no others
     "backward_direct_amx": [case for case in AMX_CASES + AMX_DEEP if case.training and case.data_format == "NHWC"],
-    "amx": AMX_CASES[::2] + AMX_DEEP,
+    "amx": AMX_CASES[::2] + AMX_DEEP + AMX_EMITTED,
     "winograd": [replace(case, isa=None) for case in winograd_cases()[::23]] + [DEEP, MANY],
     "depthwise": [replace(case, isa=None) for case in depthwise_cases()[::5]],
     "backward_few_channels": [case for case in FEW_CHANNELS_CASES if case.training][::3],

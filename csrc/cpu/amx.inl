@@ -68,10 +68,44 @@ FCB_INLINE void amx_fetch(AmxFetch* f) {
   for (int64_t i = 0; i < f->lines && f->at < f->end; ++i, f->at += 64) _mm_prefetch(f->at, _MM_HINT_T1);
 }
 
+// The next slice: rows of one line.
+static void amx_emit_slice(AmxEmission* e) {
+  AffineBlock<float>& b = e->block;
+  b.rows = e->slice < e->line ? e->slice : e->line;
+  if (e->ahead)
+    for (int64_t r = 0; r < b.rows; ++r, e->ahead += b.ld_residual * sizeof(BFloat16))
+      for (int64_t c = 0; c < b.cols; c += kAmxPanel) _mm_prefetch(e->ahead + c * sizeof(BFloat16), _MM_HINT_T1);
+  e->emit(b);
+  e->rows -= b.rows, e->line -= b.rows;
+  const int64_t gap = e->line == 0 ? e->gap : 0;
+  if (e->line == 0) e->line = e->width < e->rows ? e->width : e->rows;
+  e->row += b.rows + gap;
+  b.z = static_cast<const float*>(b.z) + (b.rows + gap) * b.ld_z;
+  b.y = static_cast<BFloat16*>(b.y) + b.rows * b.ld_y;
+  if (b.residual) b.residual = static_cast<const BFloat16*>(b.residual) + b.rows * b.ld_residual;
+}
+
+static void amx_emit(AmxEmission* e) {
+  while (e->rows > 0) amx_emit_slice(e);
+}
+
+// Before rows of the tile up to `end` take its next sums.
+FCB_INLINE void amx_emit_before(AmxEmission* e, int64_t end) {
+  while (e->rows > 0 && e->row < end) amx_emit_slice(e);
+}
+
+FCB_INLINE void amx_do_aside(AmxAside* aside) {
+  amx_fetch(&aside->fetch);
+  AmxEmission* const e = &aside->emission;
+  if (e->rows == 0 || --e->wait > 0) return;
+  e->wait = e->steps;
+  amx_emit_slice(e);
+}
+
 // Adds the products of 32 rows from `first` on and of chunks [begin, end) of all taps.
 template <bool Once>
 FCB_INLINE void amx_multiply_chunks(const AmxRows& in, int64_t first, int64_t begin, int64_t end,
-                                    const uint16_t* filters, AmxFetch* fetch) {
+                                    const uint16_t* filters, AmxAside* aside) {
   const int64_t row_bytes = in.stride * 2, half = in.chunk * kAmxTile;
   for (int64_t t = 0; t < in.taps; ++t) {
     const uint16_t* rows = in.rows + in.tap_offset[t] + first * in.stride + begin * in.chunk;
@@ -82,7 +116,7 @@ FCB_INLINE void amx_multiply_chunks(const AmxRows& in, int64_t first, int64_t be
       _tile_loadd(7, filters + half, 64);
       _tile_dpbf16ps(1, 4, 7);
       amx_load_lower<Once>(rows + kAmxTile * in.stride, row_bytes);
-      amx_fetch(fetch);
+      amx_do_aside(aside);
       _tile_dpbf16ps(2, 5, 6);
       _tile_dpbf16ps(3, 5, 7);
     }
@@ -102,7 +136,7 @@ static void amx_close_up(const AmxRows& in, float* tile, int64_t ld) {
 }
 
 // Sums in memory, parts of a single tap's depth one after the other: a part's filters are in L1 for all rows.
-static void amx_multiply(const AmxRows& in, const uint16_t* filters, float* tile, int64_t ld, AmxFetch* fetch) {
+static void amx_multiply(const AmxRows& in, const uint16_t* filters, float* tile, int64_t ld, AmxAside* aside) {
   constexpr int64_t kPartChunks = 18;  // 36 KiB of filters
   const int64_t parts = in.taps == 1 ? (in.chunks + kPartChunks - 1) / kPartChunks : 1;
   for (int64_t p = 0; p < parts; ++p) {
@@ -111,9 +145,10 @@ static void amx_multiply(const AmxRows& in, const uint16_t* filters, float* tile
       const int64_t first = amx_first_row(in, r);
       p > 0 ? amx_load(tile + r * ld, ld) : amx_zero();
       if (in.taps == 1)
-        amx_multiply_chunks<true>(in, first, begin, end, filters, fetch);
+        amx_multiply_chunks<true>(in, first, begin, end, filters, aside);
       else
-        amx_multiply_chunks<false>(in, first, begin, end, filters, fetch);
+        amx_multiply_chunks<false>(in, first, begin, end, filters, aside);
+      amx_emit_before(&aside->emission, r + kAmxRows);
       amx_store(tile + r * ld, ld);
     }
     filters += (end - begin) * in.chunk * kAmxPanel;

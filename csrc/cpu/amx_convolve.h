@@ -108,6 +108,7 @@ class AmxConvolution {
 
   static constexpr int64_t kChunk = AmxRowReader::kChunk, kUnit = sizeof(C);
   static constexpr int64_t kPanel = 32, kMaxSpan = 2;
+  static constexpr int64_t kTileRows = 32;  // of a step
 
   int64_t panels() const { return ceil_div(cols_, kPanel); }
   int64_t spans() const { return ceil_div(panels(), span_); }
@@ -149,20 +150,25 @@ class AmxConvolution {
   // Either a chunk's rows stay in cache for all spans, and the next rows are fetched meanwhile, or a span's filters
   // for all chunks, and the next span's.
   void run_job(const Job& job, const Scratch& s, const TileEpilogue<C>& epilogue) const {
+    AmxAside aside{};
+    const auto run = [&](const Rows& rows, int64_t chunk, int64_t span) {
+      run_tile(rows, chunk, span, job, s.tile[job.worker], &aside, epilogue);
+    };
     kernels_.amx.begin(reader_.depth().chunk);
     if (filter_bytes(job.end - job.begin) <= kFilterBytes) {
-      AmxFetch fetch = fetch_during(job, job.end - job.begin, job.next);
+      aside.fetch = fetch_during(job, job.end - job.begin, job.next);
       for_chunks(job, [&](const Rows& rows, int64_t chunk) {
-        for (int64_t span = job.begin; span < job.end; ++span) run_tile(rows, chunk, span, job, &fetch, s, epilogue);
+        for (int64_t span = job.begin; span < job.end; ++span) run(rows, chunk, span);
       });
     } else {
       for (int64_t span = job.begin; span < job.end; ++span) {
-        AmxFetch fetch = fetch_during(job, 1, span + 1 < job.end ? filters_of(job, span + 1) : job.next);
-        for_chunks(job,
-                   [&](const Rows& rows, int64_t chunk) { run_tile(rows, chunk, span, job, &fetch, s, epilogue); });
+        aside.fetch = fetch_during(job, 1, span + 1 < job.end ? filters_of(job, span + 1) : job.next);
+        for_chunks(job, [&](const Rows& rows, int64_t chunk) { run(rows, chunk, span); });
       }
     }
+    kernels_.amx.emit(&aside.emission);
     kernels_.amx.end();
+    if (epilogue.in_place) kernels_.end_streaming();
   }
 
   template <class F>
@@ -179,7 +185,7 @@ class AmxConvolution {
 
   // So fast that the products of a job's rows with some spans take as long.
   AmxFetch fetch_during(const Job& job, int64_t spans, const Memory& memory) const {
-    constexpr int64_t kLine = 64, kTileRows = 32;  // bytes; rows of a step
+    constexpr int64_t kLine = 64;  // bytes
     int64_t steps = 0;
     for (int64_t i = 0; i < job.count; ++i) steps += ceil_div(job.rows[i].strip.rows(), kTileRows);
     steps *= span_ * spans * reader_.taps() * reader_.depth().chunks;
@@ -187,30 +193,60 @@ class AmxConvolution {
     return {begin, end, steps == 0 ? 0 : ceil_div(end - begin, kLine * steps)};
   }
 
-  void run_tile(const Rows& rows, int64_t chunk, int64_t span, const Job& job, AmxFetch* fetch, const Scratch& s,
+  // A tile is emitted while the next is computed, if the epilogue can.
+  void run_tile(const Rows& rows, int64_t chunk, int64_t span, const Job& job, C* data, AmxAside* aside,
                 const TileEpilogue<C>& epilogue) const {
     const AmxRowReader::Strip& strip = rows.strip;
     const int64_t row = chunk * kChunk, end = std::min(row + kChunk, strip.rows()), stride = reader_.row_elements();
-    C* data = s.tile[job.worker];
+    const int64_t ld = columns(), channel = span * ld, cols = std::min(ld, cols_ - channel);
+    const int64_t before = strip.positions_before(row), count = strip.positions_before(end) - before;
+    const Tile<C> tile{data, ld, strip.first + before, count, channel, cols, rows.first_chunk + chunk, job.worker};
+    AmxEmission emission{};
+    if (epilogue.in_place) emission = emission_of(tile, epilogue.in_place(tile), strip, row);
+    aside->emission.ahead = static_cast<const char*>(emission.block.residual);
     for (int64_t panel = span * span_; panel < std::min((span + 1) * span_, panels()); ++panel)
       kernels_.amx.multiply({rows.data + row * stride, stride, reader_.tap_offset().data(), reader_.taps(),
                              reader_.depth().chunks, reader_.depth().chunk, end - row},
-                            job.filters + panel * panel_elements(), data + panel % span_ * kPanel, columns(), fetch);
-    const int64_t column = span * columns(), ld = columns();
-    const int64_t first = strip.first + strip.positions_before(row), line = row / strip.pitch;
-    Tile<C> tile{data, ld, first, 0, column, std::min(ld, cols_ - column), rows.first_chunk + chunk, job.worker};
-    // The positions of each line close up: a flat strip is one run.
-    const int64_t runs = strip.pitch == strip.width ? 1 : ceil_div(end, strip.pitch) - line;
-    for (int64_t i = 0; i < runs; ++i) {
-      const int64_t from = i == 0 ? row : (line + i) * strip.pitch;
-      const int64_t to = strip.pitch == strip.width ? end : std::min(end, (line + i) * strip.pitch + strip.width);
-      if (to <= from) continue;
-      if (data + (from - row) * ld != tile.data + tile.rows * ld)
-        std::memmove(tile.data + tile.rows * ld, data + (from - row) * ld, (to - from) * ld * sizeof(C));
-      tile.rows += to - from;
-    }
+                            job.filters + panel * panel_elements(), tile.data + panel % span_ * kPanel, ld, aside);
+    kernels_.amx.emit(&aside->emission);
+    aside->emission = emission;
+    if (epilogue.in_place) return;
+    close_up(tile, strip, row, end);
     epilogue.emit(tile);
     if (epilogue.finish) epilogue.finish(tile);
+  }
+
+  // 32 rows of the tile take new sums when their products are done: until then they are emitted, slice by slice.
+  AmxEmission emission_of(const Tile<C>& tile, const GemmOutput<C>& to, const AmxRowReader::Strip& strip,
+                          int64_t row) const {
+    constexpr int64_t kSlices = 4, kPart = 16;  // fewer would come in bursts; chunks of a single tap, about
+    const int64_t depth = reader_.taps() * reader_.depth().chunks;
+    const int64_t steps = reader_.taps() == 1 ? std::min(depth, kPart) : depth;
+    const int64_t slices = std::clamp<int64_t>(steps, 1, kSlices);
+    const bool flat = strip.pitch == strip.width;
+    const int64_t column = flat ? 0 : row % strip.pitch;
+    AmxEmission e{};
+    e.emit = to.emit, e.block = to.block;
+    e.rows = tile.rows, e.width = flat ? tile.rows : strip.width, e.gap = strip.pitch - strip.width;
+    e.slice = kTileRows / slices, e.steps = e.wait = steps / slices;
+    if (column >= e.width && !flat) e.row = strip.pitch - column;
+    e.line = std::min(e.rows, e.row > 0 ? e.width : e.width - column);
+    e.block.z = tile.data + e.row * tile.ld;
+    return e;
+  }
+
+  // The rows between lines are dropped.
+  static void close_up(const Tile<C>& tile, const AmxRowReader::Strip& strip, int64_t row, int64_t end) {
+    if (strip.pitch == strip.width) return;
+    C* to = tile.data;
+    for (int64_t line = row / strip.pitch; line * strip.pitch < end; ++line) {
+      const int64_t first = std::max(row, line * strip.pitch);
+      const int64_t rows = std::min(end, line * strip.pitch + strip.width) - first;
+      if (rows <= 0) continue;
+      const C* from = tile.data + (first - row) * tile.ld;
+      if (from != to) std::memmove(to, from, rows * tile.ld * sizeof(C));
+      to += rows * tile.ld;
+    }
   }
 
   static constexpr int64_t kFilterBytes = 1 << 20, kGroupBytes = 1 << 20;  // halves of L2

@@ -243,6 +243,7 @@ class AmxRowReader {
       std::memcpy(to, from, static_cast<size_t>(count * pixel_) * sizeof *to);
       return;
     }
+    if (grid_.channel_stride == 1 && channels_ == 3 && pixel_ == 4) return stage_colors(from, distance, count, to);
     const bool lines = grid_.channel_stride == 1 && channels_ > kMaxMergedChannels;
     for (int64_t i = 0; i < count; ++i, from += distance, to += pixel_) {
       if (lines)
@@ -250,6 +251,17 @@ class AmxRowReader {
       else
         for (int64_t c = 0; c < channels_; ++c) to[c] = from[c * grid_.channel_stride];
       std::fill(to + channels_, to + pixel_, uint16_t{0});
+    }
+  }
+
+  // 3 channels as 4, a word a pixel: nothing is read behind the last.
+  static void stage_colors(const uint16_t* from, int64_t distance, int64_t count, uint16_t* to) {
+    constexpr uint64_t kColors = (uint64_t{1} << 48) - 1;
+    for (int64_t i = 0; i < count; ++i, from += distance, to += 4) {
+      uint64_t pixel = 0;
+      std::memcpy(&pixel, from, i + 1 < count ? 8 : 6);
+      pixel &= kColors;
+      std::memcpy(to, &pixel, 8);
     }
   }
 

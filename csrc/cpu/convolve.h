@@ -49,6 +49,8 @@ struct TileEpilogue {
   std::function<GemmOutput<C>(const Tile<C>&)> row_by_row = nullptr;
   // May be null. Rows of all channels that this reads: they are asked for a block ahead.
   Block<C> reads{nullptr, 0};
+  // May be empty. The same of AmxConvolution, where the rows of memory are of 16-bit numbers.
+  std::function<GemmOutput<C>(const Tile<C>&)> in_place = nullptr;
 
   GemmOutput<C> output(const Tile<C>& tile) const {
     GemmOutput<C> to{tile.data};

@@ -75,6 +75,12 @@ class DepthwiseConvolution {
 
   int64_t taps() const { return static_cast<int64_t>(windows_.taps.size()); }
   int64_t panel_elements() const { return taps() * kDepthwisePanel; }
+  // Taps of a line of the filter, and how many pixels they lie apart.
+  int64_t row_taps() const {
+    const auto in_first_line = [this](const Tap& tap) { return tap.height == windows_.taps[0].height; };
+    return std::count_if(windows_.taps.begin(), windows_.taps.end(), in_first_line);
+  }
+  int64_t tap_step() const { return row_taps() > 1 ? windows_.taps[1].width - windows_.taps[0].width : 0; }
 
   int64_t strips() const { return ceil_div(windows_.width, kBlockRows); }
   Span columns(int64_t strip) const { return part(strip, strips(), windows_.width); }
@@ -123,7 +129,8 @@ class DepthwiseConvolution {
                            image * groups() + group,
                            worker};
         const int64_t offset = (panel - panels.begin) * kDepthwisePanel;
-        kernels_.depthwise({w.sources, outputs.size(), strip.size(), taps(), step, offset, tile.cols},
+        kernels_.depthwise({w.sources, outputs.size(), strip.size(), taps(), row_taps(), tap_step() * w.ring.ld(), step,
+                            offset, tile.cols},
                            s.filters + panel * panel_elements(),
                            {w.tile, strip.size() * kDepthwisePanel, kDepthwisePanel, false});
         epilogue.emit(tile);

@@ -171,7 +171,14 @@ class DepthwiseBackward {
   PanelLines<C> windows(const Worker& w, int64_t lines, int64_t columns, int64_t first_column, int64_t panel,
                         int64_t slot) const {
     const int64_t step = columns_.stride * w.inputs.ld();
-    return {w.windows,          lines, columns, p_.taps(), step, slot * kDepthwisePanel + first_column * step,
+    return {w.windows,
+            lines,
+            columns,
+            p_.taps(),
+            p_.filter_width,
+            columns_.dilation * w.inputs.ld(),
+            step,
+            slot * kDepthwisePanel + first_column * step,
             panels_.cols(panel)};
   }
 
@@ -235,7 +242,9 @@ class DepthwiseBackward {
       const int64_t w0 = first_of(r.columns.inputs, phase.column, columns_);
       const int64_t lines = ceil_div(std::max<int64_t>(0, step.inputs.end - h0), lines_.stride);
       const int64_t columns = ceil_div(std::max<int64_t>(0, r.columns.inputs.end - w0), columns_.stride);
-      *to++ = {{source, lines, columns, phase.taps(), w.gradients.ld(), 0, 0},
+      const int64_t row_taps = static_cast<int64_t>(phase.cols.size());
+      const int64_t tap_step = row_taps > 1 ? (phase.cols[0] - phase.cols[1]) * columns_.dilation / columns_.stride : 0;
+      *to++ = {{source, lines, columns, phase.taps(), row_taps, tap_step * w.gradients.ld(), w.gradients.ld(), 0, 0},
                phase.first_tap,
                h0 - step.inputs.begin,
                w0 - r.columns.inputs.begin};

@@ -17,6 +17,13 @@ FCB_INLINE void fetch_ahead(const void* block, int64_t r, int64_t ld, int64_t c)
   __builtin_prefetch(row<T>(block, r, ld) + c + kFetchBytes / sizeof(T));
 }
 
+// The same in whole rows, for blocks of some of a row's columns.
+template <class T>
+FCB_INLINE int64_t fetch_distance(int64_t ld) {
+  const int64_t rows = kFetchBytes / static_cast<int64_t>(sizeof(T)) / (ld > 0 ? ld : 1);
+  return (rows > 0 ? rows : 1) * ld;
+}
+
 // Calls f(read, write, column) for each vector of columns; the last one may be a part.
 template <class C, class F>
 FCB_INLINE void for_vectors(int64_t cols, F f) {
@@ -80,15 +87,17 @@ FCB_INLINE void for_row_groups(int64_t rows, F f) {
 template <class C, Activation A, bool Stream, bool InCache>
 FCB_INLINE void affine_block(AffineBlock<C> b) {
   constexpr bool kPastCaches = Stream && !InCache;  // then memory decides, which likes one row's few streams
+  const int64_t ahead = fetch_distance<C>(b.ld_z), residual_ahead = fetch_distance<C>(b.ld_residual);
   for_row_groups<kPastCaches ? 1 : 8>(b.rows, [&](int64_t first, int64_t end) {
     for_vectors<C>(b.cols, [&](auto read, auto write, int64_t c) {
       const Vector<C> mean = read(b.mean + c), scale = read(b.scale + c), beta = read(b.beta + c);
       for (int64_t r = first; r < end; ++r) {
-        if constexpr (!InCache) fetch_ahead<C, C>(b.z, r, b.ld_z, c);
+        if constexpr (!InCache) __builtin_prefetch(row<C>(b.z, r, b.ld_z) + c + ahead);
         Vector<C> u = (read(row<C>(b.z, r, b.ld_z) + c) - mean) * scale + beta;
         if (b.residual) {
-          if constexpr (kPastCaches) fetch_ahead<C, C>(b.residual, r, b.ld_residual, c);
-          u += read(row<C>(b.residual, r, b.ld_residual) + c);
+          const C* residual = row<C>(b.residual, r, b.ld_residual) + c;
+          if constexpr (kPastCaches) __builtin_prefetch(residual + residual_ahead);
+          u += read(residual);
         }
         C* y = row<C>(b.y, r, b.ld_y) + c;
         if constexpr (Stream) {
@@ -144,13 +153,14 @@ FCB_INLINE Vector<C> gradient_of_u(const GradientBlock<C>& b, Read read, int64_t
 template <class C, class T, Activation A, Preactivation P>
 static void reduce(const GradientBlock<C>& block) {
   const GradientBlock<C> b = block;
+  const int64_t ahead_z = fetch_distance<T>(b.ld_z), ahead_dy = fetch_distance<T>(b.ld_dy);
   for_row_groups(b.rows, [&](int64_t first, int64_t end) {
     for_vectors<C>(b.cols, [&](auto read, auto write, int64_t c) {
       const Vector<C> mean = read(b.mean + c), scale = read(b.scale + c), beta = read(b.beta + c);
       Vector<C> sum_du{}, sum_du_z{}, sum_z{};
       for (int64_t r = first; r < end; ++r) {
-        fetch_ahead<C, T>(b.z, r, b.ld_z, c);
-        fetch_ahead<C, T>(b.dy, r, b.ld_dy, c);
+        __builtin_prefetch(row<T>(b.z, r, b.ld_z) + c + ahead_z);
+        __builtin_prefetch(row<T>(b.dy, r, b.ld_dy) + c + ahead_dy);
         const Vector<C> centered = read(row<T>(b.z, r, b.ld_z) + c) - mean;
         const Vector<C> du = gradient_of_u<C, T, A, P>(b, read, r, c, centered, scale, beta);
         sum_du += du;
@@ -168,14 +178,15 @@ static void reduce(const GradientBlock<C>& block) {
 template <class C, class T, class D, Activation A, Preactivation P>
 static void apply(const GradientBlock<C>& block) {
   const GradientBlock<C> b = block;
+  const int64_t ahead_z = fetch_distance<T>(b.ld_z), ahead_dy = fetch_distance<T>(b.ld_dy);
   for_row_groups(b.rows, [&](int64_t first, int64_t end) {
     for_vectors<C>(b.cols, [&](auto read, auto write, int64_t c) {
       const Vector<C> mean = read(b.mean + c), scale = read(b.scale + c), beta = read(b.beta + c);
       const Vector<C> slope = read(b.slope + c), curve = b.curve ? read(b.curve + c) : slope,
                       offset = b.curve ? read(b.offset + c) : slope;
       for (int64_t r = first; r < end; ++r) {
-        fetch_ahead<C, T>(b.z, r, b.ld_z, c);
-        fetch_ahead<C, T>(b.dy, r, b.ld_dy, c);
+        __builtin_prefetch(row<T>(b.z, r, b.ld_z) + c + ahead_z);
+        __builtin_prefetch(row<T>(b.dy, r, b.ld_dy) + c + ahead_dy);
         const Vector<C> centered = read(row<T>(b.z, r, b.ld_z) + c) - mean;
         const Vector<C> du = gradient_of_u<C, T, A, P>(b, read, r, c, centered, scale, beta);
         if (b.d_residual) write(row<T>(b.d_residual, r, b.ld_d_residual) + c, du);

@@ -97,6 +97,10 @@ class Forward {
       };
       if (residual_.present()) epilogue.reads = residual_.read(0, 1, 0, 1, nullptr);
     }
+    if (output_.in_place())
+      epilogue.in_place = [this](const Tile<C>& t) {
+        return GemmOutput<C>{t.data, false, in_place_of_tile(), in_place_block(t.data, t.ld, t)};
+      };
     convolve(parallel, epilogue);
   }
 
@@ -177,7 +181,8 @@ class Forward {
       const int64_t cols = std::min(width, p_.out_channels - channel);
       const Tile<C> tile{z_[worker], cols, first, rows, channel, cols, 0, worker};
       if (conv_out_.in_place())
-        normalize_in_place(output_.in_place_kernels().affine, conv_out_.address(first, 0), conv_out_.ld(), tile);
+        output_.in_place_kernels().affine[static_cast<int>(p_.activation)](
+            in_place_block(conv_out_.address(first, 0), conv_out_.ld(), tile));
       else
         normalize(conv_out_.read(first, rows, channel, cols, z_[worker]), tile);
     });
@@ -185,7 +190,12 @@ class Forward {
 
   // output = activation((z - mean) * scale + beta + residual), computed in the tile where it cannot be in place.
   void normalize(const Block<C>& z, const Tile<C>& t) const {
-    if (output_.in_place()) return normalize_in_place(output_.in_place_kernels().affine_of_tile, z.data, z.ld, t);
+    if (output_.in_place()) {
+      const AffineBlock<C> block = in_place_block(z.data, z.ld, t);
+      in_place_of_tile()(block);
+      if (block.stream) k_.end_streaming();
+      return;
+    }
     const AffineBlock<C> block = affine_block(z, t);
     k_.affine[static_cast<int>(p_.activation)](block);
     output_.write(t.first, t.rows, t.channel, t.cols, {static_cast<C*>(block.y), block.ld_y});
@@ -202,14 +212,22 @@ class Forward {
   }
 
   // The same where 16-bit numbers lie in rows.
-  template <class Table>
-  void normalize_in_place(const Table& table, const void* z, int64_t ld_z, const Tile<C>& t) const {
+  AffineBlock<C> in_place_block(const void* z, int64_t ld_z, const Tile<C>& t) const {
     const void* residual = residual_.present() ? residual_.address(t.first, t.channel) : nullptr;
-    table[static_cast<int>(p_.activation)](
-        {z, ld_z, residual, residual_.ld(), output_.address(t.first, t.channel), output_.ld(), t.rows, t.cols,
-         static_cast<const C*>(b_.batch_mean) + t.channel, scale_ + t.channel,
-         static_cast<const C*>(b_.beta) + t.channel, output_.streams(t.channel, t.cols)});
+    return {z,
+            ld_z,
+            residual,
+            residual_.ld(),
+            output_.address(t.first, t.channel),
+            output_.ld(),
+            t.rows,
+            t.cols,
+            static_cast<const C*>(b_.batch_mean) + t.channel,
+            scale_ + t.channel,
+            static_cast<const C*>(b_.beta) + t.channel,
+            output_.streams(t.channel, t.cols)};
   }
+  auto in_place_of_tile() const { return output_.in_place_kernels().affine_of_tile[static_cast<int>(p_.activation)]; }
 
   const ConvBnParams& p_;
   ForwardBuffers b_;

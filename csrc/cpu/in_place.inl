@@ -22,7 +22,7 @@ FCB_INLINE void affine_columns(const AffineBlock<float>& b, int64_t c, int64_t f
     for (int v = 0; v < kVectors; ++v) {
       const int64_t at = c + 16 * v;
       if (v % 2 == 0) {
-        fetch_ahead<float, Z>(b.z, r, b.ld_z, at);
+        if constexpr (!__is_same(Z, float)) fetch_ahead<float, Z>(b.z, r, b.ld_z, at);
         if (b.residual) fetch_ahead<float, T>(b.residual, r, b.ld_residual, at);
       }
       V u = ((V)load_lanes(row<Z>(b.z, r, b.ld_z) + at, lanes[v]) - mean[v]) * scale[v] + beta[v];
@@ -46,7 +46,8 @@ static void affine_in_place(const AffineBlock<float>& b) {
     for (; c + 32 < b.cols; c += 64) affine_columns<A, Z, T, 2>(b, c, r, r + step);
     if (c < b.cols) affine_columns<A, Z, T, 1>(b, c, r, r + step);
   }
-  if (b.stream) end_streaming();
+  if constexpr (!__is_same(Z, float))
+    if (b.stream) end_streaming();
 }
 
 template <class T>

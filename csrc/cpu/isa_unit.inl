@@ -28,7 +28,9 @@ namespace {
 
 #include "gemm.inl"  // kTileRows and the panel of all that follows
 
-#include "depthwise.inl"
+#include "depthwise3.inl"
+
+#include "depthwise.inl"  // by depthwise3.inl where that can be
 #include "planes.inl"
 #include "pointwise.inl"
 
@@ -71,6 +73,7 @@ static constexpr AmxKernels amx_kernels() {
   k.begin = amx_begin;
   k.end = amx_end;
   k.multiply = amx_multiply;
+  k.emit = amx_emit;
   k.pack = amx_pack;
   k.transpose = amx_transpose;
   k.pairs = amx_pairs_of_rows;

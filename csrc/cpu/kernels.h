@@ -66,11 +66,11 @@ struct ColumnSegments {
 constexpr int64_t kDepthwisePanel = 32;  // channels of a row in depthwise kernels, whatever the vectors
 
 // Lines of a depthwise convolution. Tap t of column c of line l reads `cols` channels at sources[l * taps + t] + offset
-// + c * step, in whole vectors.
+// + c * step, in whole vectors. Taps come in lines of `row_taps`, of which each lies tap_step behind the last.
 template <class C>
 struct PanelLines {
   const C* const* sources;
-  int64_t lines, columns, taps, step, offset, cols;
+  int64_t lines, columns, taps, row_taps, tap_step, step, offset, cols;
 };
 
 // Where the result of line l and column c goes: at data + l * ld_line + c * ld_column, in whole vectors.
@@ -139,10 +139,28 @@ struct AmxRows {
   int64_t count;  // at least 32, or there is memory behind the last row: whole tiles are read
 };
 
-// Memory that is fetched into L2 while products are computed: so many lines for each 32 rows of a chunk.
+// Memory that is fetched into L2 while products are computed: so many lines for each step, which is the product of 32
+// rows by 32 columns and a chunk of the depth.
 struct AmxFetch {
   const char *at, *end;
   int64_t lines;
+};
+
+// A tile's rows that are emitted while products of the next tile are computed, which leave the vector units idle.
+struct AmxEmission {
+  void (*emit)(const AffineBlock<float>&);
+  AffineBlock<float> block;  // at the next row; y and residual are bfloat16
+  const char* ahead;         // the residual of the tile that is being computed, or null: rows of it are fetched
+  int64_t rows, row;         // that are left; of the next in the tile
+  int64_t line, width, gap;  // rows left of a line, rows of a line, rows of the tile between two
+  int64_t slice, steps;      // rows emitted at once, and how many steps apart
+  int64_t wait;              // steps up to the next slice
+};
+
+// What is done besides products.
+struct AmxAside {
+  AmxFetch fetch;
+  AmxEmission emission;  // with no rows left: nothing
 };
 
 // The depth of a product in pieces: a piece is `depth` rows, a multiple of 32, and lies so many elements behind the
@@ -164,7 +182,9 @@ struct AmxKernels {
   // As InPlaceKernels::apply, d_conv also of bfloat16.
   void (*apply[kActivationCount][3])(const GradientBlock<float>&);
   // tile[count][32] = the sum over taps and chunks of rows * filters; whole 32 rows of `tile` are written.
-  void (*multiply)(const AmxRows& rows, const uint16_t* filters, float* tile, int64_t ld, AmxFetch* fetch);
+  void (*multiply)(const AmxRows& rows, const uint16_t* filters, float* tile, int64_t ld, AmxAside* aside);
+  // Emits the rows that are left.
+  void (*emit)(AmxEmission* emission);
   // Packs a tap: element k of its depth has the columns at rows[k], or is 0 where rows[k] is null; cols <= 32, the
   // others are 0.
   void (*pack)(const uint16_t* const* rows, int64_t column_stride, int64_t cols, int64_t chunks, int64_t chunk,
@@ -318,7 +338,7 @@ struct ComputeKernels {
 template <class C>
 struct InPlaceKernels {
   void (*affine[kActivationCount])(const AffineBlock<C>&);
-  void (*affine_of_tile[kActivationCount])(const AffineBlock<C>&);  // z is of C
+  void (*affine_of_tile[kActivationCount])(const AffineBlock<C>&);  // z is of C; ordered by end_streaming()
   void (*reduce[kActivationCount][3])(const GradientBlock<C>&);
   void (*apply[kActivationCount][3])(const GradientBlock<C>&);  // d_conv is of C
   // Stores a block and leaves in it what was stored.

@@ -95,11 +95,11 @@ std::vector<std::string> kernel_names(const Plan& plan) {
   return names;
 }
 
-// What decides how pack_filters() lays filters out: row, shape, groups, dtype.
+// What decides how pack_filters() lays filters out: row, shape, groups, dtype and, where a row has several ways, bytes.
 py::tuple packed_form(const Plan& plan) {
   const ConvBnParams& p = plan.params;
   const auto shape = py::make_tuple(p.filter_height, p.filter_width, p.group_in(), p.out_channels);
-  return py::make_tuple(plan.stages.at(0)->name, shape, p.groups, static_cast<int>(p.dtype));
+  return py::make_tuple(plan.stages.at(0)->name, shape, p.groups, static_cast<int>(p.dtype), plan.packed_bytes);
 }
 
 // [(name, stage, isa, available)]
