@@ -47,6 +47,8 @@ struct TileEpilogue {
   std::function<void(const Tile<C>&)> finish;
   // May be empty. What to do with a tile's sums a few rows at a time, in place of emit.
   std::function<GemmOutput<C>(const Tile<C>&)> row_by_row = nullptr;
+  // May be null. Rows of all channels that this reads: they are asked for a block ahead.
+  Block<C> reads{nullptr, 0};
   // May be empty. The same of AmxConvolution, where the rows of memory are of 16-bit numbers.
   std::function<GemmOutput<C>(const Tile<C>&)> in_place = nullptr;
 
@@ -91,10 +93,9 @@ class Convolution {
         blocks_in_task_(ceil_div(std::min(4 * windows.width, kMaxTaskRows), kBlockRows)),
         source_(source),
         in_cache_(fits_cache(source.grid())),
-        fetches_filters_(!in_cache_ && exceeds_cache()),
-        fetches_blocks_(!in_cache_ && source.direct() && taps() == 1 && windows.positions() == source.grid().pixels()),
         table_rows_(in_cache_ ? std::max(kBlockRows, windows.positions()) : kBlockRows),
         reader_(source, groups_ * depth_, windows, groups_ == 1, table_rows_, blocks_in_task_ * kBlockRows) {
+    fetches_blocks_ = !in_cache_ && reader_.gapless();
     if (!reader_.staged()) blocks_in_task_ = fetches_blocks_ ? kBlocksAhead : 1;
   }
 
@@ -159,12 +160,12 @@ class Convolution {
     int64_t element;              // of the packed filters
   };
 
-  // Whether the filters and two blocks' pixels exceed an L2 of 2 MiB. Then a block finds filters gone that the one
-  // before has used.
-  bool exceeds_cache() const {
+  // Whether the filters and what two blocks read, their pixels and that many channels of others, exceed an L2 of 2 MiB.
+  // Then a block finds filters gone that the one before has used.
+  bool exceeds_cache(int64_t other_channels) const {
     constexpr int64_t kMaxBytes = 3 << 19;
-    const int64_t pixels = 2 * kBlockRows * windows_.step_height * windows_.step_width;
-    return (packed_elements() + pixels * groups_ * depth_) * static_cast<int64_t>(sizeof(C)) > kMaxBytes;
+    const int64_t channels = windows_.step_height * windows_.step_width * groups_ * depth_ + other_channels;
+    return (packed_elements() + 2 * kBlockRows * channels) * static_cast<int64_t>(sizeof(C)) > kMaxBytes;
   }
 
   // Whether the source stays in half of an L2 of 2 MiB while the filters pass by. Then each panel of them is used for
@@ -220,13 +221,10 @@ class Convolution {
           GatheredRows<C> in{scratch.rows + done,      table_rows_,         count, reader_.taps(),
                              reader_.depth() * depth_, panel.group * depth_};
           const C* filters = packed + panel.element;
-          const Panel next = panel_of(index + 1 < panel_end ? index + 1 : panel_begin);
-          if (in_cache_) {
-            if (index + 1 < panel_end) look_ahead(next, packed, done / kBlockRows, ceil_div(rows, kBlockRows), &in);
-          } else {
-            if (fetches_filters_) in.ahead[0] = filters_of(next, packed, 0, 1);
-            if (fetches_blocks_) in.ahead[1] = pixels_of(first + rows, index - panel_begin, panel_end - panel_begin);
-          }
+          if (in_cache_)
+            look_ahead({index + 1, panel_end}, packed, done / kBlockRows, ceil_div(rows, kBlockRows), &in);
+          else
+            look_ahead({panel_begin, panel_end}, index, first + rows, packed, epilogue.reads, &in);
           multiply(
               in, panel, filters,
               {s.tile[worker], panel.width, first + done, count, 0, panel.cols, (first + done) / kBlockRows, worker},
@@ -237,22 +235,31 @@ class Convolution {
     kernels_.end_streaming();
   }
 
-  // Two stretches at once: few pixels use filters up faster than one can fetch them.
-  void look_ahead(const Panel& next, const C* packed, int64_t number, int64_t parts, GatheredRows<C>* in) const {
-    for (int i = 0; i < 2; ++i) in->ahead[i] = filters_of(next, packed, 2 * number + i, 2 * parts);
+  // One of `parts` of the filters that come next. Two stretches at once: few pixels use filters up faster than one can
+  // fetch them.
+  void look_ahead(const Span& panels, const C* packed, int64_t number, int64_t parts, GatheredRows<C>* in) const {
+    if (panels.size() == 0) return;
+    for (int64_t i = 0; i < 2; ++i) in->ahead[i] = filters_of(panels.begin, packed, 2 * number + i, 2 * parts);
   }
-  // One of `parts` of the filters of a panel.
-  Stretch<C> filters_of(const Panel& panel, const C* packed, int64_t number, int64_t parts) const {
+  // The filters that come next, and panel `index`'s share of what the block at position `first` reads.
+  void look_ahead(const Span& panels, int64_t index, int64_t first, const C* packed, const Block<C>& reads,
+                  GatheredRows<C>* in) const {
+    if (exceeds_cache(reads.ld)) in->ahead[0] = filters_of(index + 1 < panels.end ? index + 1 : panels.begin, packed);
+    const int64_t count = std::min(kBlockRows, windows_.positions() - first);
+    if (count <= 0) return;
+    const auto share = [&](const C* data, const Span& all) -> Stretch<C> {
+      const Span elements = part(index - panels.begin, panels.size(), all.size());
+      return {data + all.begin + elements.begin, data + all.begin + elements.end};
+    };
+    if (fetches_blocks_)
+      in->ahead[1] = share(source_.read(0, 1, 0, 1, nullptr).data, reader_.new_elements(first, count));
+    if (reads.data) in->ahead[2] = share(reads.data, {first * reads.ld, (first + count) * reads.ld});
+  }
+  // One of `parts` of a panel's filters.
+  Stretch<C> filters_of(int64_t index, const C* packed, int64_t number = 0, int64_t parts = 1) const {
+    const Panel panel = panel_of(index);
     const Span elements = part(number, parts, taps() * depth_ * panel.width);
     return {packed + panel.element + elements.begin, packed + panel.element + elements.end};
-  }
-  // One of `parts` of the pixels of the block at position `first`, if there is one.
-  Stretch<C> pixels_of(int64_t first, int64_t number, int64_t parts) const {
-    const int64_t count = std::min(kBlockRows, windows_.positions() - first);
-    if (count <= 0) return {};
-    const Span rows = part(number, parts, count);
-    const C* pixels = source_.read(first, count, 0, groups_ * depth_, nullptr).data;
-    return {pixels + rows.begin * source_.ld(), pixels + rows.end * source_.ld()};
   }
 
   void multiply(const GatheredRows<C>& in, const Panel& panel, const C* filters, Tile<C> tile,
@@ -269,10 +276,9 @@ class Convolution {
   int64_t groups_, depth_, cols_;
   int64_t blocks_in_task_;  // enough lines that staging those above and below costs little
   Image<C> source_;
-  bool in_cache_;         // see fits_cache()
-  bool fetches_filters_;  // a panel's while the one before is used
-  bool fetches_blocks_;   // a block's pixels while the one before is multiplied: they are adjacent, and read once
-  int64_t table_rows_;    // positions whose pointers are at hand at once
+  bool in_cache_;        // see fits_cache()
+  bool fetches_blocks_;  // a block's pixels while the one before is multiplied: they are adjacent
+  int64_t table_rows_;   // positions whose pointers are at hand at once
   WindowReader<C> reader_;
 };
 

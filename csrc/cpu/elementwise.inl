@@ -48,32 +48,37 @@ FCB_INLINE Vector<C> sum_rows(int64_t rows, F f) {
   return (sum[0] + sum[1]) + (sum[2] + sum[3]);
 }
 
+// In one pass, of deviations from a mean of few rows. That lies within sqrt(rows / few) standard deviations of the mean
+// of all, whatever the numbers are: so what is subtracted in the end is at most rows / few times the result.
 template <class C>
 static void moments(const C* block, int64_t ld, int64_t rows, int64_t cols, C* mean, C* squares) {
+  const int64_t few = rows < 8 ? 1 : 8;  // exact where a column is constant
   for_vectors<C>(cols, [&](auto read, auto write, int64_t c) {
     const Vector<C> count = Vector<C>{} + C(rows);
-    const Vector<C> m = sum_rows<C>(rows, [&](int64_t r) { return read(block + r * ld + c); }) / count;
-    // rest: rows times the rounding error of m; corrected by it, both results are exact to the last bits.
-    Vector<C> rest[2] = {}, square[2] = {};
+    const Vector<C> some = sum_rows<C>(few, [&](int64_t r) { return read(block + r * ld + c); }) / C(few);
+    const Vector<C> shift = some - some == Vector<C>{} ? some : Vector<C>{};  // an infinite mean is to stay one
+    Vector<C> sum[4] = {}, square[4] = {};
     const auto add = [&](int64_t r, int i) {
-      const Vector<C> d = read(block + r * ld + c) - m;
-      rest[i] += d;
+      const Vector<C> d = read(block + r * ld + c) - shift;
+      sum[i] += d;
       square[i] += d * d;
     };
     int64_t r = 0;
-    for (; r + 2 <= rows; r += 2) add(r, 0), add(r + 1, 1);
-    if (r < rows) add(r, 0);
-    const Vector<C> all = rest[0] + rest[1], error = all / count, better = m + error;
-    write(mean + c, error == error ? better : m);  // an infinite m stays: its error is NaN
-    write(squares + c, square[0] + square[1] - error * all);
+    for (; r + 4 <= rows; r += 4) {
+#pragma GCC unroll 4
+      for (int i = 0; i < 4; ++i) add(r + i, i);
+    }
+    for (; r < rows; ++r) add(r, 0);
+    const Vector<C> all = (sum[0] + sum[1]) + (sum[2] + sum[3]), offset = all / count;
+    write(mean + c, shift + offset);
+    write(squares + c, (square[0] + square[1]) + (square[2] + square[3]) - offset * all);
   });
 }
 
 // Calls f(first row, last row + 1) for groups of 8 rows: what a column needs besides is read once for a group, and a
 // few rows at a time are still a few streams through memory.
-template <class F>
+template <int64_t kGroup = 8, class F>
 FCB_INLINE void for_row_groups(int64_t rows, F f) {
-  constexpr int64_t kGroup = 8;
   for (int64_t first = 0; first < rows; first += kGroup) f(first, first + kGroup < rows ? first + kGroup : rows);
 }
 
@@ -81,15 +86,18 @@ FCB_INLINE void for_row_groups(int64_t rows, F f) {
 // Takes its own copy of the block, as do those below: what is stored could be the caller's.
 template <class C, Activation A, bool Stream, bool InCache>
 FCB_INLINE void affine_block(AffineBlock<C> b) {
-  const int64_t ahead = fetch_distance<C>(b.ld_z);
-  for_row_groups(b.rows, [&](int64_t first, int64_t end) {
+  constexpr bool kPastCaches = Stream && !InCache;  // then memory decides, which likes one row's few streams
+  const int64_t ahead = fetch_distance<C>(b.ld_z), residual_ahead = fetch_distance<C>(b.ld_residual);
+  for_row_groups<kPastCaches ? 1 : 8>(b.rows, [&](int64_t first, int64_t end) {
     for_vectors<C>(b.cols, [&](auto read, auto write, int64_t c) {
       const Vector<C> mean = read(b.mean + c), scale = read(b.scale + c), beta = read(b.beta + c);
       for (int64_t r = first; r < end; ++r) {
         if constexpr (!InCache) __builtin_prefetch(row<C>(b.z, r, b.ld_z) + c + ahead);
         Vector<C> u = (read(row<C>(b.z, r, b.ld_z) + c) - mean) * scale + beta;
         if (b.residual) {
-          u += read(row<C>(b.residual, r, b.ld_residual) + c);
+          const C* residual = row<C>(b.residual, r, b.ld_residual) + c;
+          if constexpr (kPastCaches) __builtin_prefetch(residual + residual_ahead);
+          u += read(residual);
         }
         C* y = row<C>(b.y, r, b.ld_y) + c;
         if constexpr (Stream) {

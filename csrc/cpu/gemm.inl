@@ -118,7 +118,7 @@ FCB_INLINE void move_row(RowsInTransit<C>* t) {
 // What goes on while a product is computed.
 template <class C>
 struct Meanwhile {
-  Fetch<C> one, other;
+  Fetch<C> ahead[3];
   RowsInTransit<C> rows;
 };
 
@@ -134,8 +134,8 @@ FCB_INLINE void multiply_rows(const GatheredRows<C>& in, int64_t first, int64_t 
     if (t + 1 < in.taps && valid == R) fetch_rows<C, R>(rows + in.row_stride, in.offset, in.depth);
     int64_t k = 0;
     for (; k + kStep <= in.depth; k += kStep, filters += kStep * N * kLanes<C>) {
-      fetch(&meanwhile->one);
-      fetch(&meanwhile->other);
+#pragma GCC unroll 3
+      for (Fetch<C>& f : meanwhile->ahead) fetch(&f);
       move_row<C, N>(&meanwhile->rows);
       accumulate<C, R, N, kStep>(a, k, filters, acc);
     }
@@ -212,7 +212,7 @@ template <class C, int N>
 static void gemm_of(const GatheredRows<C>& in, const C* filters, const GemmOutput<C>& to) {
   constexpr int64_t R = kRows<N>, kLd = N * kLanes<C>;
   const int64_t tile_steps = in.taps * (in.depth / kStep), steps = (in.count + R - 1) / R * tile_steps;
-  Meanwhile<C> meanwhile{{in.ahead[0], steps}, {in.ahead[1], steps}, {tile_steps, R}};
+  Meanwhile<C> meanwhile{{{in.ahead[0], steps}, {in.ahead[1], steps}, {in.ahead[2], steps}}, {tile_steps, R}};
   int64_t first = 0;
   for (; first + R <= in.count; first += R) gemm_tile<C, N>(in, first, filters, &meanwhile, to);
   const int64_t rest = in.count - first;

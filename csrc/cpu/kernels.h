@@ -22,7 +22,7 @@ template <class C>
 struct GatheredRows {
   const C* const* rows;
   int64_t row_stride, count, taps, depth, offset;
-  Stretch<C> ahead[2] = {};  // gemm: memory to be fetched meanwhile, evenly
+  Stretch<C> ahead[3] = {};  // gemm: memory to be fetched meanwhile, evenly
 };
 
 // Memory that the next block will read. A kernel asks for a line of it every `steps` steps of its own, so that few are
@@ -318,7 +318,7 @@ struct ComputeKernels {
   void (*multiply_transposed_planes)(const Planes<C>&);
   WinogradKernels<C> winograd2, winograd4;
 
-  // Of each column: its mean, and the sum of squared deviations from it, in two passes over the block.
+  // Of each column: its mean, and the sum of squared deviations from it.
   void (*moments)(const C* block, int64_t ld, int64_t rows, int64_t cols, C* mean, C* squares);
 
   // pointwise.inl. mean[depth] of in.count rows; centered[count][ld] = rows - mean; du, null for activations whose
