@@ -71,6 +71,15 @@ GemmOutput<C> sums_to(const ComputeKernels<C>& kernels, const Image<C>& image, c
   return {t.data, false, kernels.emit_sums, block};
 }
 
+// The same where its rows are of 16-bit numbers.
+template <class C>
+GemmOutput<C> sums_in_place(const Image<C>& image, const Tile<C>& t) {
+  AffineBlock<C> block{};
+  block.y = image.address(t.first, t.channel), block.ld_y = image.ld(), block.cols = t.cols;
+  block.stream = image.streams(t.channel, t.cols);
+  return {t.data, false, image.in_place_kernels().emit_sums, block};
+}
+
 struct Channels {
   int64_t groups, depth, cols;  // per group: reduced, produced
 };
