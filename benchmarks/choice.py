@@ -40,15 +40,16 @@ class Loss(NamedTuple):
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         prog="python -m benchmarks.choice",
-        description="Draws layers, times on one thread every kernel that supports each of their stages, and reports "
+        description="Draws layers, times every kernel that supports each of their stages, and reports "
         "how much slower the plan's own choice is than the fastest. Exit code: 0, or 1 if the geometric mean of the "
         f"losses of a stage exceeds {_MEAN_GOAL:.0%} or one of them {_WORST_GOAL:.0%}, 2 for a wrong command line.",
     )
     parser.add_argument("--seed", type=int, default=0, help="of the layers")
     parser.add_argument("--count", type=positive, default=60, help="how many layers (default: 60)")
     parser.add_argument("--dtype", choices=DTYPES, default="float32")
+    parser.add_argument("--threads", type=positive, default=1, help="of each call (default: 1); several by wall time")
     parser.add_argument("--rounds", type=positive, default=7, help="interleaved (default: 7)")
-    parser.add_argument("--sample-ms", type=positive_number, default=20.0, help="CPU time of a sample (default: 20)")
+    parser.add_argument("--sample-ms", type=positive_number, default=20.0, help="of a sample (default: 20)")
     parser.add_argument(
         "--exclude", action="append", default=[], metavar="PATTERN", help="kernels to leave out, like '*_generic'"
     )
@@ -95,7 +96,7 @@ def _measure(options: argparse.Namespace, console: Console) -> list[Loss]:
     drawn = draw(options.seed, options.count)
     losses: list[Loss] = []
     with tempfile.TemporaryDirectory() as folder:
-        setup = (options.rounds, options.sample_ms / 1e3, options.exclude)
+        setup = (options.rounds, options.sample_ms / 1e3, options.exclude, options.threads)
         log = pathlib.Path(folder) / "log"
         worker = Worker("benchmarks.stage_timer:StageTimer", setup, log, _TIMEOUT, fresh=SMALL_PAGES)
         worker.wait()

@@ -9,11 +9,12 @@ from typing import Any
 
 import numpy as np
 
+from benchmarks import plans
 from benchmarks.data import make_data
 from benchmarks.implementations import TRAIN_STEP, Implementation
 from benchmarks.measured import Call as MeasuredCall
 from benchmarks.measured import Measured, Naming
-from benchmarks.problem import EPSILON, MOMENTUM, Problem
+from benchmarks.problem import Problem
 from fusedconvbn import _load, raw
 
 _LINE = 64  # bytes: where TensorFlow's tensors begin
@@ -54,21 +55,20 @@ class KernelCalls:
         self.moments = [np.empty_like(weights.gamma) for _ in range(4)]  # new moving mean and variance, mean, 1 / std
 
     def plan(self, direction: str, kernel: str | None = None, saved: str = "conv", threads: int = 1) -> Any:
-        """What `raw.plan` says; a ValueError if `kernel` does not support the problem."""
-        problem, case = self._problem, self._problem.case
-        return raw.plan(
-            case.input_shape(problem.batch), case.filter_shape, dtype=problem.dtype, strides=case.stride,
-            dilations=case.dilation, padding=case.op_padding, activation=case.activation, residual=case.residual,
-            training=problem.training, epsilon=EPSILON, momentum=MOMENTUM, algorithm=problem.algorithm,
-            save=problem.save, direction=direction, saved=saved, kernel=kernel,
-            threads=threads,
-        )  # fmt: skip
+        return plans.plan(self._problem, direction, kernel, saved, threads)
 
-    def forward(self, plan: Any) -> Call:
-        """Writes `output`, and in training what backward reads."""
+    def packed(self, plan: Any) -> np.ndarray | None:
+        """The filters as ops keep them between calls of inference; None where they do not."""
+        if self._problem.training or not plan.packed_bytes:
+            return None
+        return raw.pack_filters(plan, self._images[1]).memory
+
+    def forward(self, plan: Any, packed: np.ndarray | None = None) -> Call:
+        """Writes `output`, and in training what backward reads. Packs filters at each call if they are not given."""
         if plan.saved not in self._kept:
             self._kept[plan.saved] = _empty(tuple(plan.conv_out_shape), self.output.dtype)
-        arrays = (*self._images, *self._vectors, self._residual, self.output, *self.moments, self._kept[plan.saved])
+        given = (*self._images, *self._vectors, self._residual, packed)
+        arrays = (*given, self.output, *self.moments, self._kept[plan.saved])
         workspace = self._workspace_for(plan)
         return lambda: _load.core().forward(plan, *arrays, workspace)
 
@@ -107,7 +107,8 @@ class MeasuredKernels(Measured):
         gradient = np.load(expected / "output_gradient.npy") if problem.mode == TRAIN_STEP else None
         copies = [KernelCalls(problem, copy, None if copy else gradient) for copy in range(problem.copies)]
         plan = copies[0].plan("forward", threads=self._threads)
-        runs = [copy.forward(plan) for copy in copies]
+        packed = copies[0].packed(plan)  # of all: they have the same filters
+        runs = [copy.forward(plan, packed) for copy in copies]
         if problem.mode == TRAIN_STEP:
             saved = plan.saved
             plan = copies[0].plan("backward", saved=saved, threads=self._threads)

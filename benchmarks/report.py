@@ -14,6 +14,7 @@ from rich.table import Table
 
 from benchmarks.hardware import Limits
 from benchmarks.implementations import OURS, Implementation
+from benchmarks.plans import kept_outputs
 from benchmarks.roofline import Bound, bound
 from benchmarks.session import OK, WRONG, Outcome, Row
 from benchmarks.statistics import bootstrap_interval, geometric_mean, median, round_ratios, spread
@@ -119,8 +120,16 @@ def make_report(
         "peak": {"what": limits.what if limits else peak_what, "gflops": peak / 1e9},
         **({"limits": _described(limits)} if limits else {}),
         "layers": layers,
+        **_kept(rows),
         "summary": {each.name: _summary(each.name, each.what, layers) for each in implementations},
     }
+
+
+def _kept(rows: Sequence[Row]) -> dict[str, float]:
+    """Of the CPU's kernels, in training."""
+    problems = [row.problem for row in rows if row.problem.training]
+    on_cpu = rows[0].device["device"] == "cpu"
+    return {"kept_outputs": kept_outputs(problems)} if problems and on_cpu else {}
 
 
 def problems_found(report: dict[str, Any]) -> list[str]:
@@ -222,4 +231,7 @@ def tables(report: dict[str, Any]) -> RenderableType:
         f"{device}; TensorFlow {machine['tensorflow']}, Keras {machine['versions'].get('keras')}\n"
         f"peak: {peak['gflops']:.0f} GFLOP/s, {peak['what']}"
     )
-    return Group(head, _layer_table(report), _summary_table(report))
+    parts = [head, _layer_table(report), _summary_table(report)]
+    if "kept_outputs" in report:
+        parts.append(f"fusedconvbn keeps {report['kept_outputs']:.2f} times its outputs for backward, these among it")
+    return Group(*parts)

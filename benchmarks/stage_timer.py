@@ -36,14 +36,6 @@ class Stage:
 Samples = dict[str, list[float]]
 
 
-def _sample(call: Call, repeats: int) -> float:
-    """Seconds of CPU time a call: one thread, so that other processes count little."""
-    start = time.thread_time()
-    for _ in range(repeats):
-        call()
-    return (time.thread_time() - start) / repeats
-
-
 def _name(forward: Any, backward: Any) -> str:
     return " + ".join([*forward.kernels, *backward.kernels])
 
@@ -57,10 +49,13 @@ def _both(forward: Call, backward: Call) -> Call:
 
 
 class StageTimer:
-    """Interleaved medians of bare kernel calls on one thread."""
+    """Interleaved medians of bare kernel calls.
 
-    def __init__(self, rounds: int, sample_seconds: float, excluded: Iterable[str] = ()):
-        self._rounds, self._sample_seconds = rounds, sample_seconds
+    Of one thread the CPU time, so that other processes count little; of several the time that passes.
+    """
+
+    def __init__(self, rounds: int, sample_seconds: float, excluded: Iterable[str] = (), threads: int = 1):
+        self._rounds, self._sample_seconds, self._threads = rounds, sample_seconds, threads
         patterns = [_REFERENCE, *excluded]
         usable = [row for row in raw.kernels() if row.available]
         self._rows = [row for row in usable if not any(fnmatch.fnmatch(row.name, pattern) for pattern in patterns)]
@@ -73,13 +68,24 @@ class StageTimer:
         step = Problem(**common, mode=TRAIN_STEP, training=True)
         return [*self._forward(inference), *self._forward(forward), *self._step(step)]
 
+    def _sample(self, call: Call, repeats: int) -> float:
+        """Seconds a call."""
+        clock = time.thread_time if self._threads == 1 else time.perf_counter
+        start = clock()
+        for _ in range(repeats):
+            call()
+        return (clock() - start) / repeats
+
+    def _plan(self, calls: KernelCalls, direction: str, kernel: str | None = None, saved: str = "conv") -> Any:
+        return calls.plan(direction, kernel, saved, self._threads)
+
     def _plans(self, calls: KernelCalls, direction: str, stage: str, saved: str = "conv") -> dict[str, Any]:
         """A plan for each row of the stage that supports the problem."""
         plans = {}
         for row in self._rows:
             if row.stage == stage:
                 try:
-                    plans[row.name] = calls.plan(direction, row.name, saved)
+                    plans[row.name] = self._plan(calls, direction, row.name, saved)
                 except ValueError:  # does not support it
                     continue
         return plans
@@ -87,9 +93,10 @@ class StageTimer:
     def _forward(self, problem: Problem) -> list[Stage]:
         """In training, of the rows that leave the same for backward as the chosen one: the step judges the others."""
         calls = KernelCalls(problem)
-        chosen = calls.plan("forward")
+        chosen = self._plan(calls, "forward")
         plans = self._plans(calls, "forward", "forward")
-        runs = {name: calls.forward(plan) for name, plan in plans.items() if plan.saved == chosen.saved}
+        same = {name: plan for name, plan in plans.items() if plan.saved == chosen.saved}
+        runs = {name: calls.forward(plan, calls.packed(plan)) for name, plan in same.items()}
         [name] = chosen.kernels
         return [self._stage(problem.mode, name, runs)] if name in runs else []
 
@@ -125,11 +132,11 @@ class StageTimer:
         for forward in self._plans(calls, "forward", "forward").values():
             saved = forward.saved
             in_one = self._plans(calls, "backward", "backward", saved).values()
-            for backward in (calls.plan("backward", saved=saved), self._staged(calls, saved), *in_one):
+            for backward in (self._plan(calls, "backward", saved=saved), self._staged(calls, saved), *in_one):
                 name = _name(forward, backward)
                 runs[name] = _both(calls.forward(forward), calls.backward(backward, saved))
-        forward = calls.plan("forward")
-        backward = calls.plan("backward", saved=forward.saved)
+        forward = self._plan(calls, "forward")
+        backward = self._plan(calls, "backward", saved=forward.saved)
         chosen = _name(forward, backward)
         if chosen not in runs:  # it is excluded
             runs[chosen] = _both(calls.forward(forward), calls.backward(backward, forward.saved))
@@ -152,18 +159,19 @@ class StageTimer:
 
     def _contenders(self, chosen: str, runs: Mapping[str, Call]) -> dict[str, Call]:
         """Those that are not hopeless; also warms everything up."""
-        first = {name: min(_sample(run, 1), _sample(run, 1)) for name, run in runs.items()}
+        first = {name: min(self._sample(run, 1), self._sample(run, 1)) for name, run in runs.items()}
         limit = _HOPELESS * min(first.values())
         return {name: run for name, run in runs.items() if name == chosen or first[name] <= limit}
 
     def _interleave(self, runs: Mapping[str, Call], base: Call | None) -> Samples:
         """Rounds of samples, less those of `base` in the same round."""
         repeats = {
-            name: max(1, math.ceil(self._sample_seconds / max(_sample(run, 1), 1e-6))) for name, run in runs.items()
+            name: max(1, math.ceil(self._sample_seconds / max(self._sample(run, 1), 1e-6)))
+            for name, run in runs.items()
         }
         samples: Samples = {name: [] for name in runs}
         for _ in range(self._rounds):
-            spent = _sample(base, max(repeats.values())) if base else 0.0
+            spent = self._sample(base, max(repeats.values())) if base else 0.0
             for name, run in runs.items():
-                samples[name].append(max(_sample(run, repeats[name]) - spent, 1e-9))
+                samples[name].append(max(self._sample(run, repeats[name]) - spent, 1e-9))
         return samples

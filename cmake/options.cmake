@@ -15,7 +15,7 @@ add_compile_options(-Wall -Wextra -Wno-psabi -fno-math-errno -ffunction-sections
                     "-ffile-prefix-map=${CMAKE_SOURCE_DIR}/=")
 
 if(FUSEDCONVBN_SANITIZE)
-  add_compile_options("-fsanitize=${FUSEDCONVBN_SANITIZE}" -fno-sanitize-recover=all -fno-omit-frame-pointer -g)
+  add_compile_options("-fsanitize=${FUSEDCONVBN_SANITIZE}" -fno-sanitize-recover=all -fno-omit-frame-pointer -g -O1)  # -O3 takes minutes a file
   add_link_options("-fsanitize=${FUSEDCONVBN_SANITIZE}")
 endif()
 

@@ -75,7 +75,7 @@ struct ForwardBuffers {
   const void* moving_mean = nullptr;      // stat [K]
   const void* moving_variance = nullptr;  // stat [K]
   const void* residual = nullptr;         // data, shape of output; null unless has_residual
-  void* output = nullptr;                 // data [N,OH,OW,K] or [N,K,OH,OW]
+  void* output = nullptr;                 // data [N,OH,OW,K] or [N,K,OH,OW]; unless training, may be the residual
   void* new_moving_mean = nullptr;        // stat [K]
   void* new_moving_variance = nullptr;    // stat [K]
   void* batch_mean = nullptr;             // stat [K]: the mean that was subtracted (training: of the batch)
@@ -165,7 +165,7 @@ class ParallelFor {
 };
 
 // Packs filters ahead of run_cpu, into plan.packed_bytes of 64-byte aligned memory. They serve every forward plan of
-// the same row whose filters have the same shape, groups and dtype, whatever else differs.
+// the same row and packed_bytes whose filters have the same shape, groups and dtype, whatever else differs.
 Status pack_filters(const Plan& plan, const void* filters, void* packed, void* workspace, ParallelFor* parallel);
 
 Status run_cpu(const Plan& plan, const ForwardBuffers& buffers, void* workspace, ParallelFor* parallel);

@@ -24,6 +24,13 @@ _SAVED = ("nothing", "conv", "moments")  # of `enum class Saved`
 _MAX_THREADS = 1024
 
 
+class PackedFilters(NamedTuple):
+    """What `pack_filters` returns: filters as a kernel reads them."""
+
+    form: tuple  # what decides how they lie: the kernel, shape, groups and dtype of the filters, bytes
+    memory: np.ndarray
+
+
 class ForwardResult(NamedTuple):
     """What `forward` returns: the results of the op, and what `backward` starts from."""
 
@@ -113,12 +120,34 @@ def plan(
     return _plan(params, direction == "backward", isa, kernel, threads)
 
 
+def pack_filters(plan: Any, filters: Any) -> PackedFilters:
+    """What a call of `forward` does with its filters first, done once for all calls with the same ones.
+
+    Args:
+        plan: What `raw.plan` returned for such a call. It stands for all calls whose plan has the same `packed_form`:
+            the same kernel, whatever the images' size, but for Winograd's, which read those for small images otherwise.
+        filters: Of the shape and dtype that the plan was made for.
+
+    Raises a `ValueError` if the kernel packs no filters: `plan.packed_bytes` is 0.
+    """
+    if not plan.packed_bytes:
+        _arguments.refuse(ValueError, "plan", "of a kernel that packs filters", plan)
+    _, shape, _, dtype, _ = plan.packed_form
+    filters = np.asarray(filters)
+    if filters.dtype.name != _DTYPES[dtype]:
+        _refuse_array(TypeError, "filters", f"of dtype {_DTYPES[dtype]}", filters)
+    filters = _array("filters", filters, filters.dtype, shape=shape)
+    memory = _empty((plan.packed_bytes,), np.dtype(np.uint8))
+    _load.core().pack_filters(plan, filters, memory, None)
+    return PackedFilters(plan.packed_form, memory)
+
+
 def forward(
     inputs: Any, filters: Any, gamma: Any, beta: Any, moving_mean: Any, moving_variance: Any, residual: Any = None, *,
     strides: Any = 1, dilations: Any = 1, padding: Any = "VALID", data_format: str = "NHWC", epsilon: float = 1e-3,
     momentum: float = 0.99, unbiased_moving_variance: bool = False, activation: str | None = None,
     training: bool = False, algorithm: str = "auto", save: str = "conv", isa: str | None = None,
-    kernel: str | None = None, threads: int = 1,
+    kernel: str | None = None, threads: int = 1, packed_filters: PackedFilters | None = None,
 ) -> ForwardResult:  # fmt: skip
     """output = activation(gamma * (conv(inputs, filters) - mean) / sqrt(variance + epsilon) + beta + residual).
 
@@ -132,6 +161,7 @@ def forward(
         training: Whether mean and variance are those of the batch, and moving statistics updated.
         save: "conv" or "recompute": whether `conv_out` may hold the convolution.
         isa, kernel, threads: As in `plan`.
+        packed_filters: What `pack_filters` made of `filters`, or None: they are packed by this call.
 
     In training `conv_out` is one of: the convolution, of the output's shape and dtype; the second moments of the
     inputs, [C + 2, C] (scatter, mean, what the mean lost in rounding), where backward needs no more than these; None.
@@ -149,10 +179,13 @@ def forward(
     image = params.output_shape
     residual = data.image("residual", residual, image)
     chosen = _plan(params, False, isa, kernel, threads)
+    packed = _packed(packed_filters, chosen)
     output = data.empty(image)
     conv_out = data.empty(chosen.conv_out_shape) if chosen.conv_out_shape else None
     results = [data.empty_vector() for _ in range(4)]
-    _load.core().forward(chosen, data.inputs, data.filters, *statistics, residual, output, *results, conv_out, None)
+    _load.core().forward(
+        chosen, data.inputs, data.filters, *statistics, residual, packed, output, *results, conv_out, None
+    )
     return ForwardResult(output, *results, conv_out)
 
 
@@ -251,6 +284,18 @@ def _plan(params: Any, backward: bool, isa: Any, kernel: Any, threads: Any) -> A
     return _load.core().Plan(params, backward=backward, isa=isa or "", kernel=kernel or "", threads=threads)
 
 
+def _packed(packed_filters: Any, plan: Any) -> np.ndarray | None:
+    """The memory of packed filters, if it lies as the plan's kernel reads it."""
+    if packed_filters is None:
+        return None
+    if not isinstance(packed_filters, PackedFilters):
+        _arguments.refuse(TypeError, "packed_filters", "None or what pack_filters() returns", packed_filters)
+    if packed_filters.form != plan.packed_form:
+        accepted = f"of the kernel, filters' shape, groups, dtype and bytes {plan.packed_form}"
+        _arguments.refuse(ValueError, "packed_filters", accepted, packed_filters.form)
+    return packed_filters.memory
+
+
 def _dtype_name(dtype: Any) -> str:
     """The name of a dtype: of a string, a NumPy dtype or type, ml_dtypes.bfloat16."""
     try:
@@ -295,14 +340,18 @@ class _Data:
         return _array(name, value, self.dtype, shape=tuple(shape))
 
     def empty(self, shape: Any) -> np.ndarray:
-        """An array that begins at a cache line, as TensorFlow's do: large results can then be streamed to memory."""
-        line, size = 64, math.prod(shape) * self.dtype.itemsize
-        memory = np.empty(size + line, np.uint8)
-        start = -memory.ctypes.data % line
-        return memory[start : start + size].view(self.dtype).reshape(shape)
+        return _empty(shape, self.dtype)
 
     def empty_vector(self) -> np.ndarray:
         return np.empty(self.channels, self.stat_dtype)
+
+
+def _empty(shape: Any, dtype: np.dtype) -> np.ndarray:
+    """An array that begins at a cache line, as TensorFlow's do: large results can then be streamed to memory."""
+    line, size = 64, math.prod(shape) * dtype.itemsize
+    memory = np.empty(size + line, np.uint8)
+    start = -memory.ctypes.data % line
+    return memory[start : start + size].view(dtype).reshape(shape)
 
 
 def _array(name: str, value: Any, dtype: np.dtype, *, rank: int | None = None, shape: Any = None) -> np.ndarray:

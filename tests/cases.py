@@ -2,8 +2,8 @@
 
 `raw_cases()` covers every pair of levels of the factors below (and, as (dtype, layout, ISA) and (channels, groups) are
 factors of their own, many triples and quintuples); `op_cases()` does so without the ISA; `winograd_cases()`,
-`depthwise_cases()`, `expanding_cases()` and `pointwise_cases()` for what Winograd's kernels, depthwise ones, those by
-moments and those of 1x1 filters can do.
+`depthwise_cases()`, `sliding_cases()` (3x3), `expanding_cases()` and `pointwise_cases()` for what Winograd's kernels,
+depthwise ones, those by moments and those of 1x1 filters can do.
 Sizes are those that break kernels: prime, one off a tile, smaller than any tile.
 """
 
@@ -197,6 +197,7 @@ LAYERS = {
     "expand": Case(batch=2, height=29, width=31, kernel=(1, 1), in_channels=16, out_channels=208, residual=True),
     "reduce": Case(batch=3, height=14, width=15, kernel=(1, 1), in_channels=515, out_channels=130, activation="silu"),
     "winograd": Case(batch=2, height=29, width=31, in_channels=40, out_channels=72, residual=True, activation="relu"),
+    "many_windows": Case(height=49, width=47, in_channels=64, out_channels=528),
     "strided": Case(dtype="bf16", batch=3, height=57, width=55, in_channels=24, out_channels=40, strides=(2, 2)),
     "grouped": Case(dtype="f16", batch=2, height=33, width=35, in_channels=48, out_channels=96, groups=4),
     "depthwise": Case(batch=2, height=57, width=59, in_channels=96, out_channels=96, groups=96, activation="relu6"),
@@ -270,6 +271,11 @@ DEPTHWISE = {
     # Besides those of OUTPUTS: several groups of lines, strips of columns, both, bands of lines.
     "output": ((1, 1, 1), (2, 1, 1), (1, 3, 4), (5, 1, 5), (2, 6, 4), (1, 8, 12), (1, 1, 97), (2, 7, 7), (3, 5, 13),
                (1, 17, 17), (1, 3, 193), (2, 37, 5), (17, 2, 3)),
+}  # fmt: skip
+SLIDING = {  # what windows that slide along lines in place can do, and just more than that
+    **DEPTHWISE, "kernel": ((3, 3),), "dilations": ((1, 1),), "channels": tuple((c,) * 3 for c in (8, 16, 32, 48, 96)),
+    "target": tuple(itertools.product(("f32", "f64"), ("NHWC",), ISAS)),
+    "padding": ("SAME", "VALID", ((1, 1), (1, 1)), ((2, 0), (1, 0)), ((0, 2), (2, 1))),
 }  # fmt: skip
 
 
@@ -385,3 +391,9 @@ def few_channels_cases() -> list[Case]:
 def depthwise_cases() -> list[Case]:
     """Convolutions of groups of one input channel, each for one ISA."""
     return covering({**FACTORS, **DEPTHWISE})
+
+
+@functools.cache
+def sliding_cases() -> list[Case]:
+    """3x3 depthwise convolutions whose taps are neighbours, in rows of whole vectors, each for one ISA."""
+    return covering({**FACTORS, **SLIDING})

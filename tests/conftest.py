@@ -1,10 +1,34 @@
-"""What tests share: the ISAs of this machine, a convolution by a variable."""
+"""What tests share: what a machine without their instruction set does with them, a convolution by a variable."""
+
+import pathlib
 
 import pytest
 
 
-@pytest.fixture(scope="session")
-def available_isas() -> set[str]:
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    """Of a file's tests that want an instruction set that this machine lacks, one stays, which says so by its skip."""
+    wanted = {item: isa for item in items if (isa := _isa(item))}
+    available = _available() if wanted else set()
+    lacking: dict[pathlib.Path, list[pytest.Item]] = {}
+    for item, isa in wanted.items():
+        if isa not in available:
+            lacking.setdefault(item.path, []).append(item)
+    for path, tests in lacking.items():
+        isas = ", ".join(sorted({wanted[item] for item in tests}))
+        tests[0].add_marker(pytest.mark.skip(reason=f"this machine has no {isas}: {len(tests)} tests of {path.name}"))
+    removed = {item for tests in lacking.values() for item in tests[1:]}
+    items[:] = [item for item in items if item not in removed]
+    config.hook.pytest_deselected(items=[*removed])
+
+
+def _isa(item: pytest.Item) -> str | None:
+    """What the parameter `isa` says, or an attribute of that name that a parameter has: a case's, a kernel's."""
+    parameters = item.callspec.params if hasattr(item, "callspec") else {}
+    isas = [parameters.get("isa"), *(getattr(value, "isa", None) for value in parameters.values())]
+    return next((isa for isa in isas if isa), None)
+
+
+def _available() -> set[str]:
     from fusedconvbn import raw
 
     return {row.isa for row in raw.kernels() if row.available}

@@ -25,12 +25,13 @@ DILATIONS = ((1, 1), (1, 1), (1, 1), (2, 2), (1, 3), (2, 1))
 
 @dataclass(frozen=True)
 class Draw:
-    """A problem, and how it is called: arrays begin `offset` elements behind a cache line."""
+    """A problem, and how it is called: arrays begin `offset` elements behind a cache line, filters may be packed."""
 
     case: Case
     offset: int = 0
     needs_inputs: bool = True
     needs_filters: bool = True
+    packed: bool = False  # before forward, where the kernel can
 
     def __str__(self) -> str:
         """As an expression that gives it again."""
@@ -61,7 +62,7 @@ def draw(seed: int, work: int = 1_200_000) -> Draw:
     if case.dtype == "f16":
         case = replace(case, inputs_mean=min(case.inputs_mean, 10.0))  # or d_filters would overflow
     needs = rng.choices(((True, True), (True, False), (False, True)), (8, 1, 1))[0]
-    return Draw(case, rng.choice((0, 0, 0, 1, 3, 8)), *needs)
+    return Draw(case, rng.choice((0, 0, 0, 1, 3, 8)), *needs, rng.random() < 0.5)
 
 
 def _size(rng: random.Random, most: int = 128) -> int:

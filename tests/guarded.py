@@ -16,7 +16,7 @@ import numpy as np
 
 from fusedconvbn import _load, raw
 
-RESULTS = {"forward": 6, "backward": 7}  # of the arrays of a call, the last ones before the workspace
+RESULTS = {"forward": 6, "backward": 7, "pack_filters": 1}  # of the arrays of a call, the last before the workspace
 LINE = 64  # bytes: results begin there, unless they are to be off it
 GUARD = 4 * LINE
 
@@ -83,10 +83,17 @@ class GuardedCore:
     def backward(self, plan: Any, *arrays: np.ndarray | None) -> None:
         self._run("backward", plan, arrays[:-1])
 
+    def pack_filters(self, plan: Any, *arrays: np.ndarray | None) -> None:
+        self._run("pack_filters", plan, arrays[:-1])
+
+    def _offset_of(self, array: np.ndarray) -> int:
+        """Packed filters, the only bytes, begin at a cache line."""
+        return 0 if array.dtype == np.uint8 else self._offset
+
     def _run(self, direction: str, plan: Any, arrays: tuple[np.ndarray | None, ...]) -> None:
         first_result = len(arrays) - RESULTS[direction]
         guarded = [
-            None if array is None else Guarded(array, self._offset, position >= first_result)
+            None if array is None else Guarded(array, self._offset_of(array), position >= first_result)
             for position, array in enumerate(arrays)
         ]
         workspace = Guarded(np.empty(plan.workspace_bytes, np.uint8), 0, True)

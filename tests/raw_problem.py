@@ -16,7 +16,7 @@ from fusedconvbn import raw
 def planned(case: Case, direction: str, **options: Any) -> Any:
     return raw.plan(
         case.inputs_shape, case.filters_shape, dtype=case.numpy_dtype, residual=case.residual, direction=direction,
-        **case.attributes, **options,
+        **{**case.attributes, **options},
     )  # fmt: skip
 
 

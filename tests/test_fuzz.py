@@ -17,7 +17,7 @@ import pytest
 from cases import ACTIVATIONS, Case
 from fuzz import Draw, Run, draw, runs
 from guarded import guarded
-from raw_problem import Problem
+from raw_problem import Problem, planned
 
 from fusedconvbn import raw
 
@@ -41,11 +41,18 @@ class Checker:
     def _problem(self, algorithm: str, recomputes: bool) -> Problem:
         return Problem(replace(self.drawn.case, algorithm=algorithm), recomputes=recomputes)
 
+    def _forward(self, problem: Problem, run: Run) -> raw.ForwardResult:
+        plan = planned(problem.case, "forward", **run.forced)
+        if not self.drawn.packed or not plan.packed_bytes:
+            return problem.run_forward(**run.forced)
+        packed = raw.pack_filters(plan, problem.arguments.filters)
+        return problem.run_forward(**run.forced, packed_filters=packed)
+
     def check(self, run: Run, options: dict[str, None]) -> None:
         problem, drawn = self.problem(run.transforms, run.recomputes), self.drawn
         with guarded(drawn.offset):
             if run.direction == "forward":
-                result = problem.run_forward(**run.forced)
+                result = self._forward(problem, run)
             else:
                 needs = {"needs_inputs": drawn.needs_inputs, "needs_filters": drawn.needs_filters}
                 result = problem.run_backward(run.saved, **{**run.forced, **needs, **options})

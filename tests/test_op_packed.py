@@ -149,12 +149,22 @@ LIMITED = """
 
 
 @pytest.mark.parametrize(
-    ("limit", "printed"), [("0", "False False\nFalse"), ("1", "True False\nTrue"), ("512", "True True\nTrue")]
+    ("limit", "printed"), [("0", "False False\nFalse"), ("1", "True False\nTrue"), ("", "True True\nTrue")]
 )
 def test_they_take_no_more_memory_than_allowed(limit, printed, monkeypatch):
     """The first ones stay, until others have been used for long."""
     monkeypatch.setenv("FUSEDCONVBN_PACKED_MEGABYTES", limit)
     assert run_python(LIMITED) == printed
+
+
+@pytest.mark.parametrize("limit", ["much", "-1", "1.5", "64 MB", "17592186044416", "1" * 30])
+def test_a_limit_that_is_no_number_of_megabytes(limit, monkeypatch):
+    """Each op that is made looks, whatever the limit was that the process began with."""
+    monkeypatch.setenv("FUSEDCONVBN_PACKED_MEGABYTES", limit)
+    filters = variable()
+    accepted = "FUSEDCONVBN_PACKED_MEGABYTES must be a whole number of megabytes, from 0 to 17592186044415"
+    with pytest.raises(tf.errors.InvalidArgumentError, match=rf"{accepted}\. Received: {limit}"):
+        tf.function(lambda: output(filters))()
 
 
 def whole(filters):

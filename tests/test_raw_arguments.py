@@ -1,7 +1,6 @@
 """What `raw` refuses, and how: errors name the argument, what is accepted and what was received."""
 
 import math
-import re
 from typing import Any
 
 import ml_dtypes
@@ -246,9 +245,34 @@ def test_more_than_memory_holds(inputs, filters, attributes):
         )  # fmt: skip
 
 
-def test_isa_that_the_machine_lacks():
-    missing = sorted({row.isa for row in raw.kernels() if not row.available})
-    if not missing:
-        pytest.skip("this machine has every instruction set")
-    with pytest.raises(ValueError, match=re.escape(missing[0])):
-        raw.forward(**arguments(), isa=missing[0])
+def test_isa_that_the_machine_lacks(monkeypatch):
+    monkeypatch.setenv("FUSEDCONVBN_ISA", "generic")
+    with pytest.raises(ValueError, match=r"`isa` must be one that this machine has .*generic\. Received: avx2"):
+        raw.forward(**arguments(), isa="avx2")
+
+
+def planned(**changes: Any) -> Any:
+    return raw.plan(SHAPE, FILTERS, **{"kernel": "forward_direct_generic", **changes})
+
+
+def test_filters_of_another_kernel_than_they_were_packed_for():
+    given = arguments()
+    packed = raw.pack_filters(planned(), given["filters"])
+    with pytest.raises(ValueError, match=r"`packed_filters` must be of .*forward_reference.* Received: .*_direct_"):
+        raw.forward(**given, kernel="forward_reference", packed_filters=packed)
+    with pytest.raises(TypeError, match="`packed_filters` must be None or what pack_filters"):
+        raw.forward(**given, packed_filters=packed.memory)
+
+
+@pytest.mark.parametrize(
+    ("plan", "filters", "error", "message"),
+    [
+        ({}, of_shape(*FILTERS[:3], 9), ValueError, r"`filters` must be an array of shape .*Received: shape .*9\)"),
+        ({}, of_shape(*FILTERS, dtype=np.float64), TypeError, "`filters` must be an array of dtype float32.*float64"),
+        ({"kernel": "forward_reference"}, of_shape(*FILTERS), ValueError, "`plan` must be of a kernel that packs"),
+        ({"kernel": None, "direction": "backward"}, of_shape(*FILTERS), ValueError, "`plan` must be of a kernel that"),
+    ],
+)
+def test_filters_that_cannot_be_packed(plan, filters, error, message):
+    with pytest.raises(error, match=message):
+        raw.pack_filters(planned(**plan), filters)

@@ -11,6 +11,7 @@ from cases import (
     few_channels_cases,
     op_cases,
     pointwise_cases,
+    sliding_cases,
     winograd_cases,
 )  # fmt: skip
 from raw_problem import Problem, planned
@@ -38,11 +39,13 @@ AMX_EMITTED = [
 ]  # fmt: skip
 # Sums in several passes, and more filters than a pass over the planes takes.
 DEEP = Case(batch=1, height=5, width=6, in_channels=290, out_channels=525, algorithm="winograd4", training=True)
+# More windows than L2 has room for: their filters are transformed before.
+MANY = Case(batch=3, height=40, width=41, in_channels=40, out_channels=35, activation="relu")
 SPECIAL_CASES = {  # by a word in the names of the rows that serve no others
     "backward_direct_amx": [case for case in AMX_CASES + AMX_DEEP if case.training and case.data_format == "NHWC"],
     "amx": AMX_CASES[::2] + AMX_DEEP + AMX_EMITTED,
-    "winograd": [replace(case, isa=None) for case in winograd_cases()[::23]] + [DEEP],
-    "depthwise": [replace(case, isa=None) for case in depthwise_cases()[::5]],
+    "winograd": [replace(case, isa=None) for case in winograd_cases()[::23]] + [DEEP, MANY],
+    "depthwise": [replace(case, isa=None) for case in depthwise_cases()[::5] + sliding_cases()],
     "backward_few_channels": [case for case in FEW_CHANNELS_CASES if case.training][::3],
     "few_channels": FEW_CHANNELS_CASES[::4],
     "columns": [case for case in op_cases() if case.groups == 1][::13],
@@ -74,17 +77,26 @@ def test_each_stage_has_rows_for_each_isa_and_a_reference():
 
 @pytest.mark.parametrize(("kernel", "case"), RUNS, ids=[f"{row.name}-{case}" for row, case in RUNS])
 def test_forced_kernel(kernel, case):
-    if not kernel.available:
-        pytest.skip(f"this machine has no {kernel.isa}")
     problem = Problem(case)
     if kernel.stage == "forward":
         assert planned(case, "forward", kernel=kernel.name).kernels == [kernel.name]
-        problem.check_forward(problem.run_forward(kernel=kernel.name))
+        result = problem.run_forward(kernel=kernel.name)
+        problem.check_forward(result)
+        check_packed(problem, kernel.name, result)
     saved = "moments" if kernel.name.startswith("backward_moments") else "conv"
     if kernel.name in planned(case, "backward", kernel=kernel.name, saved=saved).kernels:
         problem.check_backward(problem.run_backward(saved, kernel=kernel.name))
     else:
         assert kernel.stage == "forward"
+
+
+def check_packed(problem, kernel, result):
+    """Filters packed before change no bit."""
+    plan = planned(problem.case, "forward", kernel=kernel)
+    if plan.packed_bytes:
+        packed = raw.pack_filters(plan, problem.arguments.filters)
+        again = problem.run_forward(kernel=kernel, packed_filters=packed)
+        assert [a is None or a.tobytes() for a in again] == [a is None or a.tobytes() for a in result]
 
 
 @pytest.mark.parametrize("needs_filters", [False, True])

@@ -138,12 +138,111 @@ int main() {
 """
 
 
+# Callers in two pools, which meet helpers that look for work, that give up just then, and none. A job reads and writes
+# memory of its caller, who waits for it; it must be done once, on a thread of the caller's pool.
+HELPERS = """
+#include <condition_variable>
+#include <cstdlib>
+#include <deque>
+#include <memory>
+#include <thread>
+
+#include "tf/idle_helpers.h"
+
+using fusedconvbn::tf::IdleHelpers;
+using Job = IdleHelpers::Job;
+
+thread_local const void* current_pool = nullptr;
+long racing = 0;
+
+class Pool {
+ public:
+  explicit Pool(int threads) {
+    for (int i = 0; i < threads; ++i) threads_.emplace_back([this] { work(); });
+  }
+  ~Pool() {
+    schedule(nullptr);
+    for (std::thread& thread : threads_) thread.join();
+  }
+  void schedule(Job job) {
+    std::lock_guard<std::mutex> lock(mutex_);
+    jobs_.push_back(std::move(job));
+    ready_.notify_all();
+  }
+
+ private:
+  void work() {
+    current_pool = this;
+    while (const Job job = next()) job();
+  }
+  Job next() {  // an empty one ends all threads, so it stays
+    std::unique_lock<std::mutex> lock(mutex_);
+    ready_.wait(lock, [this] { return !jobs_.empty(); });
+    Job job = jobs_.front();
+    if (job) jobs_.pop_front();
+    return job;
+  }
+  std::mutex mutex_;
+  std::condition_variable ready_;
+  std::deque<Job> jobs_;
+  std::vector<std::thread> threads_;
+};
+
+struct Call {
+  long given, made = 0, times = 0;
+  std::atomic<bool> done{false};
+};
+
+void call(Pool* pool, long given) {
+  const auto call = std::make_shared<Call>();
+  call->given = given;
+  Job job = [call, pool] {
+    if (current_pool != pool) std::abort();
+    call->made = call->given + 1;
+    ++call->times;
+    RACING;
+    call->done.store(true);
+  };
+  IdleHelpers* const idle = IdleHelpers::global();
+  if (!idle->hand_over(pool, &job))
+    pool->schedule([idle, pool, job] { idle->help(pool, job); });
+  while (!call->done.load()) std::this_thread::yield();
+  if (call->made != given + 1 || call->times != 1) std::abort();
+}
+
+int main() {
+  Pool pools[] = {Pool(2), Pool(2)};
+  std::vector<std::thread> callers;
+  for (int caller = 0; caller < 4; ++caller)
+    callers.emplace_back([&, caller] {
+      for (long i = 0; i < 2000; ++i) {
+        call(&pools[caller % 2], i);
+        std::this_thread::sleep_for(std::chrono::microseconds(i * (caller + 7) % 130));  // up to twice their patience
+      }
+    });
+  for (std::thread& caller : callers) caller.join();
+}
+"""
+
+
+def run_with_threads_watched(folder: Path, source: str, racing: str, expect: int) -> None:
+    """A program made with ThreadSanitizer, whose exit code is 66 where it sees a race."""
+    (folder / "race.cc").write_text(source)
+    options = ["-std=c++17", "-g", "-O1", "-fsanitize=thread", f"-DRACING={racing}", f"-I{ROOT / 'csrc'}"]
+    run(CXX, *options, folder / "race.cc", "-o", folder / "race")
+    printed = run(folder / "race", expect=expect)
+    assert ("data race" in printed) == (expect != 0)
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize(("racing", "expect"), [("own[worker]", 0), ("shared", 66)])
 def test_bodies_of_the_thread_pool_that_race_are_reported(tmp_path, racing, expect):
     """The pool of `raw` runs bodies at once, and ThreadSanitizer sees them: else it would find nothing in kernels."""
-    source, program = tmp_path / "race.cc", tmp_path / "race"
-    source.write_text(RACE)
-    run(CXX, "-std=c++17", "-g", "-fsanitize=thread", f"-DRACING={racing}", f"-I{ROOT / 'csrc'}", source, "-o", program)
-    printed = run(program, expect=expect)
-    assert ("data race" in printed) == (expect != 0)
+    run_with_threads_watched(tmp_path, RACE, racing, expect)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("racing", "expect"), [("", 0), ("++racing", 66)])
+def test_idle_helpers(tmp_path, racing, expect):
+    """Jobs that race themselves are reported: calls do meet."""
+    run_with_threads_watched(tmp_path, HELPERS, racing, expect)

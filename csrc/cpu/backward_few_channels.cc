@@ -45,6 +45,9 @@ class FewChannelsBackward {
     gradients_.reduce(parallel);
     if (!b_.d_inputs && !b_.d_filters && !b_.d_residual) return;
     std::fill(zeros_, zeros_ + reader_.zero_elements(), C(0));
+    // Nobody reads what the products make of columns that dz lacks, but what lies there must not be subnormal: slow.
+    if (ld_dz() > p_.out_channels)
+      for (const Worker& w : workers_) std::fill(w.dz, w.dz + kBlock * ld_dz(), C(0));
     if (b_.d_inputs) columns_.pack_filters();
     parallel->run(ranges_, [&](int64_t range, int worker) {
       C* sums = sums_ + range * sum_elements();
@@ -109,8 +112,8 @@ class FewChannelsBackward {
                     ld_windows());
     for (int64_t row = 0; row < window(); row += k_.outer_rows)
       for (int64_t column = 0; column < p_.out_channels; column += k_.panel)
-        k_.product(w.windows + row, ld_windows(), w.dz + column, ld_dz(), count, sums + row * ld_dz() + column, ld_dz(),
-                   nullptr);
+        k_.product[1].add(w.windows + row, ld_windows(), w.dz + column, ld_dz(), count, sums + row * ld_dz() + column,
+                          ld_dz(), nullptr);
   }
 
   // Adds the ranges' sums of some rows, and stores them.

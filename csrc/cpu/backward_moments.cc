@@ -4,9 +4,10 @@
 //   d_beta = sum du, d_gamma = inv diag(W' G), since z - mean(z) = W' x; x is less the rounded m, which G makes up for
 //   dz = slope du + curve W' x + offset  (the constants of channel_gradients.h)
 //   d_filters = G slope + S W curve + m (sum dz)', and sum dz is known without summing
-//   d_inputs = W dz = [du x 1] [W slope; W curve W'; W offset]'
-// Pass 1 reads dy, y and the inputs for G. Pass 2 reads them again for d_inputs: one product a block. Neither z nor its
-// gradient is ever in memory, and nothing adds up to a difference of large sums.
+//   d_inputs = W dz = W slope du + W curve W' x + W offset
+// The slope is known beforehand, so one pass over dy, y and the inputs makes du once for both G and the first term of
+// d_inputs. What is left then reads the inputs and that term alone, a fraction of the outputs: K >= 2C. Neither z nor
+// its gradient is ever in memory, and nothing adds up to a difference of large sums.
 #include <algorithm>
 #include <cstring>
 #include <vector>
@@ -14,7 +15,7 @@
 #include "channel_gradients.h"
 #include "compute_type.h"
 #include "convolve.h"
-#include "lines_ahead.h"
+#include "products.h"
 #include "second_moments.h"
 #include "stages.h"
 
@@ -37,9 +38,9 @@ class BackwardByMoments {
         arena_(scratch),
         channels_(p, b, 0, &arena_),
         product_(set, static_cast<const C*>(b.filters), p.in_channels, p.out_channels),
-        ld_du_(padded_columns(k_, p.out_channels)),
-        ld_x_(padded_columns(k_, p.in_channels)),
-        ld_joined_(padded_columns(k_, depth())) {
+        correlation_(fittest_product(k_, p.in_channels, p.out_channels)),
+        ld_du_(padded_columns<C>(p.out_channels)),
+        ld_x_(padded_columns<C>(p.in_channels)) {
     ranges_ = std::clamp<int64_t>(std::min(blocks() / kMinBlocks, kMaxSums / sum_elements()), 1, kMaxRanges);
     carve(device.threads);
   }
@@ -48,10 +49,11 @@ class BackwardByMoments {
 
   void run(ParallelFor* parallel) const {
     channels_.prepare();
-    parallel->run(ranges_, [&](int64_t range, int worker) { correlate(range, workers_[worker]); });
+    if (b_.d_inputs) prepare_inputs_gradient(parallel);
+    parallel->run(ranges_, [&](int64_t range, int worker) { run_range(range, workers_[worker]); });
     parallel->run(ceil_div(p_.out_channels, kChannelChunk), [&](int64_t chunk, int) { finish(chunk * kChannelChunk); });
     if (b_.d_filters) filters_gradient(parallel);
-    if (b_.d_inputs) inputs_gradient(parallel);
+    if (b_.d_inputs) complete_inputs_gradient(parallel);
   }
 
  private:
@@ -60,11 +62,10 @@ class BackwardByMoments {
 
   struct Worker {
     typename WindowReader<C>::Scratch reader;
-    C *du, *x;       // [kBlockRows][ld]
-    C* sum_du;       // [K]: of a block
-    C* joined;       // [kBlockRows][ld_joined]: du, x and 1
-    const C** rows;  // [kBlockRows]: of joined
-    C* tile;         // [kBlockRows][panel]
+    C *du, *x;                    // [kBlockRows][ld]
+    const C **du_rows, **x_rows;  // [kBlockRows]
+    C* sum_du;                    // [K]: of a block
+    C *tile, *part;               // [kBlockRows][gemm_columns]
   };
 
   // The pixels of the inputs that a strided convolution reads.
@@ -75,10 +76,9 @@ class BackwardByMoments {
     return grid;
   }
 
-  int64_t depth() const { return p_.out_channels + p_.in_channels + 1; }
   int64_t blocks() const { return ceil_div(p_.pixels(), kBlockRows); }
-  int64_t sum_elements() const { return ceil_div(p_.in_channels, k_.outer_rows) * k_.outer_rows * ld_du_; }
-  int64_t panels() const { return ceil_div(p_.in_channels, k_.panel); }
+  int64_t sum_elements() const { return ceil_div(p_.in_channels, correlation_.rows) * correlation_.rows * ld_du_; }
+  int64_t panels() const { return ceil_div(p_.in_channels, k_.gemm_columns); }
   static const C* values(const void* array) { return static_cast<const C*>(array); }
   static void set(void* array, int64_t c, double value) { static_cast<C*>(array)[c] = static_cast<C>(value); }
 
@@ -86,70 +86,79 @@ class BackwardByMoments {
     Arena& arena = arena_;
     sums_ = arena.take<C>(ranges_ * sum_elements());
     sum_du_ = arena.take<double>(ranges_ * p_.out_channels);
-    packed_ = arena.take<C>(panels() * depth() * k_.panel);
+    transposed_ = arena.take<C>(panels() * p_.out_channels * k_.gemm_columns);
+    square_ = arena.take<C>(panels() * (p_.in_channels + 1) * k_.gemm_columns);
     scaled_ = arena.take<C>((p_.in_channels + 1) * ld_du_);
+    zeros_ = arena.take<C>(k_.gemm_columns), ones_ = arena.take<C>(k_.gemm_columns);
     scaled_rows_ = arena.take<const C*>(p_.in_channels + 1);
     product_scratch_ = product_.carve(&arena, workers);
     for (int w = 0; w < workers; ++w)
       workers_.push_back({reader_.carve(&arena, nullptr), arena.take<C>(kBlockRows * ld_du_),
-                          arena.take<C>(kBlockRows * ld_x_), arena.take<C>(p_.out_channels),
-                          arena.take<C>(kBlockRows * ld_joined_), arena.take<const C*>(kBlockRows),
-                          arena.take<C>(kBlockRows * k_.panel)});
+                          arena.take<C>(kBlockRows * ld_x_), arena.take<const C*>(kBlockRows),
+                          arena.take<const C*>(kBlockRows), arena.take<C>(p_.out_channels),
+                          arena.take<C>(kBlockRows * k_.gemm_columns), arena.take<C>(kBlockRows * k_.gemm_columns)});
   }
 
-  // du of a block, from dy and y; x of a block.
-  MaskBlock<C> masked(int64_t first, int64_t count, C* du, int64_t ld) const {
-    const int64_t at = first * p_.out_channels;
-    const C* y = b_.output ? values(b_.output) + at : nullptr;
-    return {values(b_.output_gradient) + at,
-            p_.out_channels,
-            y,
-            p_.out_channels,
-            count,
-            p_.out_channels,
-            du,
-            ld,
-            nullptr,
-            p_.out_channels,
-            nullptr};
-  }
-  void center(int64_t first, int64_t count, const Worker& w, C* x, int64_t ld) const {
+  // x of a block.
+  void center(int64_t first, int64_t count, const Worker& w) const {
     reader_.point(first, count, w.reader);
-    k_.center_rows({w.reader.rows, kBlockRows, count, 1, p_.in_channels, 0}, saved_.mean(), x, ld);
+    k_.center_rows({w.reader.rows, kBlockRows, count, 1, p_.in_channels, 0}, saved_.mean(), w.x, ld_x_);
   }
 
-  // G and the sums of du over one range of blocks, and d_residual = du.
-  void correlate(int64_t range, const Worker& w) const {
+  // For one range of blocks G and the sums of du; for each block d_residual = du, and of d_inputs what du adds.
+  void run_range(int64_t range, const Worker& w) const {
     C* sums = sums_ + range * sum_elements();
-    double* sum_du = sum_du_ + range * p_.out_channels;
     std::fill(sums, sums + sum_elements(), C(0));
-    std::fill(sum_du, sum_du + p_.out_channels, 0.0);
+    std::fill_n(sum_du_ + range * p_.out_channels, p_.out_channels, 0.0);
     std::fill(w.du, w.du + kBlockRows * ld_du_, C(0));  // the columns beyond K and C stay 0
     std::fill(w.x, w.x + kBlockRows * ld_x_, C(0));
-    for (int64_t block = range * blocks() / ranges_; block < (range + 1) * blocks() / ranges_; ++block) {
+    for (int64_t r = 0; r < kBlockRows; ++r) w.du_rows[r] = w.du + r * ld_du_;
+    const int64_t end = (range + 1) * blocks() / ranges_;
+    for (int64_t block = range * blocks() / ranges_; block < end; ++block) {
       const int64_t first = block * kBlockRows, count = std::min(kBlockRows, p_.pixels() - first);
-      MaskBlock<C> m = masked(first, count, w.du, ld_du_);
-      if (b_.d_residual) m.d_residual = static_cast<C*>(b_.d_residual) + first * p_.out_channels;
-      m.sum = w.sum_du;
-      std::fill(w.sum_du, w.sum_du + p_.out_channels, C(0));
-      k_.mask[static_cast<int>(p_.activation)](m);
-      for (int64_t c = 0; c < p_.out_channels; ++c) sum_du[c] += w.sum_du[c];
-      center(first, count, w, w.x, ld_x_);
-      LinesAhead<C> next;
-      if (first + count < (range + 1) * blocks() / ranges_ * kBlockRows) look_ahead(first + count, &next);
-      for (int64_t column = 0; column < p_.out_channels; column += k_.panel)
-        for (int64_t row = 0; row < p_.in_channels; row += k_.outer_rows)
-          k_.product(w.x + row, ld_x_, w.du + column, ld_du_, count, sums + row * ld_du_ + column, ld_du_,
-                     next.pending());
+      mask(first, count, w, sum_du_ + range * p_.out_channels);
+      center(first, count, w);
+      const int64_t next = block + 1 < end ? std::min(kBlockRows, p_.pixels() - first - count) : 0;
+      if (b_.d_inputs) multiply(first, count, next, w);
+      correlate(count, first + count, next, w, sums);
     }
   }
 
-  // The next block's dy and y.
-  void look_ahead(int64_t first, LinesAhead<C>* next) const {
-    const int64_t at = first * p_.out_channels, elements = std::min(kBlockRows, p_.pixels() - first) * p_.out_channels;
-    next->add(values(b_.output_gradient) + at, elements);
-    if (b_.output) next->add(values(b_.output) + at, elements);
-    next->spread(ceil_div(p_.out_channels, k_.panel) * ceil_div(p_.in_channels, k_.outer_rows) * kBlockRows);
+  // du of a block, and its sums.
+  void mask(int64_t first, int64_t count, const Worker& w, double* sum_du) const {
+    const int64_t at = first * p_.out_channels, ld = p_.out_channels;
+    const C* y = b_.output ? values(b_.output) + at : nullptr;
+    C* d_residual = b_.d_residual ? static_cast<C*>(b_.d_residual) + at : nullptr;
+    const MaskBlock<C> m{
+        values(b_.output_gradient) + at, ld, y, ld, count, p_.out_channels, w.du, ld_du_, d_residual, ld, w.sum_du};
+    std::fill(w.sum_du, w.sum_du + p_.out_channels, C(0));
+    k_.mask[static_cast<int>(p_.activation)](m);
+    for (int64_t c = 0; c < p_.out_channels; ++c) sum_du[c] += w.sum_du[c];
+  }
+
+  // G += x du'. Asks for the next block's dy, and for its y.
+  void correlate(int64_t count, int64_t next, int64_t next_rows, const Worker& w, C* sums) const {
+    LinesAhead<C> lines;
+    lines.add(values(b_.output_gradient) + next * p_.out_channels, b_.d_inputs ? 0 : next_rows * p_.out_channels);
+    if (b_.output) lines.add(values(b_.output) + next * p_.out_channels, next_rows * p_.out_channels);
+    add_product(correlation_, {w.x, ld_x_, p_.in_channels, w.du, ld_du_, p_.out_channels, count, sums, ld_du_}, &lines);
+  }
+
+  // W slope du, to where d_inputs will be. Asks for the next block's dy.
+  void multiply(int64_t first, int64_t count, int64_t next_rows, const Worker& w) const {
+    const C* next = values(b_.output_gradient) + (first + count) * p_.out_channels;
+    for (int64_t index = 0; index < panels(); ++index) {
+      const ColumnPanel panel = column_panel(k_, p_.in_channels, index);
+      GatheredRows<C> in{w.du_rows, kBlockRows, count, 1, p_.out_channels, 0};
+      share_lines<C>(next, nullptr, next_rows * p_.out_channels, {index, panels()},
+                     ceil_div(count * panel.width, k_.outer_rows * k_.panel) * p_.out_channels, &in);
+      const Tile<C> tile{w.tile, panel.width, first, count, panel.column, panel.cols, 0, 0};
+      const bool direct = d_inputs_.direct();
+      k_.gemm(in, transposed_ + panel.column * p_.out_channels, panel.width,
+              direct ? sums_to(k_, d_inputs_, tile) : GemmOutput<C>{w.tile});
+      if (!direct) d_inputs_.write(first, count, panel.column, panel.cols, {w.tile, panel.width});
+    }
+    k_.end_streaming();
   }
 
   // For a chunk of channels: G of all ranges, the gradients of the vectors, the constants of dz.
@@ -187,11 +196,31 @@ class BackwardByMoments {
         });
   }
 
-  void inputs_gradient(ParallelFor* parallel) const {
-    scale_filters();
-    parallel->run(panels(), [&](int64_t panel, int) { pack(panel * k_.panel, packed_ + panel * depth() * k_.panel); });
+  // The filters transposed, for a panel of input channels, times the slope if that is wanted.
+  void transpose(int64_t index, const C* slope) const {
+    const ColumnPanel panel = column_panel(k_, p_.in_channels, index);
+    C* to = transposed_ + panel.column * p_.out_channels;
+    k_.transpose(values(b_.filters) + panel.column * p_.out_channels, p_.out_channels, panel.cols, p_.out_channels, to,
+                 panel.width);
+    if (!slope) return;
+    for (int64_t k = 0; k < p_.out_channels; ++k)
+      for (int64_t c = 0; c < panel.width; ++c) to[k * panel.width + c] *= slope[k];
+  }
+
+  void prepare_inputs_gradient(ParallelFor* parallel) const {
+    parallel->run(panels(), [&](int64_t panel, int) { transpose(panel, channels_.scale()); });
     if (p_.stride_height * p_.stride_width > 1) clear_inputs_gradient(parallel);
-    parallel->run(blocks(), [&](int64_t block, int worker) { multiply(block * kBlockRows, workers_[worker]); });
+  }
+
+  // W curve W' x + W offset added to what run_range() left.
+  void complete_inputs_gradient(ParallelFor* parallel) const {
+    scale_filters();
+    std::fill_n(zeros_, k_.gemm_columns, C(0));
+    std::fill_n(ones_, k_.gemm_columns, C(1));
+    for (const Worker& w : workers_)
+      for (int64_t r = 0; r < kBlockRows; ++r) w.x_rows[r] = w.x + r * ld_x_;
+    parallel->run(panels(), [&](int64_t panel, int) { pack_square(panel); });
+    parallel->run(blocks(), [&](int64_t block, int worker) { add_square(block * kBlockRows, workers_[worker]); });
   }
 
   // W curve, and offset as one more row.
@@ -205,15 +234,12 @@ class BackwardByMoments {
     }
   }
 
-  // [W slope; W curve W'; W offset]' for a panel of input channels.
-  void pack(int64_t column, C* packed) const {
-    const int64_t cols = std::min(k_.panel, p_.in_channels - column), rows = p_.out_channels;
-    if (cols < k_.panel) std::fill(packed, packed + rows * k_.panel, C(0));
-    storage_.kernels.load(values(b_.filters) + column * rows, 1, rows, rows, cols, packed, k_.panel);
-    k_.gemm({scaled_rows_, p_.in_channels + 1, p_.in_channels + 1, 1, rows, 0}, packed, k_.panel,
-            {packed + rows * k_.panel});
-    for (int64_t k = 0; k < rows; ++k)
-      for (int64_t c = 0; c < k_.panel; ++c) packed[k * k_.panel + c] *= channels_.slope()[k];
+  // [W curve W' W offset]' for a panel of input channels.
+  void pack_square(int64_t index) const {
+    const ColumnPanel panel = column_panel(k_, p_.in_channels, index);
+    transpose(index, nullptr);
+    k_.gemm({scaled_rows_, p_.in_channels + 1, p_.in_channels + 1, 1, p_.out_channels, 0},
+            transposed_ + panel.column * p_.out_channels, panel.width, {square_ + panel.column * (p_.in_channels + 1)});
   }
 
   void clear_inputs_gradient(ParallelFor* parallel) const {
@@ -222,27 +248,20 @@ class BackwardByMoments {
                   [&](int64_t h, int) { std::fill_n(static_cast<C*>(b_.d_inputs) + h * line, line, C(0)); });
   }
 
-  // d_inputs of one block.
-  void multiply(int64_t first, const Worker& w) const {
+  // Of one block.
+  void add_square(int64_t first, const Worker& w) const {
     const int64_t count = std::min(kBlockRows, p_.pixels() - first);
-    MaskBlock<C> m = masked(first, count, w.joined, ld_joined_);
-    if (b_.d_residual) m.dy = values(b_.d_residual) + first * p_.out_channels;  // du already
-    k_.mask[static_cast<int>(b_.d_residual ? Activation::kNone : p_.activation)](m);
-    center(first, count, w, w.joined + p_.out_channels, ld_joined_);
-    for (int64_t r = 0; r < count; ++r) {
-      w.joined[r * ld_joined_ + depth() - 1] = 1;
-      w.rows[r] = w.joined + r * ld_joined_;
-    }
-    const int64_t at = (first + count) * p_.out_channels;
-    const int64_t next_elements = std::min(kBlockRows, p_.pixels() - first - count) * p_.out_channels;
-    const C* next = (b_.d_residual ? values(b_.d_residual) : values(b_.output_gradient)) + at;
-    const C* next_y = b_.d_residual || !b_.output ? nullptr : values(b_.output) + at;
-    for (int64_t panel = 0; panel < panels(); ++panel) {
-      GatheredRows<C> in{w.rows, kBlockRows, count, 1, depth(), 0};
-      share_lines(next, next_y, next_elements, {panel, panels()}, count * depth() / k_.outer_rows, &in);
-      k_.gemm(in, packed_ + panel * depth() * k_.panel, k_.panel, {w.tile});
-      const int64_t column = panel * k_.panel;
-      d_inputs_.write(first, count, column, std::min(k_.panel, p_.in_channels - column), {w.tile, k_.panel});
+    center(first, count, w);
+    for (int64_t index = 0; index < panels(); ++index) {
+      const ColumnPanel panel = column_panel(k_, p_.in_channels, index);
+      const C* square = square_ + panel.column * (p_.in_channels + 1);
+      const Block<C> part = d_inputs_.read(first, count, panel.column, panel.cols, w.part);
+      AffineBlock<C> add{};  // to the part that is there, in its place
+      add.residual = add.y = part.data, add.ld_residual = add.ld_y = part.ld;
+      add.cols = panel.cols, add.mean = zeros_, add.scale = ones_, add.beta = square + p_.in_channels * panel.width;
+      k_.gemm({w.x_rows, kBlockRows, count, 1, p_.in_channels, 0}, square, panel.width,
+              {w.tile, false, k_.emit[static_cast<int>(Activation::kNone)], add});
+      d_inputs_.write(first, count, panel.column, panel.cols, part);
     }
   }
 
@@ -256,11 +275,14 @@ class BackwardByMoments {
   Arena arena_;
   ChannelGradients<C> channels_;
   MomentsTimesFilters<C> product_;
-  int64_t ld_du_, ld_x_, ld_joined_, ranges_;
-  C* sums_;         // [ranges][rows][ld_du]: G
-  double* sum_du_;  // [ranges][K]
-  C* packed_;       // [panels][depth][panel]
-  C* scaled_;       // [C + 1][ld_du]
+  const ProductKernel<C>& correlation_;
+  int64_t ld_du_, ld_x_, ranges_;
+  C* sums_;           // [ranges][rows][ld_du]: G
+  double* sum_du_;    // [ranges][K]
+  C* transposed_;     // [panels][K][width]
+  C* square_;         // [panels][C + 1][width]
+  C* scaled_;         // [C + 1][ld_du]
+  C *zeros_, *ones_;  // [gemm_columns]
   const C** scaled_rows_;
   typename MomentsTimesFilters<C>::Scratch product_scratch_;
   std::vector<Worker> workers_;

@@ -9,8 +9,7 @@
 #include "compute_type.h"
 #include "convolve.h"
 #include "gradient_blocks.h"
-#include "lines_ahead.h"
-#include "second_moments.h"
+#include "products.h"
 #include "stages.h"
 
 namespace fusedconvbn {
@@ -29,8 +28,9 @@ class BackwardPointwise {
         arena_(scratch),
         blocks_(set, p, b, Image<C>(conv_out, storage_of<C>(set, p.dtype), output_grid(p)),
                 GradientBlocks<C>::blocks(p), device.threads, &arena_),
-        ld_x_(padded_columns(k_, p.in_channels)),
-        ld_dz_(padded_columns(k_, p.out_channels)) {
+        product_(fittest_product(k_, p.in_channels, p.out_channels)),
+        ld_x_(padded_columns<C>(p.in_channels)),
+        ld_dz_(padded_columns<C>(p.out_channels)) {
     ranges_ = std::clamp<int64_t>(std::min(blocks() / kMinBlocks, kMaxSums / sum_elements()), 1, kMaxRanges);
     sums_ = arena_.take<C>(ranges_ * sum_elements());
     packed_ = arena_.take<C>(panels() * k_.gemm_columns * p.out_channels);
@@ -63,22 +63,13 @@ class BackwardPointwise {
   };
 
   int64_t blocks() const { return ceil_div(p_.pixels(), kBlockRows); }
-  int64_t sum_elements() const { return ceil_div(p_.in_channels, k_.outer_rows) * k_.outer_rows * ld_dz_; }
+  int64_t sum_elements() const { return ceil_div(p_.in_channels, product_.rows) * product_.rows * ld_dz_; }
   int64_t panels() const { return ceil_div(p_.in_channels, k_.gemm_columns); }
   static const C* values(const void* array) { return static_cast<const C*>(array); }
 
-  // Input channels whose gradients are computed at once.
-  struct Panel {
-    int64_t column, cols, width;  // width: whole vectors
-  };
-  Panel panel_at(int64_t index) const {
-    const int64_t column = index * k_.gemm_columns, cols = std::min(k_.gemm_columns, p_.in_channels - column);
-    return {column, cols, ceil_div(cols, k_.lanes) * k_.lanes};
-  }
-
   // The filters transposed, for a panel of input channels.
   void pack(int64_t index) const {
-    const Panel panel = panel_at(index);
+    const ColumnPanel panel = column_panel(k_, p_.in_channels, index);
     k_.transpose(values(b_.filters) + panel.column * p_.out_channels, p_.out_channels, panel.cols, p_.out_channels,
                  packed_ + panel.column * p_.out_channels, panel.width);
   }
@@ -104,7 +95,7 @@ class BackwardPointwise {
     const int64_t next = block.first + block.count, at = next * p_.out_channels;
     const int64_t elements = std::min(kBlockRows, block.end - next) * p_.out_channels;
     for (int64_t index = 0; index < panels(); ++index) {
-      const Panel panel = panel_at(index);
+      const ColumnPanel panel = column_panel(k_, p_.in_channels, index);
       GatheredRows<C> in{w.rows, kBlockRows, block.count, 1, p_.out_channels, 0};
       share_lines(values(b_.output_gradient) + at, panels() > 1 ? z_ + at : nullptr, elements, {index, panels()},
                   steps(block.count, panel.width, p_.out_channels), &in);
@@ -131,11 +122,8 @@ class BackwardPointwise {
     const void* extra = needs_output(p_) ? b_.output : needs_residual(p_) ? b_.residual : nullptr;
     if (extra) lines.add(values(extra) + next * p_.out_channels, rows * p_.out_channels);
     if (panels() == 1 || !b_.d_inputs) lines.add(z_ + next * p_.out_channels, rows * p_.out_channels);
-    lines.spread(steps(p_.in_channels, p_.out_channels, block.count));
-    for (int64_t column = 0; column < p_.out_channels; column += k_.panel)
-      for (int64_t row = 0; row < p_.in_channels; row += k_.outer_rows)
-        k_.product(w.x + row, ld_x_, w.dz + column, ld_dz_, block.count, sums + row * ld_dz_ + column, ld_dz_,
-                   lines.pending());
+    add_product(product_, {w.x, ld_x_, p_.in_channels, w.dz, ld_dz_, p_.out_channels, block.count, sums, ld_dz_},
+                &lines);
   }
 
   // A row of the gradient by the filters, of all ranges.
@@ -153,6 +141,7 @@ class BackwardPointwise {
   Image<C> d_inputs_;
   Arena arena_;
   GradientBlocks<C> blocks_;
+  const ProductKernel<C>& product_;
   int64_t ld_x_, ld_dz_, ranges_;
   C* sums_;    // [ranges][rows][ld_dz]
   C* packed_;  // [panels][K][width]

@@ -88,6 +88,9 @@ class ChannelGradients {
     offset_[c] = static_cast<C>(offset);
   }
 
+  // gamma * inv_std, which is the slope of dz too, and known from prepare() on.
+  const C* scale() const { return scale_; }
+
   // The constants of dz.
   const C* slope() const { return slope_; }
   const C* curve() const { return curve_; }

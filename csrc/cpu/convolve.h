@@ -12,6 +12,7 @@
 
 #include "arena.h"
 #include "image.h"
+#include "span.h"
 #include "windows.h"
 
 namespace fusedconvbn {
@@ -46,6 +47,8 @@ struct TileEpilogue {
   std::function<void(const Tile<C>&)> finish;
   // May be empty. What to do with a tile's sums a few rows at a time, in place of emit.
   std::function<GemmOutput<C>(const Tile<C>&)> row_by_row = nullptr;
+  // May be null. Rows of all channels that this reads: they are asked for a block ahead.
+  Block<C> reads{nullptr, 0};
   // May be empty. The same of AmxConvolution, where the rows of memory are of 16-bit numbers.
   std::function<GemmOutput<C>(const Tile<C>&)> in_place = nullptr;
 
@@ -99,9 +102,9 @@ class Convolution {
         blocks_in_task_(ceil_div(std::min(4 * windows.width, kMaxTaskRows), kBlockRows)),
         source_(source),
         in_cache_(fits_cache(source.grid())),
-        fetches_blocks_(!in_cache_ && source.direct() && taps() == 1 && windows.positions() == source.grid().pixels()),
         table_rows_(in_cache_ ? std::max(kBlockRows, windows.positions()) : kBlockRows),
         reader_(source, groups_ * depth_, windows, groups_ == 1, table_rows_, blocks_in_task_ * kBlockRows) {
+    fetches_blocks_ = !in_cache_ && reader_.gapless();
     if (!reader_.staged()) blocks_in_task_ = fetches_blocks_ ? kBlocksAhead : 1;
   }
 
@@ -166,6 +169,14 @@ class Convolution {
     int64_t element;              // of the packed filters
   };
 
+  // Whether the filters and what two blocks read, their pixels and that many channels of others, exceed an L2 of 2 MiB.
+  // Then a block finds filters gone that the one before has used.
+  bool exceeds_cache(int64_t other_channels) const {
+    constexpr int64_t kMaxBytes = 3 << 19;
+    const int64_t channels = windows_.step_height * windows_.step_width * groups_ * depth_ + other_channels;
+    return (packed_elements() + 2 * kBlockRows * channels) * static_cast<int64_t>(sizeof(C)) > kMaxBytes;
+  }
+
   // Whether the source stays in half of an L2 of 2 MiB while the filters pass by. Then each panel of them is used for
   // all blocks at once, and read from memory once.
   bool fits_cache(const Grid& source) const {
@@ -219,10 +230,10 @@ class Convolution {
           GatheredRows<C> in{scratch.rows + done,      table_rows_,         count, reader_.taps(),
                              reader_.depth() * depth_, panel.group * depth_};
           const C* filters = packed + panel.element;
-          if (in_cache_ && index + 1 < panel_end)
-            fetch_panel(filters + taps() * depth_ * panel.width, done, rows, panel, &in);
-          if (fetches_blocks_ && first + rows < windows_.positions())
-            fetch_block(first + rows, index - panel_begin, panel_end - panel_begin, &in);
+          if (in_cache_)
+            look_ahead({index + 1, panel_end}, packed, done / kBlockRows, ceil_div(rows, kBlockRows), &in);
+          else
+            look_ahead({panel_begin, panel_end}, index, first + rows, packed, epilogue.reads, &in);
           multiply(
               in, panel, filters,
               {s.tile[worker], panel.width, first + done, count, 0, panel.cols, (first + done) / kBlockRows, worker},
@@ -233,18 +244,31 @@ class Convolution {
     kernels_.end_streaming();
   }
 
-  // Of the next panel, as much as `in` is of the `rows` that this one serves.
-  void fetch_panel(const C* next, int64_t done, int64_t rows, const Panel& panel, GatheredRows<C>* in) const {
-    const int64_t elements = taps() * depth_ * panel.width;
-    in->ahead = next + elements * done / rows;
-    in->ahead_end = next + elements * (done + in->count) / rows;
+  // One of `parts` of the filters that come next. Two stretches at once: few pixels use filters up faster than one can
+  // fetch them.
+  void look_ahead(const Span& panels, const C* packed, int64_t number, int64_t parts, GatheredRows<C>* in) const {
+    if (panels.size() == 0) return;
+    for (int64_t i = 0; i < 2; ++i) in->ahead[i] = filters_of(panels.begin, packed, 2 * number + i, 2 * parts);
   }
-  // Of the pixels of the block at position `first`, the share that panel `index` of `panels` asks for.
-  void fetch_block(int64_t first, int64_t index, int64_t panels, GatheredRows<C>* in) const {
+  // The filters that come next, and panel `index`'s share of what the block at position `first` reads.
+  void look_ahead(const Span& panels, int64_t index, int64_t first, const C* packed, const Block<C>& reads,
+                  GatheredRows<C>* in) const {
+    if (exceeds_cache(reads.ld)) in->ahead[0] = filters_of(index + 1 < panels.end ? index + 1 : panels.begin, packed);
     const int64_t count = std::min(kBlockRows, windows_.positions() - first);
-    const C* pixels = source_.read(first, count, 0, groups_ * depth_, nullptr).data;
-    in->ahead = pixels + count * index / panels * source_.ld();
-    in->ahead_end = pixels + count * (index + 1) / panels * source_.ld();
+    if (count <= 0) return;
+    const auto share = [&](const C* data, const Span& all) -> Stretch<C> {
+      const Span elements = part(index - panels.begin, panels.size(), all.size());
+      return {data + all.begin + elements.begin, data + all.begin + elements.end};
+    };
+    if (fetches_blocks_)
+      in->ahead[1] = share(source_.read(0, 1, 0, 1, nullptr).data, reader_.new_elements(first, count));
+    if (reads.data) in->ahead[2] = share(reads.data, {first * reads.ld, (first + count) * reads.ld});
+  }
+  // One of `parts` of a panel's filters.
+  Stretch<C> filters_of(int64_t index, const C* packed, int64_t number = 0, int64_t parts = 1) const {
+    const Panel panel = panel_of(index);
+    const Span elements = part(number, parts, taps() * depth_ * panel.width);
+    return {packed + panel.element + elements.begin, packed + panel.element + elements.end};
   }
 
   void multiply(const GatheredRows<C>& in, const Panel& panel, const C* filters, Tile<C> tile,
@@ -262,7 +286,7 @@ class Convolution {
   int64_t blocks_in_task_;  // enough lines that staging those above and below costs little
   Image<C> source_;
   bool in_cache_;        // see fits_cache()
-  bool fetches_blocks_;  // a block's pixels while the one before is multiplied: they are adjacent, and read once
+  bool fetches_blocks_;  // a block's pixels while the one before is multiplied: they are adjacent
   int64_t table_rows_;   // positions whose pointers are at hand at once
   WindowReader<C> reader_;
 };

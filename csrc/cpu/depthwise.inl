@@ -59,10 +59,13 @@ static void depthwise_lines(PanelLines<C> in, int64_t c, const C* filters, Panel
 
 template <class C>
 static void depthwise(const PanelLines<C>& in, const C* filters, const PanelTarget<C>& out) {
-  int64_t c = 0;
-  for (; c + kLanes<C> < in.cols; c += 2 * kLanes<C>) depthwise_lines<C, 2>(in, c, filters, out);
-  if (c < in.cols) depthwise_lines<C, 1>(in, c, filters, out);
-  if (out.stream) end_streaming();
+  if (slides(in)) {
+    depthwise3(in, filters, out);
+  } else {
+    int64_t c = 0;
+    for (; c + kLanes<C> < in.cols; c += 2 * kLanes<C>) depthwise_lines<C, 2>(in, c, filters, out);
+    if (c < in.cols) depthwise_lines<C, 1>(in, c, filters, out);
+  }
 }
 
 // sums[T][panel] += for taps [first, first + T) and a few vectors of channels.
@@ -112,6 +115,7 @@ static void depthwise_outer_vectors(const PanelLines<C>& in, const C* const* dz,
 
 template <class C>
 static void depthwise_outer(const PanelLines<C>& in, const C* const* dz, int64_t dz_offset, int64_t dz_step, C* sums) {
+  if (slides(in)) return depthwise3_outer(in, dz, dz_offset, dz_step, sums);
   constexpr int V = kDepthwiseVectors;
   PanelLines<C> part = in;
   for (int64_t c = 0; c < in.cols; c += V * kLanes<C>) {
@@ -123,9 +127,10 @@ static void depthwise_outer(const PanelLines<C>& in, const C* const* dz, int64_t
 
 template <class C>
 static void depthwise_copy(const C* from, int64_t ld, int64_t rows, int64_t cols, C* to, int64_t ld_to, int64_t width) {
+  const int64_t ahead = fetch_distance<C>(ld);
   for (int64_t r = 0; r < rows; ++r, from += ld, to += ld_to) {
     for_vectors<C>(cols, [&](auto read, auto write, int64_t c) {
-      __builtin_prefetch(from + c + kFetchBytes / sizeof(C));
+      __builtin_prefetch(from + c + ahead);
       write(to + c, read(from + c));
     });
     for (int64_t c = cols; c < width; ++c) to[c] = C(0);

@@ -37,6 +37,7 @@ class DepthwiseBackward {
         inputs_(buffers.inputs, storage_, input_grid(p)),
         d_inputs_(buffers.d_inputs, storage_, input_grid(p)),
         stager_(k_, inputs_, panels_),
+        in_place_(slides_in_place(k_, inputs_, forward_windows(p), p.group_out())),
         convolution_(k_, storage_, inputs_, forward_windows(p), {p.groups, 1, p.group_out()}),
         blocks_(set, p, buffers, Image<C>(p.training ? conv_out : nullptr, storage_, output_grid(p)),
                 p.training ? GradientBlocks<C>::blocks(p) : convolution_.blocks(), device.threads, arena, p.training) {
@@ -44,6 +45,7 @@ class DepthwiseBackward {
     if (!p.training) convolution_scratch_ = convolution_.carve(arena, device.threads);
     sums_ = arena->take<C>(regions_.ranges() * panels_.count() * panel_elements());
     transposed_ = arena->take<C>(panels_.count() * panel_elements());
+    zeros_ = arena->take<C>(zero_elements());
     for (int w = 0; w < device.threads; ++w) workers_.push_back(carve(arena));
   }
 
@@ -51,6 +53,7 @@ class DepthwiseBackward {
     p_.training ? blocks_.reduce(parallel) : reduce_recomputed(parallel);
     if (!b_.d_inputs && !b_.d_filters && !b_.d_residual) return;
     pack_panels(b_.filters, transposed_taps_, storage_, panels_, transposed_);
+    std::fill_n(zeros_, zero_elements(), C(0));
     const int64_t shares = ceil_div(panels_.count(), share());
     parallel->run(regions_.ranges() * shares, [&](int64_t task, int worker) {
       const int64_t first = task % shares * share();
@@ -66,17 +69,18 @@ class DepthwiseBackward {
   };
 
   struct Worker {
-    LineRing<C> inputs, gradients;
+    LineRing<C> inputs, gradients;                   // of the inputs unless they are read in place
     const C **windows, **gradient_lines, **sources;  // [lines][taps], [lines], [lines][taps]
     PhaseLines* phases;
     C *z, *tile, *stage;
   };
 
   int64_t panel_elements() const { return p_.taps() * kDepthwisePanel; }
+  int64_t zero_elements() const { return in_place_ ? LinesInPlace<C>::zero_elements(inputs_.grid()) : 0; }
   // Panels of a task.
   int64_t share() const {
-    const int64_t pixels = (regions_.input_ring_lines() + 1) * regions_.input_ring_pixels() +
-                           (regions_.gradient_ring_lines() + 1) * regions_.gradient_ring_pixels();
+    const int64_t inputs = in_place_ ? 0 : (regions_.input_ring_lines() + 1) * regions_.input_ring_pixels();
+    const int64_t pixels = inputs + (regions_.gradient_ring_lines() + 1) * regions_.gradient_ring_pixels();
     const int64_t bytes = pixels * kDepthwisePanel * static_cast<int64_t>(sizeof(C));
     return panels_.share(kRingBytes / std::max<int64_t>(1, bytes));
   }
@@ -85,7 +89,8 @@ class DepthwiseBackward {
     const int64_t group = regions_.group_lines(), inputs = group * lines_.stride;
     const int64_t owned_columns = regions_.owned_columns();
     Worker w;
-    w.inputs = LineRing<C>::carve(arena, share(), regions_.input_ring_lines(), regions_.input_ring_pixels());
+    if (!in_place_)
+      w.inputs = LineRing<C>::carve(arena, share(), regions_.input_ring_lines(), regions_.input_ring_pixels());
     w.gradients = LineRing<C>::carve(arena, share(), regions_.gradient_ring_lines(), regions_.gradient_ring_pixels());
     w.windows = arena->take<const C*>(group * p_.taps());
     w.gradient_lines = arena->take<const C*>(group);
@@ -127,10 +132,11 @@ class DepthwiseBackward {
     C* sums = sums_ + (range * panels_.count() + panels.begin) * panel_elements();
     std::fill(sums, sums + panels.size() * panel_elements(), C(0));
     std::fill_n(w.gradients.data, w.gradients.elements(), C(0));  // channels beyond the last stay so
-    w.inputs.zero_last_line();
+    if (!in_place_) w.inputs.zero_last_line();
     const Span share = part(range, regions_.ranges(), regions_.count());
     for (int64_t index = share.begin; index < share.end; ++index)
       run_region(regions_.region(index, b_.d_inputs != nullptr), panels, w, worker, sums);
+    k_.end_streaming();
   }
 
   void run_region(const Region& r, const Span& panels, const Worker& w, int worker, C* sums) const {
@@ -145,34 +151,52 @@ class DepthwiseBackward {
       for (int64_t i = step.gradients.begin; i < step.gradients.end; ++i) gradient_of_z(r, step, i, panels, w, worker);
       for (int64_t panel = panels.begin; panel < panels.end; ++panel) {
         const int64_t slot = panel - panels.begin;
-        if (multiplies) add_products(r, step, panel, slot, w, sums + slot * panel_elements());
-        if (step.inputs.size() > 0) write_inputs(r, step, panel, slot, w);
+        if (multiplies) add_products(r, step, panels, panel, w, sums + slot * panel_elements());
+        if (step.inputs.size() > 0) write_inputs(r, step, panels, panel, w);
       }
       done.next = step.gradients.end, done.ready = step.inputs.end;
     }
   }
 
-  // Stages the inputs of the step's windows, and points windows[line][tap] at them.
+  // Points windows[line][tap] at the inputs of the step's windows, which are staged first if need be.
   void read_inputs(const Region& r, const Step& step, const Span& panels, const Worker& w, Progress* done) const {
     const int64_t first = step.gradients.begin * lines_.stride - lines_.pad;
     const int64_t end = (step.gradients.end - 1) * lines_.stride - lines_.pad + lines_.reach() + 1;
-    for (int64_t h = std::max(done->staged, first); h < std::min(end, p_.in_height); ++h)
+    for (int64_t h = std::max(done->staged, first); h < std::min(end, p_.in_height) && !in_place_; ++h)
       stager_.stage(r.image, h, r.columns_read, panels, w.stage, w.inputs);
     done->staged = std::max(done->staged, end);
+    const LinesInPlace<C> lines{inputs_, zeros_};
     const C** window = w.windows;
     for (int64_t i = step.gradients.begin; i < step.gradients.end; ++i)
       for (int64_t t = 0; t < p_.taps(); ++t) {
         const int64_t h = i * lines_.stride - lines_.pad + t / p_.filter_width * lines_.dilation;
-        const C* line = h >= 0 && h < p_.in_height ? w.inputs.line(h) : w.inputs.zeros();
-        *window++ = line + t % p_.filter_width * columns_.dilation * w.inputs.ld();
+        const int64_t column = t % p_.filter_width * columns_.dilation;
+        if (in_place_) {
+          *window++ = lines.at(r.image, h, r.columns_read.begin + column);
+        } else {
+          const C* line = h >= 0 && h < p_.in_height ? w.inputs.line(h) : w.inputs.zeros();
+          *window++ = line + column * w.inputs.ld();
+        }
       }
   }
 
-  PanelLines<C> windows(const Worker& w, int64_t lines, int64_t columns, int64_t first_column, int64_t panel,
+  // Of columns `outputs`, for a panel that is at `slot` of a ring.
+  PanelLines<C> windows(const Region& r, const Worker& w, int64_t lines, const Span& outputs, int64_t panel,
                         int64_t slot) const {
-    const int64_t step = columns_.stride * w.inputs.ld();
-    return {w.windows,          lines, columns, p_.taps(), step, slot * kDepthwisePanel + first_column * step,
-            panels_.cols(panel)};
+    const int64_t ld = in_place_ ? inputs_.ld() : w.inputs.ld(), step = columns_.stride * ld;
+    const int64_t channel = in_place_ ? panels_.channel(panel) : slot * kDepthwisePanel;
+    PanelLines<C> in{w.windows,
+                     lines,
+                     outputs.size(),
+                     p_.taps(),
+                     p_.filter_width,
+                     columns_.dilation * ld,
+                     step,
+                     channel + (outputs.begin - r.columns.inside.begin) * step,
+                     panels_.cols(panel)};
+    in.left = in_place_ && outputs.begin * columns_.stride < columns_.pad;
+    in.right = in_place_ && (outputs.end - 1) * columns_.stride - columns_.pad + columns_.taps > p_.in_width;
+    return in;
   }
 
   // Line i of the gradient of z into the ring: all channels at once where they are consecutive there as in memory.
@@ -186,14 +210,14 @@ class DepthwiseBackward {
     if (p_.training && blocks_.any_size() && panels_.width() == kDepthwisePanel)
       return gradient_of_z(r, step, i, panels, {first, ld}, nullptr, worker);
     for (int64_t panel = panels.begin; panel < panels.end; ++panel, first += kDepthwisePanel) {
-      if (!p_.training) recompute(i - step.gradients.begin, inside.size(), panel, panel - panels.begin, w);
+      if (!p_.training) recompute(r, i - step.gradients.begin, panel, panel - panels.begin, w);
       gradient_of_z(r, step, i, {panel, panel + 1}, {first, ld}, w.z, worker);
     }
   }
 
   // A line of z, for a panel.
-  void recompute(int64_t line, int64_t columns, int64_t panel, int64_t slot, const Worker& w) const {
-    PanelLines<C> in = windows(w, 1, columns, 0, panel, slot);
+  void recompute(const Region& r, int64_t line, int64_t panel, int64_t slot, const Worker& w) const {
+    PanelLines<C> in = windows(r, w, 1, r.columns.inside, panel, slot);
     in.sources += line * p_.taps();
     k_.depthwise(in, convolution_scratch_.filters + panel * panel_elements(), {w.z, 0, kDepthwisePanel, false});
   }
@@ -214,13 +238,21 @@ class DepthwiseBackward {
     }
   }
 
-  // The step's part of the gradient by the filters.
-  void add_products(const Region& r, const Step& step, int64_t panel, int64_t slot, const Worker& w, C* sums) const {
+  // The step's part of the gradient by the filters. Asks for the inputs of the next step.
+  void add_products(const Region& r, const Step& step, const Span& panels, int64_t panel, const Worker& w,
+                    C* sums) const {
     const Span& owned = r.columns.outputs;
-    const int64_t ld = w.gradients.ld();
-    k_.depthwise_outer(
-        windows(w, step.gradients.size(), owned.size(), owned.begin - r.columns.inside.begin, panel, slot),
-        w.gradient_lines, slot * kDepthwisePanel + (owned.begin - r.columns.gradients.begin) * ld, ld, sums);
+    const int64_t ld = w.gradients.ld(), slot = panel - panels.begin;
+    PanelLines<C> in = windows(r, w, step.gradients.size(), owned, panel, slot);
+    if (in_place_ && panels.size() == panels_.count()) {
+      const int64_t end = step.gradients.end * lines_.stride - lines_.pad + lines_.reach();
+      const int64_t line = r.image * p_.in_height + std::clamp<int64_t>(end, 0, p_.in_height);
+      const int64_t first = line * p_.in_width + owned.begin * columns_.stride;
+      in.ahead = inputs_.read(first, 1, 0, 1, nullptr).data +
+                 in.lines * in.columns * columns_.stride * columns_.stride * panels_.channel(panel);
+    }
+    k_.depthwise_outer(in, w.gradient_lines, slot * kDepthwisePanel + (owned.begin - r.columns.gradients.begin) * ld,
+                       ld, sums);
   }
 
   // For each phase the lines of step.inputs, and where they read the gradient of z.
@@ -235,7 +267,9 @@ class DepthwiseBackward {
       const int64_t w0 = first_of(r.columns.inputs, phase.column, columns_);
       const int64_t lines = ceil_div(std::max<int64_t>(0, step.inputs.end - h0), lines_.stride);
       const int64_t columns = ceil_div(std::max<int64_t>(0, r.columns.inputs.end - w0), columns_.stride);
-      *to++ = {{source, lines, columns, phase.taps(), w.gradients.ld(), 0, 0},
+      const int64_t row_taps = static_cast<int64_t>(phase.cols.size());
+      const int64_t tap_step = row_taps > 1 ? (phase.cols[0] - phase.cols[1]) * columns_.dilation / columns_.stride : 0;
+      *to++ = {{source, lines, columns, phase.taps(), row_taps, tap_step * w.gradients.ld(), w.gradients.ld(), 0, 0},
                phase.first_tap,
                h0 - step.inputs.begin,
                w0 - r.columns.inputs.begin};
@@ -259,27 +293,34 @@ class DepthwiseBackward {
 
   // The lines of the gradient by the inputs that the step completes, for a panel: into memory if that can be, else from
   // a tile.
-  void write_inputs(const Region& r, const Step& step, int64_t panel, int64_t slot, const Worker& w) const {
+  void write_inputs(const Region& r, const Step& step, const Span& panels, int64_t panel, const Worker& w) const {
     const Span& columns = r.columns.inputs;
+    const C* ahead = nullptr;  // the next step's dy
+    if (in_place_ && panels.size() == panels_.count())
+      ahead =
+          static_cast<const C*>(b_.output_gradient) +
+          ((r.image * p_.out_height + step.gradients.end) * p_.out_width + r.columns.inside.begin) * p_.out_channels;
     const int64_t m = panels_.multiplier, cols = panels_.cols(panel) / m, channel = panels_.channel(panel) / m;
     const int64_t first = (r.image * p_.in_height + step.inputs.begin) * p_.in_width + columns.begin;
     if (m == 1 && d_inputs_.direct() && cols % (k_.panel / 2) == 0) {
       const Block<C> to = d_inputs_.target(first, channel, {});
-      return write_inputs(panel, slot, w, {to.data, p_.in_width * to.ld, to.ld, d_inputs_.streams(channel, cols)});
+      return write_inputs(panel, panel - panels.begin, w, ahead,
+                          {to.data, p_.in_width * to.ld, to.ld, d_inputs_.streams(channel, cols)});
     }
     const int64_t line = columns.size() * kDepthwisePanel;
-    write_inputs(panel, slot, w, {w.tile, line, kDepthwisePanel, false});
+    write_inputs(panel, panel - panels.begin, w, ahead, {w.tile, line, kDepthwisePanel, false});
     if (m > 1) k_.depthwise_fold(w.tile, step.inputs.size() * columns.size(), cols, m);
     for (int64_t i = 0; i < step.inputs.size(); ++i)
       d_inputs_.write(first + i * p_.in_width, columns.size(), channel, cols, {w.tile + i * line, kDepthwisePanel});
   }
 
   // Phase by phase, into lines and columns of stride 1.
-  void write_inputs(int64_t panel, int64_t slot, const Worker& w, const PanelTarget<C>& to) const {
+  void write_inputs(int64_t panel, int64_t slot, const Worker& w, const C* ahead, const PanelTarget<C>& to) const {
     for (size_t i = 0; i < phases_.size(); ++i) {
       const PhaseLines& phase = w.phases[i];
       PanelLines<C> in = phase.lines;
       in.offset = slot * kDepthwisePanel, in.cols = panels_.cols(panel);
+      if (ahead) in.ahead = ahead + in.lines * in.columns * panels_.channel(panel);
       k_.depthwise(in, transposed_ + panel * panel_elements() + phase.first_tap * kDepthwisePanel,
                    {to.data + phase.line * to.ld_line + phase.column * to.ld_column, lines_.stride * to.ld_line,
                     columns_.stride * to.ld_column, to.stream});
@@ -304,12 +345,14 @@ class DepthwiseBackward {
   DepthwisePanels panels_;
   Image<C> inputs_, d_inputs_;
   PanelStager<C> stager_;
+  bool in_place_;
   DepthwiseConvolution<C> convolution_;
   GradientBlocks<C> blocks_;
   std::vector<Phase> phases_;
   std::vector<int64_t> transposed_taps_;  // of the filters, in the order of the phases
   typename DepthwiseConvolution<C>::Scratch convolution_scratch_{};
   C *sums_, *transposed_;  // [ranges][panels][taps][kDepthwisePanel], [panels][taps][kDepthwisePanel]
+  C* zeros_;               // a line, if lines are read in place
   std::vector<Worker> workers_;
 };
 

@@ -144,9 +144,10 @@ struct Phase {
   int64_t taps() const { return static_cast<int64_t>(rows.size() * cols.size()); }
 };
 
+// The last one first: an input is read through it by the first of its outputs.
 inline std::vector<int64_t> phase_taps(const Axis& axis, int64_t phase) {
   std::vector<int64_t> taps;
-  for (int64_t k = 0; k < axis.taps; ++k)
+  for (int64_t k = axis.taps - 1; k >= 0; --k)
     if (k * axis.dilation % axis.stride == phase) taps.push_back(k);
   return taps;
 }

@@ -13,6 +13,7 @@
 #include "arena.h"
 #include "image.h"
 #include "span.h"
+#include "windows.h"
 
 namespace fusedconvbn {
 
@@ -50,6 +51,34 @@ struct LineRing {
   C* zeros() const { return data + lines * line_elements(); }
   void zero_last_line() const { std::fill(zeros(), zeros() + line_elements(), C(0)); }
 };
+
+// Lines of an image that kernels read where they lie, and a line of zeros in place of those that it has not.
+template <class C>
+struct LinesInPlace {
+  Image<C> source;
+  const C* zeros;  // of all channels of a line's pixels and 2 more
+
+  // `column` may be one beyond the image.
+  const C* at(int64_t image, int64_t h, int64_t column) const {
+    const Grid& grid = source.grid();
+    if (h < 0 || h >= grid.height) return zeros;
+    return source.read((image * grid.height + h) * grid.width, 1, 0, 1, nullptr).data + column * source.ld();
+  }
+  static int64_t zero_elements(const Grid& grid) { return (grid.width + 2) * grid.pixel_stride; }
+};
+
+// Whether kernels can read `source` so: 3x3 windows that are at most a column beyond it.
+template <class C>
+bool slides_in_place(const ComputeKernels<C>& kernels, const Image<C>& source, const Windows& windows,
+                     int64_t multiplier) {
+  const auto& taps = windows.taps;
+  if (!kernels.slides || !source.direct() || multiplier > 1 || source.ld() % kernels.lanes != 0 || taps.size() != 9)
+    return false;
+  for (int64_t t = 0; t < 9; ++t)
+    if (taps[t].width != taps[0].width + t % 3 || taps[t].height != taps[t / 3 * 3].height) return false;
+  return windows.step_width <= 2 && taps[0].width >= -1 &&
+         (windows.width - 1) * windows.step_width + taps[2].width <= source.grid().width;
+}
 
 // Copies lines of an image into rings.
 template <class C>

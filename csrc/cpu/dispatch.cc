@@ -27,7 +27,7 @@ bool forward_winograd(const ConvBnParams& p) {
 }
 template <int M>
 bool dgrad_winograd(const ConvBnParams& p) {
-  return suits_winograd<M>(p, kConvolutionPrices, {p.batch, p.in_height, p.in_width, p.out_channels, p.in_channels});
+  return suits_winograd<M>(p, kInputGradientPrices, {p.batch, p.in_height, p.in_width, p.out_channels, p.in_channels});
 }
 template <int M>
 bool wgrad_winograd(const ConvBnParams& p) {
@@ -66,6 +66,12 @@ bool few_input_channels(const ConvBnParams& p) {
 bool few_source_channels(const ConvBnParams& p) {
   return p.algorithm != Algorithm::kWinograd2 && p.algorithm != Algorithm::kWinograd4 && p.in_channels <= 4 &&
          p.out_width >= 12;
+}
+
+// The same, and enough outputs: a vector of them is all that the direct algorithm needs for its tiles.
+bool suits_forward_few_channels(const ConvBnParams& p) {
+  constexpr int64_t kMinOutputs = 17;
+  return few_source_channels(p) && p.out_channels >= kMinOutputs;
 }
 
 bool backward_few_channels_applies(const ConvBnParams& p) { return one_group(p) && has_conv_out(p) && p.pixels() > 0; }
@@ -150,7 +156,7 @@ Kernel saving_moments(Kernel row) {
       FCB_PACKING_ROW(forward_winograd4, winograd_applies, forward_winograd<4>, isa, Isa_),                     \
       FCB_PACKING_ROW(forward_winograd2, winograd_applies, forward_winograd<2>, isa, Isa_),                     \
       FCB_ROW(forward_depthwise, kForward, depthwise_applies, any_problem, isa, Isa_),                          \
-      FCB_PACKING_ROW(forward_few_channels, one_group, few_source_channels, isa, Isa_),                         \
+      FCB_PACKING_ROW(forward_few_channels, one_group, suits_forward_few_channels, isa, Isa_),                  \
       FCB_PACKING_ROW(forward_direct, any_problem, any_problem, isa, Isa_),                                     \
       FCB_ROW(reduce_direct, kReduce, any_problem, any_problem, isa, Isa_),                                     \
       FCB_ROW(dgrad_winograd4, kDgrad, winograd_applies, dgrad_winograd<4>, isa, Isa_),                         \

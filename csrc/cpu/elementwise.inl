@@ -17,6 +17,13 @@ FCB_INLINE void fetch_ahead(const void* block, int64_t r, int64_t ld, int64_t c)
   __builtin_prefetch(row<T>(block, r, ld) + c + kFetchBytes / sizeof(T));
 }
 
+// The same in whole rows, for blocks of some of a row's columns.
+template <class T>
+FCB_INLINE int64_t fetch_distance(int64_t ld) {
+  const int64_t rows = kFetchBytes / static_cast<int64_t>(sizeof(T)) / (ld > 0 ? ld : 1);
+  return (rows > 0 ? rows : 1) * ld;
+}
+
 // Calls f(read, write, column) for each vector of columns; the last one may be a part.
 template <class C, class F>
 FCB_INLINE void for_vectors(int64_t cols, F f) {
@@ -41,55 +48,63 @@ FCB_INLINE Vector<C> sum_rows(int64_t rows, F f) {
   return (sum[0] + sum[1]) + (sum[2] + sum[3]);
 }
 
+// In one pass, of deviations from a mean of few rows. That lies within sqrt(rows / few) standard deviations of the mean
+// of all, whatever the numbers are: so what is subtracted in the end is at most rows / few times the result.
 template <class C>
 static void moments(const C* block, int64_t ld, int64_t rows, int64_t cols, C* mean, C* squares) {
+  const int64_t few = rows < 8 ? 1 : 8;  // exact where a column is constant
   for_vectors<C>(cols, [&](auto read, auto write, int64_t c) {
     const Vector<C> count = Vector<C>{} + C(rows);
-    const Vector<C> m = sum_rows<C>(rows, [&](int64_t r) { return read(block + r * ld + c); }) / count;
-    // rest: rows times the rounding error of m; corrected by it, both results are exact to the last bits.
-    Vector<C> rest[2] = {}, square[2] = {};
+    const Vector<C> some = sum_rows<C>(few, [&](int64_t r) { return read(block + r * ld + c); }) / C(few);
+    const Vector<C> shift = some - some == Vector<C>{} ? some : Vector<C>{};  // an infinite mean is to stay one
+    Vector<C> sum[4] = {}, square[4] = {};
     const auto add = [&](int64_t r, int i) {
-      const Vector<C> d = read(block + r * ld + c) - m;
-      rest[i] += d;
+      const Vector<C> d = read(block + r * ld + c) - shift;
+      sum[i] += d;
       square[i] += d * d;
     };
     int64_t r = 0;
-    for (; r + 2 <= rows; r += 2) add(r, 0), add(r + 1, 1);
-    if (r < rows) add(r, 0);
-    const Vector<C> all = rest[0] + rest[1], error = all / count, better = m + error;
-    write(mean + c, error == error ? better : m);  // an infinite m stays: its error is NaN
-    write(squares + c, square[0] + square[1] - error * all);
+    for (; r + 4 <= rows; r += 4) {
+#pragma GCC unroll 4
+      for (int i = 0; i < 4; ++i) add(r + i, i);
+    }
+    for (; r < rows; ++r) add(r, 0);
+    const Vector<C> all = (sum[0] + sum[1]) + (sum[2] + sum[3]), offset = all / count;
+    write(mean + c, shift + offset);
+    write(squares + c, (square[0] + square[1]) + (square[2] + square[3]) - offset * all);
   });
 }
 
 // Calls f(first row, last row + 1) for groups of 8 rows: what a column needs besides is read once for a group, and a
 // few rows at a time are still a few streams through memory.
-template <class F>
+template <int64_t kGroup = 8, class F>
 FCB_INLINE void for_row_groups(int64_t rows, F f) {
-  constexpr int64_t kGroup = 8;
   for (int64_t first = 0; first < rows; first += kGroup) f(first, first + kGroup < rows ? first + kGroup : rows);
 }
 
-// Of z in memory, or in cache: then these are the rows of a tile, and the next ones' residual is asked for.
+// Of z in memory, or in cache: then these are the rows of a tile, and gemm has asked for what else they need.
 // Takes its own copy of the block, as do those below: what is stored could be the caller's.
 template <class C, Activation A, bool Stream, bool InCache>
 FCB_INLINE void affine_block(AffineBlock<C> b) {
-  for_row_groups(b.rows, [&](int64_t first, int64_t end) {
+  constexpr bool kPastCaches = Stream && !InCache;  // then memory decides, which likes one row's few streams
+  const int64_t ahead = fetch_distance<C>(b.ld_z), residual_ahead = fetch_distance<C>(b.ld_residual);
+  for_row_groups<kPastCaches ? 1 : 8>(b.rows, [&](int64_t first, int64_t end) {
     for_vectors<C>(b.cols, [&](auto read, auto write, int64_t c) {
       const Vector<C> mean = read(b.mean + c), scale = read(b.scale + c), beta = read(b.beta + c);
       for (int64_t r = first; r < end; ++r) {
-        if constexpr (!InCache) fetch_ahead<C, C>(b.z, r, b.ld_z, c);
+        if constexpr (!InCache) __builtin_prefetch(row<C>(b.z, r, b.ld_z) + c + ahead);
         Vector<C> u = (read(row<C>(b.z, r, b.ld_z) + c) - mean) * scale + beta;
         if (b.residual) {
           const C* residual = row<C>(b.residual, r, b.ld_residual) + c;
-          if constexpr (InCache) __builtin_prefetch(residual + (end - first) * b.ld_residual);
+          if constexpr (kPastCaches) __builtin_prefetch(residual + residual_ahead);
           u += read(residual);
         }
         C* y = row<C>(b.y, r, b.ld_y) + c;
         if constexpr (Stream) {
           stream(y, activate<A, C>(u));
         } else {
-          __builtin_prefetch(y + (end - first) * b.ld_y);  // a store waits for its line, which no hardware foresees
+          // A store waits for its line, which no hardware foresees.
+          if constexpr (!InCache) __builtin_prefetch(y + (end - first) * b.ld_y);
           write(y, activate<A, C>(u));
         }
       }
@@ -138,13 +153,14 @@ FCB_INLINE Vector<C> gradient_of_u(const GradientBlock<C>& b, Read read, int64_t
 template <class C, class T, Activation A, Preactivation P>
 static void reduce(const GradientBlock<C>& block) {
   const GradientBlock<C> b = block;
+  const int64_t ahead_z = fetch_distance<T>(b.ld_z), ahead_dy = fetch_distance<T>(b.ld_dy);
   for_row_groups(b.rows, [&](int64_t first, int64_t end) {
     for_vectors<C>(b.cols, [&](auto read, auto write, int64_t c) {
       const Vector<C> mean = read(b.mean + c), scale = read(b.scale + c), beta = read(b.beta + c);
       Vector<C> sum_du{}, sum_du_z{}, sum_z{};
       for (int64_t r = first; r < end; ++r) {
-        fetch_ahead<C, T>(b.z, r, b.ld_z, c);
-        fetch_ahead<C, T>(b.dy, r, b.ld_dy, c);
+        __builtin_prefetch(row<T>(b.z, r, b.ld_z) + c + ahead_z);
+        __builtin_prefetch(row<T>(b.dy, r, b.ld_dy) + c + ahead_dy);
         const Vector<C> centered = read(row<T>(b.z, r, b.ld_z) + c) - mean;
         const Vector<C> du = gradient_of_u<C, T, A, P>(b, read, r, c, centered, scale, beta);
         sum_du += du;
@@ -162,14 +178,15 @@ static void reduce(const GradientBlock<C>& block) {
 template <class C, class T, class D, Activation A, Preactivation P>
 static void apply(const GradientBlock<C>& block) {
   const GradientBlock<C> b = block;
+  const int64_t ahead_z = fetch_distance<T>(b.ld_z), ahead_dy = fetch_distance<T>(b.ld_dy);
   for_row_groups(b.rows, [&](int64_t first, int64_t end) {
     for_vectors<C>(b.cols, [&](auto read, auto write, int64_t c) {
       const Vector<C> mean = read(b.mean + c), scale = read(b.scale + c), beta = read(b.beta + c);
       const Vector<C> slope = read(b.slope + c), curve = b.curve ? read(b.curve + c) : slope,
                       offset = b.curve ? read(b.offset + c) : slope;
       for (int64_t r = first; r < end; ++r) {
-        fetch_ahead<C, T>(b.z, r, b.ld_z, c);
-        fetch_ahead<C, T>(b.dy, r, b.ld_dy, c);
+        __builtin_prefetch(row<T>(b.z, r, b.ld_z) + c + ahead_z);
+        __builtin_prefetch(row<T>(b.dy, r, b.ld_dy) + c + ahead_dy);
         const Vector<C> centered = read(row<T>(b.z, r, b.ld_z) + c) - mean;
         const Vector<C> du = gradient_of_u<C, T, A, P>(b, read, r, c, centered, scale, beta);
         if (b.d_residual) write(row<T>(b.d_residual, r, b.ld_d_residual) + c, du);

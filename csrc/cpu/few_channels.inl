@@ -30,10 +30,12 @@ static void split(const C* from, int64_t elements, int64_t planes, C* to, int64_
   }
 }
 
-// acc = R rows of the product, from row `first` on.
-template <class C, int R>
-FCB_INLINE void shifted_sums(const ShiftedRows<C>& in, int64_t first, const C* filters, Vector<C> (&acc)[R][2]) {
+// acc = R rows of the product, from row `first` on. Calls each() once for each of the depth.
+template <class C, int R, class F>
+FCB_INLINE void shifted_sums(const ShiftedRows<C>& in, int64_t first, const C* filters, Vector<C> (&acc)[R][2],
+                             F each) {
   for (int64_t k = 0; k < in.depth; ++k, filters += kPanel<C>) {
+    each();
     const C* a = in.from + in.offsets[k] + first;
     const Vector<C> b0 = load(filters), b1 = load(filters + kLanes<C>);
 #pragma GCC unroll 16
@@ -48,7 +50,7 @@ FCB_INLINE void shifted_sums(const ShiftedRows<C>& in, int64_t first, const C* f
 template <class C, int R>
 static void shifted_tile(const ShiftedRows<C>& in, int64_t first, const C* filters, C* tile) {
   Vector<C> acc[R][2] = {};
-  shifted_sums<C, R>(in, first, filters, acc);
+  shifted_sums<C, R>(in, first, filters, acc, [] {});
   store_tile<C, R, 2>(acc, R, tile + first * kPanel<C>);
 }
 
@@ -56,8 +58,15 @@ template <class C>
 static __attribute__((noinline)) void whole_shifted_tile(const ShiftedRows<C>& in, int64_t first, const C* filters,
                                                          const GemmOutput<C>& to) {
   Vector<C> acc[kTileRows][2] = {};
-  shifted_sums<C, kTileRows>(in, first, filters, acc);
-  finish_tile<C, kTileRows, 2>(acc, first, to);
+  RowsInTransit<C> rows(in.depth, kTileRows);
+  rows.begin_tile(to, first);
+  if (rows.asks())
+    shifted_sums<C, kTileRows>(in, first, filters, acc, [&] { move_row<C, 2>(&rows); });
+  else
+    shifted_sums<C, kTileRows>(in, first, filters, acc, [] {});
+  C* tile = to.tile + (to.keep ? first * kPanel<C> : 0);
+  store_tile<C, kTileRows, 2>(acc, kTileRows, tile);
+  emit_rows(tile, kPanel<C>, first, kTileRows, to);
 }
 
 // The rest in tiles of few sizes, for there is code for each; 4 rows still are 8 sums at a time. Rows may be computed
@@ -117,7 +126,7 @@ static void add_rows(const C* tile, const ColumnSegment<C>& s, int64_t row, int6
 template <class C, int R>
 static void add_columns_tile(const C* a, int64_t lda, const C* b, int64_t depth, const ColumnSegments<C>& to) {
   Vector<C> acc[R][2] = {};
-  product_sums<C, R>(a, lda, b, kPanel<C>, depth, nullptr, acc);
+  product_sums<C, R, 2>(a, lda, b, kPanel<C>, depth, nullptr, acc);
   if (to.segments->count == kPanel<C>) return add_rows<C, R>(acc, *to.segments, to.row, to.rows);
   C tile[R * kPanel<C>];
   store_tile<C, R, 2>(acc, R, tile);

@@ -90,17 +90,18 @@ class Forward {
   }
 
   void convolve_and_normalize(ParallelFor* parallel) const {
-    RowByRow row_by_row;
-    if (output_.direct())
-      row_by_row = [this](const Tile<C>& t) {
+    TileEpilogue<C> epilogue{[this](const Tile<C>& t) { normalize({t.data, t.ld}, t); }, nullptr};
+    if (output_.direct()) {
+      epilogue.row_by_row = [this](const Tile<C>& t) {
         return GemmOutput<C>{t.data, false, k_.emit[static_cast<int>(p_.activation)], affine_block({t.data, t.ld}, t)};
       };
-    RowByRow in_place;
+      if (residual_.present()) epilogue.reads = residual_.read(0, 1, 0, 1, nullptr);
+    }
     if (output_.in_place())
-      in_place = [this](const Tile<C>& t) {
+      epilogue.in_place = [this](const Tile<C>& t) {
         return GemmOutput<C>{t.data, false, in_place_of_tile(), in_place_block(t.data, t.ld, t)};
       };
-    convolve(parallel, {[this](const Tile<C>& t) { normalize({t.data, t.ld}, t); }, nullptr, row_by_row, in_place});
+    convolve(parallel, epilogue);
   }
 
   // Of a block in scratch.

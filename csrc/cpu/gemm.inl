@@ -37,26 +37,95 @@ FCB_INLINE void fetch_rows(const C* const* rows, int64_t offset, int64_t depth) 
     for (int64_t k = 0; k < depth && k < kLines * kLine; k += kLine) __builtin_prefetch(rows[r] + offset + k);
 }
 
-// Memory that is asked for a few lines at a time, so that the multiplications do not wait for them.
+// In straight runs of kStep of the depth: the end of a short loop is one that the processor does not foresee.
+constexpr int kStep = 4;
+
+// Memory that is asked for line by line, one every so many kSteps, so that the multiplications do not wait for it. What
+// would be more than a line a kStep is not asked for.
 template <class C>
 struct Fetch {
+  static constexpr int64_t kLine = 64 / sizeof(C);
   const C *next, *end;
-  int64_t lines;  // every kStep of the depth
+  int64_t steps, left;
+
+  Fetch(const Stretch<C>& memory, int64_t steps_in_all) : next(memory.begin), end(memory.end) {
+    const int64_t lines = (end - next) / kLine;
+    steps = left = steps_in_all > lines ? steps_in_all / (lines + 1) : 1;
+  }
 };
 
 template <class C>
 FCB_INLINE void fetch(Fetch<C>* f) {
-  constexpr int64_t kLine = 64 / sizeof(C);
-  for (int64_t i = 0; i < f->lines && f->next < f->end; ++i, f->next += kLine) __builtin_prefetch(f->next, 0, 2);
+  if (--f->left > 0) return;
+  f->left = f->steps;
+  if (f->next >= f->end) return;
+  __builtin_prefetch(f->next, 0, 2);
+  f->next += f->kLine;
 }
 
-// In straight runs of kStep of the depth: the end of a short loop is one that the processor does not foresee.
-constexpr int kStep = 4;
+// Rows of results on their way to memory, and what is asked for that the tile's own results need there, a row every so
+// many kSteps of the multiplications: they would wait for a whole tile's lines at once.
+template <class C>
+struct RowsInTransit {
+  int64_t steps, left;
+  const C* sums = nullptr;  // `rows` of the tile before, to be streamed
+  C* to = nullptr;
+  int64_t rows = 0, ld_to = 0;
+  const C *residual = nullptr, *result = nullptr;  // to be asked for
+  int64_t ld_residual = 0, ld_result = 0;
+
+  // Of tiles that take so many kSteps.
+  RowsInTransit(int64_t steps_of_tile, int64_t tile_rows) {
+    steps = left = steps_of_tile > tile_rows ? steps_of_tile / (tile_rows + 1) : 1;
+  }
+
+  void begin_tile(const GemmOutput<C>& to, int64_t first) {
+    left = steps;
+    if (!to.emit) return;
+    ld_residual = to.block.ld_residual, ld_result = to.block.ld_y;
+    if (to.block.residual) residual = row<C>(to.block.residual, first, ld_residual);
+    if (!to.block.stream) result = row<C>(to.block.y, first, ld_result);
+  }
+  bool asks() const { return residual || result; }
+};
+
+template <class C, int N>
+FCB_INLINE void stream_row(RowsInTransit<C>* t) {
+#pragma GCC unroll 4
+  for (int n = 0; n < N; ++n) stream(t->to + n * kLanes<C>, load(t->sums + n * kLanes<C>));
+  t->sums += N * kLanes<C>;
+  t->to += t->ld_to;
+  --t->rows;
+}
+
+template <class C, int N>
+FCB_INLINE void ask_for_row(const C** row, int64_t ld) {
+  if (!*row) return;
+#pragma GCC unroll 4
+  for (int n = 0; n < N; ++n) __builtin_prefetch(*row + n * kLanes<C>);
+  *row += ld;
+}
+
+template <class C, int N>
+FCB_INLINE void move_row(RowsInTransit<C>* t) {
+  if (--t->left > 0) return;
+  t->left = t->steps;
+  if (t->rows > 0) stream_row<C, N>(t);
+  ask_for_row<C, N>(&t->residual, t->ld_residual);
+  ask_for_row<C, N>(&t->result, t->ld_result);
+}
+
+// What goes on while a product is computed.
+template <class C>
+struct Meanwhile {
+  Fetch<C> ahead[3];
+  RowsInTransit<C> rows;
+};
 
 // The sums of `valid` rows from `first` on, and of the last one again up to R.
 template <class C, int R, int N>
 FCB_INLINE void multiply_rows(const GatheredRows<C>& in, int64_t first, int64_t valid, const C* filters,
-                              Fetch<C>* ahead, Vector<C> (&acc)[R][N]) {
+                              Meanwhile<C>* meanwhile, Vector<C> (&acc)[R][N]) {
   for (int64_t t = 0; t < in.taps; ++t) {
     const C* const* rows = in.rows + t * in.row_stride + first;
     const C* a[R];
@@ -65,7 +134,9 @@ FCB_INLINE void multiply_rows(const GatheredRows<C>& in, int64_t first, int64_t 
     if (t + 1 < in.taps && valid == R) fetch_rows<C, R>(rows + in.row_stride, in.offset, in.depth);
     int64_t k = 0;
     for (; k + kStep <= in.depth; k += kStep, filters += kStep * N * kLanes<C>) {
-      fetch(ahead);
+#pragma GCC unroll 3
+      for (Fetch<C>& f : meanwhile->ahead) fetch(&f);
+      move_row<C, N>(&meanwhile->rows);
       accumulate<C, R, N, kStep>(a, k, filters, acc);
     }
     for (; k < in.depth; ++k, filters += N * kLanes<C>) accumulate<C, R, N, 1>(a, k, filters, acc);
@@ -82,57 +153,72 @@ FCB_INLINE void store_tile(const Vector<C> (&acc)[R][N], int64_t rows, C* tile) 
   }
 }
 
-// What `to` says of rows from `first` on, whose sums lie in a tile.
+// `to.block` of rows from `first` on, whose sums lie in a tile.
 template <class C>
-FCB_INLINE void emit_rows(const C* tile, int64_t ld, int64_t first, int64_t rows, const GemmOutput<C>& to) {
-  if (!to.emit) return;
+FCB_INLINE AffineBlock<C> rows_of(const GemmOutput<C>& to, int64_t first, int64_t rows, const C* tile, int64_t ld) {
   AffineBlock<C> b = to.block;
   b.z = tile, b.ld_z = ld, b.rows = rows;
   b.y = row<C>(b.y, first, b.ld_y);
   if (b.residual) b.residual = row<C>(b.residual, first, b.ld_residual);
-  to.emit(b);
+  return b;
 }
 
-// Memory takes these few lines while the next tile is computed; whole blocks of lines it would not.
+template <class C>
+FCB_INLINE void emit_rows(const C* tile, int64_t ld, int64_t first, int64_t rows, const GemmOutput<C>& to) {
+  if (to.emit) to.emit(rows_of(to, first, rows, tile, ld));
+}
+
+// Results that are to be streamed stay in the tile while the next one is computed.
 template <class C, int R, int N>
-FCB_INLINE void finish_tile(const Vector<C> (&acc)[R][N], int64_t first, const GemmOutput<C>& to) {
-  C* tile = to.tile + (to.keep ? first * N * kLanes<C> : 0);
+FCB_INLINE void finish_tile(const Vector<C> (&acc)[R][N], int64_t first, const GemmOutput<C>& to,
+                            RowsInTransit<C>* rows) {
+  constexpr int64_t kLd = N * kLanes<C>;
+  while (rows->rows > 0) stream_row<C, N>(rows);
+  C* tile = to.tile + (to.keep ? first * kLd : 0);
   store_tile<C, R, N>(acc, R, tile);
-  emit_rows(tile, N * kLanes<C>, first, R, to);
+  if (!to.emit) return;
+  AffineBlock<C> b = rows_of(to, first, R, tile, kLd);
+  if (b.stream) {
+    rows->sums = tile, rows->rows = R, rows->to = static_cast<C*>(b.y), rows->ld_to = b.ld_y;
+    if (to.emit == emit_sums<C>) return;
+    b.y = tile, b.ld_y = kLd, b.stream = false;
+  }
+  to.emit(b);
 }
 
 // A whole tile, of kRows<N> rows. A function of its own, for the sake of its registers.
 template <class C, int N>
 static __attribute__((noinline)) void gemm_tile(const GatheredRows<C>& in, int64_t first, const C* filters,
-                                                Fetch<C>* ahead, const GemmOutput<C>& to) {
+                                                Meanwhile<C>* meanwhile, const GemmOutput<C>& to) {
   constexpr int R = kRows<N>;
   Vector<C> acc[R][N] = {};
-  multiply_rows<C, R, N>(in, first, R, filters, ahead, acc);
-  finish_tile<C, R, N>(acc, first, to);
+  meanwhile->rows.begin_tile(to, first);
+  multiply_rows<C, R, N>(in, first, R, filters, meanwhile, acc);
+  finish_tile<C, R, N>(acc, first, to, &meanwhile->rows);
 }
 
 // The last rows, by a tile of about as many.
 template <class C, int N, int R>
-static void gemm_rest(const GatheredRows<C>& in, int64_t first, int64_t rows, const C* filters, Fetch<C>* ahead,
+static void gemm_rest(const GatheredRows<C>& in, int64_t first, int64_t rows, const C* filters, Meanwhile<C>* meanwhile,
                       C* tile) {
   if constexpr (R > 1)
-    if (rows <= R / 2) return gemm_rest<C, N, R / 2>(in, first, rows, filters, ahead, tile);
+    if (rows <= R / 2) return gemm_rest<C, N, R / 2>(in, first, rows, filters, meanwhile, tile);
   Vector<C> acc[R][N] = {};
-  multiply_rows<C, R, N>(in, first, rows, filters, ahead, acc);
+  multiply_rows<C, R, N>(in, first, rows, filters, meanwhile, acc);
   store_tile<C, R, N>(acc, rows, tile);
 }
 
 template <class C, int N>
 static void gemm_of(const GatheredRows<C>& in, const C* filters, const GemmOutput<C>& to) {
-  constexpr int64_t R = kRows<N>, kLd = N * kLanes<C>, kLine = 64 / sizeof(C);
-  const int64_t steps = (in.count + R - 1) / R * in.taps * (in.depth / kStep);
-  const int64_t lines = (in.ahead_end - in.ahead) / kLine;
-  Fetch<C> ahead{in.ahead, in.ahead_end, steps == 0 ? 0 : (lines + steps - 1) / steps};
+  constexpr int64_t R = kRows<N>, kLd = N * kLanes<C>;
+  const int64_t tile_steps = in.taps * (in.depth / kStep), steps = (in.count + R - 1) / R * tile_steps;
+  Meanwhile<C> meanwhile{{{in.ahead[0], steps}, {in.ahead[1], steps}, {in.ahead[2], steps}}, {tile_steps, R}};
   int64_t first = 0;
-  for (; first + R <= in.count; first += R) gemm_tile<C, N>(in, first, filters, &ahead, to);
-  if (first == in.count) return;
-  gemm_rest<C, N, kRows<N>>(in, first, in.count - first, filters, &ahead, to.tile + first * kLd);
-  emit_rows(to.tile + first * kLd, kLd, first, in.count - first, to);
+  for (; first + R <= in.count; first += R) gemm_tile<C, N>(in, first, filters, &meanwhile, to);
+  const int64_t rest = in.count - first;
+  if (rest > 0) gemm_rest<C, N, kRows<N>>(in, first, rest, filters, &meanwhile, to.tile + first * kLd);
+  while (meanwhile.rows.rows > 0) stream_row<C, N>(&meanwhile.rows);
+  if (rest > 0) emit_rows(to.tile + first * kLd, kLd, first, rest, to);
 }
 
 template <class C, int N = kMaxVectors>

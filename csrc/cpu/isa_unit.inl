@@ -29,7 +29,9 @@ namespace {
 
 #include "gemm.inl"  // kTileRows and the panel of all that follows
 
-#include "depthwise.inl"
+#include "depthwise3.inl"
+
+#include "depthwise.inl"  // by depthwise3.inl where that can be
 #include "planes.inl"
 #include "pointwise.inl"
 
@@ -96,6 +98,7 @@ static constexpr ComputeKernels<C> compute_kernels() {
   k.gemm_columns = kMaxVectors * kLanes<C>;
   k.gemm = gemm<C>;
   k.end_streaming = end_streaming;
+  k.slides = kSlides;
   k.depthwise = depthwise<C>;
   k.outer = outer<C>;
   k.pack_rows = pack<C, kTileRows>;
@@ -117,7 +120,9 @@ static constexpr ComputeKernels<C> compute_kernels() {
   k.emit_sums = emit_sums<C>;
   k.row_means = row_means<C>;
   k.center_rows = center_rows<C>;
-  k.product = product<C>;
+  k.product[0] = product_kernel<C, 1>();
+  k.product[1] = product_kernel<C, 2>();
+  k.product[2] = product_kernel<C, 3>();
   fill_activation<0>(&k);
   fill_gradients<0, C, C, C>(&k.reduce, &k.apply);
 #if defined(__AMX_BF16__)

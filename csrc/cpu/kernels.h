@@ -12,12 +12,17 @@
 
 namespace fusedconvbn {
 
+template <class C>
+struct Stretch {
+  const C *begin = nullptr, *end = nullptr;
+};
+
 // Row r of tap t starts at rows[t * row_stride + r] + offset and has `depth` elements.
 template <class C>
 struct GatheredRows {
   const C* const* rows;
   int64_t row_stride, count, taps, depth, offset;
-  const C *ahead = nullptr, *ahead_end = nullptr;  // gemm: memory to be fetched meanwhile, evenly
+  Stretch<C> ahead[3] = {};  // gemm: memory to be fetched meanwhile, evenly
 };
 
 // Memory that the next block will read. A kernel asks for a line of it every `steps` steps of its own, so that few are
@@ -61,11 +66,15 @@ struct ColumnSegments {
 constexpr int64_t kDepthwisePanel = 32;  // channels of a row in depthwise kernels, whatever the vectors
 
 // Lines of a depthwise convolution. Tap t of column c of line l reads `cols` channels at sources[l * taps + t] + offset
-// + c * step, in whole vectors.
+// + c * step, in whole vectors. Taps come in lines of `row_taps`, of which each lies tap_step behind the last.
 template <class C>
 struct PanelLines {
   const C* const* sources;
-  int64_t lines, columns, taps, step, offset, cols;
+  int64_t lines, columns, taps, row_taps, tap_step, step, offset, cols;
+  // Where ComputeKernels::slides says so. Whether the first column of the first window, and the last one of the last,
+  // are beyond the image: zeros, not to be read.
+  bool left = false, right = false;
+  const C* ahead = nullptr;  // memory to be fetched meanwhile: as many elements as the windows step over
 };
 
 // Where the result of line l and column c goes: at data + l * ld_line + c * ld_column, in whole vectors.
@@ -207,7 +216,7 @@ struct MaskBlock {
   int64_t ld_du;
   C* d_residual;  // may be null; = du
   int64_t ld_d_residual;
-  C* sum;  // may be null; [cols] += sum of du over the rows
+  C* sum;  // [cols] += sum of du over the rows
 };
 
 // Rows of operands of products of planes lie in blocks of so many elements: an operand [depth / kPlaneDepth][rows]
@@ -225,6 +234,10 @@ struct Planes {
   C* c;
   int64_t plane_c;
   bool add;  // to what c holds
+  // multiply_planes: what will be read next, `ahead_row` elements of it for each row of b; plane_b apart for each
+  // plane.
+  const C* ahead = nullptr;
+  int64_t ahead_row = 0;
 };
 
 // Where the transforms of windows go: channel c of row r of a plane at r * ld + c / kPlaneDepth * block +
@@ -244,6 +257,13 @@ struct WinogradKernels {
   void (*filter)(const C* filters, int64_t tap, int64_t ld, int64_t depth, C* planes, int64_t plane, bool streams);
   void (*filter_gradient)(const C* planes, int64_t plane, int64_t rows, C* filters);
   void (*output)(const C* planes, int64_t plane, int64_t count, int64_t pixels, int64_t lines, C* rows);
+};
+
+// sums[rows][columns] += a' b, of `depth` rows of a and b; `ahead` may be null.
+template <class C>
+struct ProductKernel {
+  int64_t rows, columns;
+  void (*add)(const C* a, int64_t lda, const C* b, int64_t ldb, int64_t depth, C* sums, int64_t ld, Ahead<C>* ahead);
 };
 
 template <class C>
@@ -276,8 +296,9 @@ struct ComputeKernels {
   // Adds the tile a[depth][outer_rows]' * b[depth][panel] to where `to` says.
   void (*add_columns)(const C* a, int64_t lda, const C* b, int64_t depth, const ColumnSegments<C>& to);
 
+  bool slides;  // 3x3 windows of neighbours, at strides 1 and 2, along lines of any length: depthwise3.inl
   // Depthwise, on up to kDepthwisePanel channels, element by element. out = sum over taps of rows *
-  // filters[taps][kDepthwisePanel].
+  // filters[taps][kDepthwisePanel]; what it streams is ordered by end_streaming().
   void (*depthwise)(const PanelLines<C>& in, const C* filters, const PanelTarget<C>& out);
   // sums[taps][kDepthwisePanel] += sum over lines and columns of rows * the row at dz[l] + dz_offset + c * dz_step.
   void (*depthwise_outer)(const PanelLines<C>& in, const C* const* dz, int64_t dz_offset, int64_t dz_step, C* sums);
@@ -291,22 +312,20 @@ struct ComputeKernels {
   void (*depthwise_fold)(C* block, int64_t rows, int64_t cols, int64_t multiplier);
 
   // a[plane][depth / kPlaneDepth][rows][kPlaneDepth] * b[plane][depth][panel]; lda is the distance of blocks, ldb the
-  // panel, nothing is added.
+  // panel.
   void (*multiply_planes)(const Planes<C>&);
   // a[plane][depth][rows]' * b[plane][depth][panel].
   void (*multiply_transposed_planes)(const Planes<C>&);
   WinogradKernels<C> winograd2, winograd4;
 
-  // Of each column: its mean, and the sum of squared deviations from it, in two passes over the block.
+  // Of each column: its mean, and the sum of squared deviations from it.
   void (*moments)(const C* block, int64_t ld, int64_t rows, int64_t cols, C* mean, C* squares);
 
-  // pointwise.inl. mean[depth] of in.count rows; centered[count][ld] = rows - mean; sums[outer_rows][panel] += a' b, of
-  // a[depth][outer_rows] and b[depth][panel], `ahead` may be null; du, null for activations whose derivative does not
-  // follow from y.
+  // pointwise.inl. mean[depth] of in.count rows; centered[count][ld] = rows - mean; du, null for activations whose
+  // derivative does not follow from y.
   void (*row_means)(const GatheredRows<C>& in, C* mean);
   void (*center_rows)(const GatheredRows<C>& in, const C* mean, C* centered, int64_t ld);
-  void (*product)(const C* a, int64_t lda, const C* b, int64_t ldb, int64_t depth, C* sums, int64_t ld,
-                  Ahead<C>* ahead);
+  ProductKernel<C> product[3];  // of 1, 2 and 3 vectors of columns; the second one has outer_rows x panel
   void (*mask[kActivationCount])(const MaskBlock<C>&);
 
   void (*affine[kActivationCount])(const AffineBlock<C>&);

@@ -58,8 +58,8 @@ void share_lines(const C* one, const C* other, int64_t elements, const Share& sh
                  GatheredRows<C>* in) {
   if (elements <= 0) return;
   const int64_t shares = other ? (share.of + 1) / 2 : share.of, part = elements / shares;
-  in->ahead = (share.number < shares ? one : other) + share.number % shares * part;
-  in->ahead_end = in->ahead + std::min(part, steps / LinesAhead<C>::kMinSteps * Ahead<C>::kLine);
+  const C* begin = (share.number < shares ? one : other) + share.number % shares * part;
+  in->ahead[0] = {begin, begin + std::min(part, steps / LinesAhead<C>::kMinSteps * Ahead<C>::kLine)};
 }
 
 }  // namespace fusedconvbn

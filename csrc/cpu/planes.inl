@@ -5,7 +5,7 @@
 // hardware reads ahead, and all its elements have constant distances from one pointer. With a pointer for each row the
 // compiler runs out of registers (-12 % of the speed).
 
-// What the next product will read, asked for a cache line or a part of one every step of depth.
+// What will be read next, asked for a cache line or a part of one every step of depth.
 struct NextFilters {
   const char* from;
   int64_t step;  // bytes
@@ -52,9 +52,10 @@ FCB_INLINE void plane_tile_of(int64_t rows, const C* a, int64_t block_a, const C
 
 // One plane, in as few tiles as can be, of equal height but for one row: full tiles and a low one would be slower.
 template <class C>
-FCB_INLINE void multiply_plane(const Planes<C>& in, const C* a, const C* b, int64_t depth, C* c, bool add) {
-  const int64_t tiles = (in.rows + kTileRows - 1) / kTileRows, step = kPanel<C> * sizeof(C) / tiles;
-  const char* next = reinterpret_cast<const char*>(b + in.plane_b);
+FCB_INLINE void multiply_plane(const Planes<C>& in, const C* a, const C* b, const C* ahead, int64_t depth, C* c,
+                               bool add) {
+  const int64_t tiles = (in.rows + kTileRows - 1) / kTileRows, step = in.ahead_row * sizeof(C) / tiles;
+  const char* next = reinterpret_cast<const char*>(ahead);
   for (int64_t t = 0; t < tiles; ++t) {
     const int64_t first = t * in.rows / tiles, end = (t + 1) * in.rows / tiles;
     plane_tile_of<C, kTileRows>(end - first, a + first * kPlaneDepth, in.lda, b, depth, c + first * kPanel<C>, add,
@@ -69,7 +70,8 @@ static void multiply_planes(const Planes<C>& in) {
   for (int64_t p = 0; p < in.planes; ++p)
     for (int64_t k = 0; k < in.depth; k += kDepth)
       multiply_plane(in, in.a + p * in.plane_a + k / kPlaneDepth * in.lda, in.b + p * in.plane_b + k * kPanel<C>,
-                     in.depth - k < kDepth ? in.depth - k : kDepth, in.c + p * in.plane_c, k > 0);
+                     in.ahead + p * in.plane_b + k * in.ahead_row, in.depth - k < kDepth ? in.depth - k : kDepth,
+                     in.c + p * in.plane_c, in.add || k > 0);
 }
 
 // Asks for `lines` cache lines.

@@ -22,54 +22,67 @@ static void center_rows(const GatheredRows<C>& in, const C* mean, C* centered, i
     });
 }
 
-// acc += R rows of the product by two vectors of its columns.
-template <class C, int R>
+// acc += R rows of the product by N vectors of its columns.
+template <class C, int R, int N>
 FCB_INLINE void product_sums(const C* a, int64_t lda, const C* b, int64_t ldb, int64_t depth, Ahead<C>* ahead,
-                             Vector<C> (&acc)[R][2]) {
+                             Vector<C> (&acc)[R][N]) {
   const int64_t step = ahead ? ahead->steps : depth;
   for (int64_t k = 0; k < depth;) {
     if (ahead) fetch(ahead);
     for (const int64_t end = k + step < depth ? k + step : depth; k < end; ++k, a += lda, b += ldb) {
-      const Vector<C> b0 = load(b), b1 = load(b + kLanes<C>);
+      Vector<C> v[N];
+#pragma GCC unroll 3
+      for (int n = 0; n < N; ++n) v[n] = load(b + n * kLanes<C>);
 #pragma GCC unroll 16
       for (int r = 0; r < R; ++r) {
         const Vector<C> x = broadcast(a[r]);
-        acc[r][0] += x * b0;
-        acc[r][1] += x * b1;
+#pragma GCC unroll 3
+        for (int n = 0; n < N; ++n) acc[r][n] += x * v[n];
       }
     }
   }
 }
 
-template <class C, int R>
-FCB_INLINE void product_tile(const C* a, int64_t lda, const C* b, int64_t ldb, int64_t depth, C* sums, int64_t ld,
-                             Ahead<C>* ahead) {
-  Vector<C> acc[R][2] = {};
-  product_sums<C, R>(a, lda, b, ldb, depth, ahead, acc);
+template <class C, int R, int N>
+static void product(const C* a, int64_t lda, const C* b, int64_t ldb, int64_t depth, C* sums, int64_t ld,
+                    Ahead<C>* ahead) {
+  Vector<C> acc[R][N] = {};
+  product_sums<C, R, N>(a, lda, b, ldb, depth, ahead, acc);
 #pragma GCC unroll 16
   for (int r = 0; r < R; ++r)
-    for (int v = 0; v < 2; ++v) {
-      C* to = sums + r * ld + v * kLanes<C>;
-      store(to, load(to) + acc[r][v]);
+#pragma GCC unroll 3
+    for (int n = 0; n < N; ++n) {
+      C* to = sums + r * ld + n * kLanes<C>;
+      store(to, load(to) + acc[r][n]);
     }
 }
 
-// sums[outer_rows][panel] += a' b, of `depth` rows of a and b.
-template <class C>
-static void product(const C* a, int64_t lda, const C* b, int64_t ldb, int64_t depth, C* sums, int64_t ld,
-                    Ahead<C>* ahead) {
-  product_tile<C, kTileRows>(a, lda, b, ldb, depth, sums, ld, ahead);
+// One vector of columns takes fewer rows than registers: it loads as much as it multiplies.
+template <class C, int N>
+static constexpr ProductKernel<C> product_kernel() {
+  constexpr int R = N == 1 ? kTileRows * 4 / 3 : kRows<N>;
+  return {R, N * kLanes<C>, product<C, R, N>};
 }
 
 // du = dy activation'(y), its sums over the rows added to sum[cols].
 template <class C, Activation A>
-static void mask(const MaskBlock<C>& b) {
-  for (int64_t r = 0; r < b.rows; ++r)
+static void mask(const MaskBlock<C>& block) {
+  const MaskBlock<C> b = block;
+  for_row_groups(b.rows, [&](int64_t first, int64_t end) {
     for_vectors<C>(b.cols, [&](auto read, auto write, int64_t c) {
-      Vector<C> du = read(b.dy + r * b.ld_dy + c);
-      if constexpr (A != Activation::kNone) du *= derivative_of_output<A, C>(read(b.y + r * b.ld_y + c));
-      write(b.du + r * b.ld_du + c, du);
-      if (b.d_residual) write(b.d_residual + r * b.ld_d_residual + c, du);
-      if (b.sum) write(b.sum + c, read(b.sum + c) + du);
+      Vector<C> sum{};
+      for (int64_t r = first; r < end; ++r) {
+        fetch_ahead<C, C>(b.dy, r, b.ld_dy, c);
+        Vector<C> du = read(b.dy + r * b.ld_dy + c);
+        if constexpr (A != Activation::kNone) {
+          fetch_ahead<C, C>(b.y, r, b.ld_y, c);
+          du *= derivative_of_output<A, C>(read(b.y + r * b.ld_y + c));
+        }
+        write(b.du + r * b.ld_du + c, du);
+        if (b.d_residual) write(b.d_residual + r * b.ld_d_residual + c, du);
+        sum += du;
+      }
+      write(b.sum + c, read(b.sum + c) + sum);
     });
+  });
 }

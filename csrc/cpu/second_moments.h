@@ -14,6 +14,7 @@
 #include "compute_type.h"
 #include "convolve.h"
 #include "image.h"
+#include "products.h"
 #include "windows.h"
 
 namespace fusedconvbn {
@@ -34,14 +35,6 @@ struct SavedMoments {
   C* mean_rest() const { return mean() + channels; }
 };
 
-// The leading dimension of blocks that products read by rows and by columns: whole tiles and panels, and not a power of
-// two, whose rows would share few sets of the cache.
-template <class C>
-int64_t padded_columns(const ComputeKernels<C>& k, int64_t channels) {
-  const auto whole = [&](int64_t step) { return ceil_div(channels, step) * step; };
-  return ceil_div(std::max(whole(k.outer_rows), whole(k.panel)), 16) * 16 + 16;
-}
-
 // Each block of pixels is centered on its own mean, so no shift can be bad; the blocks' means are merged like the
 // pixels of a block. Ranges of blocks have sums of their own, added in their order: the bits do not depend on the
 // threads.
@@ -54,7 +47,8 @@ class SecondMoments {
         pixels_(windows.positions()),
         blocks_(ceil_div(pixels_, kBlockRows)),
         ranges_(std::clamp<int64_t>(blocks_ / kMinBlocks, 1, kMaxRanges)),
-        ld_(padded_columns(kernels, channels)),
+        product_(kernels.product[0]),  // the smallest tile: half of S is wanted
+        ld_(padded_columns<C>(channels)),
         reader_(inputs, channels, windows, false, kBlockRows, kBlockRows) {}
 
   struct Scratch {
@@ -76,14 +70,14 @@ class SecondMoments {
   void run(const Scratch& s, ParallelFor* parallel, const SavedMoments<C>& result) const {
     parallel->run(ranges_, [&](int64_t range, int worker) { accumulate(s, range, worker); });
     merge_means(s, result);
-    parallel->run(ceil_div(channels_, k_.outer_rows),
-                  [&](int64_t tile, int) { finish(s, tile * k_.outer_rows, result); });
+    parallel->run(ceil_div(channels_, product_.rows),
+                  [&](int64_t tile, int) { finish(s, tile * product_.rows, result); });
   }
 
  private:
   static constexpr int64_t kMinBlocks = 4, kMaxRanges = 16;
 
-  int64_t rows() const { return ceil_div(channels_, k_.outer_rows) * k_.outer_rows; }
+  int64_t rows() const { return ceil_div(channels_, product_.rows) * product_.rows; }
   int64_t sum_elements() const { return rows() * ld_; }
   int64_t block_rows(int64_t block) const { return std::min(kBlockRows, pixels_ - block * kBlockRows); }
 
@@ -99,15 +93,17 @@ class SecondMoments {
       C* mean = s.means + block * ld_;
       k_.row_means(rows, mean);
       k_.center_rows(rows, mean, centered, ld_);
-      for (int64_t row = 0; row < channels_; row += k_.outer_rows) add_products(centered, count, row, sums);
+      for (int64_t row = 0; row < channels_; row += product_.rows) add_products(centered, count, row, sums);
     }
   }
 
   // The tiles of S on and right of the diagonal: it is symmetric.
   void add_products(const C* x, int64_t depth, int64_t row, C* sums) const {
-    for (int64_t column = row / k_.panel * k_.panel; column < channels_; column += k_.panel)
-      k_.product(x + row, ld_, x + column, ld_, depth, sums + row * ld_ + column, ld_, nullptr);
+    for (int64_t column = first_column(row); column < channels_; column += product_.columns)
+      product_.add(x + row, ld_, x + column, ld_, depth, sums + row * ld_ + column, ld_, nullptr);
   }
+
+  int64_t first_column(int64_t row) const { return row / product_.columns * product_.columns; }
 
   // The mean, and in place of the blocks' means their deviations from it, times the root of their pixels.
   void merge_means(const Scratch& s, const SavedMoments<C>& result) const {
@@ -126,9 +122,9 @@ class SecondMoments {
       std::fill(s.means + block * ld_ + channels_, s.means + (block + 1) * ld_, C(0));
   }
 
-  // Adds up `outer_rows` rows of S and stores them, and their mirror image.
+  // Adds up a tile's rows of S and stores them, and their mirror image.
   void finish(const Scratch& s, int64_t row, const SavedMoments<C>& result) const {
-    const int64_t end = std::min(row + k_.outer_rows, channels_), column = row / k_.panel * k_.panel;
+    const int64_t end = std::min(row + product_.rows, channels_), column = first_column(row);
     for (int64_t r = row; r < end; ++r)
       for (int64_t range = 1; range < ranges_; ++range)
         for (int64_t c = column; c < channels_; ++c)
@@ -139,7 +135,9 @@ class SecondMoments {
   }
 
   const ComputeKernels<C>& k_;
-  int64_t channels_, pixels_, blocks_, ranges_, ld_;
+  int64_t channels_, pixels_, blocks_, ranges_;
+  const ProductKernel<C>& product_;
+  int64_t ld_;
   WindowReader<C> reader_;
 };
 

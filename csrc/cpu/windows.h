@@ -11,6 +11,7 @@
 
 #include "arena.h"
 #include "image.h"
+#include "span.h"
 
 namespace fusedconvbn {
 
@@ -57,6 +58,18 @@ class WindowReader {
   bool staged() const { return staged_; }
   int64_t taps() const { return static_cast<int64_t>(windows_.taps.size()); }
   int64_t depth() const { return depth_; }  // in units of the source's channels
+
+  // Whether the source is read where it lies, and neighbouring positions leave out none of its pixels.
+  bool gapless() const {
+    return !staged_ && high_ - low_ + 1 >= windows_.step_height && right_ - left_ + 1 >= windows_.step_width;
+  }
+  // The elements of a direct source that positions first .. first + count - 1 read, and those before do not; in whole
+  // lines. 0 < first.
+  Span new_elements(int64_t first, int64_t count) const {
+    const int64_t line = source_.grid().width * source_.grid().pixel_stride;
+    const int64_t read = line_behind(position(first - 1)), end = line_behind(position(first + count - 1));
+    return {std::max(read, line_of(position(first), low_)) * line, end * line};
+  }
 
   struct Scratch {
     const C** rows;       // [taps][table_rows]
@@ -129,6 +142,13 @@ class WindowReader {
     const int64_t line = p / windows_.width;
     return {line / windows_.height, line % windows_.height, p % windows_.width};
   }
+
+  // Of the lines of all images: the one that a tap reads, or the next to it in the position's image.
+  int64_t line_of(const Position& p, int64_t tap_height) const {
+    const int64_t height = source_.grid().height;
+    return p.image * height + std::clamp<int64_t>(p.line * windows_.step_height + tap_height, 0, height);
+  }
+  int64_t line_behind(const Position& p) const { return line_of(p, high_ + 1); }
 
   // Taps in lines of adjacent pixels, each line as long as the first.
   bool can_merge() const {

@@ -14,6 +14,7 @@
 #include "convolve.h"
 #include "image.h"
 #include "windows.h"
+#include "winograd_choice.h"
 
 namespace fusedconvbn {
 
@@ -44,7 +45,8 @@ class WinogradConvolution {
         windows_(winograd_windows<M>(windows)),
         depth_(channels.depth),
         cols_(channels.cols),
-        pass_panels_(std::min(kMaxPassPanels, ceil_div(channels.cols, kernels.panel))),
+        few_(inputs_fit_cache()),
+        pass_panels_(few_ ? 1 : std::min(kMaxPassPanels, ceil_div(channels.cols, kernels.panel))),
         block_windows_(block_windows()),
         reader_(source, depth_, windows_, false, block_windows_, block_windows_) {}
 
@@ -53,10 +55,10 @@ class WinogradConvolution {
     C* planes;    // [kPlanes][depth / kPlaneDepth][windows][kPlaneDepth]
     C* products;  // [pass_panels_][kPlanes][windows][panel]
     C* outputs;   // [kGroupRows][panel]
-    C* filters;   // [9][kBlockElements]
+    C* filters;   // [9][kBlockElements], or of few windows a part, [kPlanes][kPartDepth][panel]
   };
   struct Scratch {
-    C* filters;  // [panels][kPlanes][depth][panel]
+    C* filters;  // [panels][kPlanes][depth][panel], or of few windows [panels][parts][9][kPartDepth][panel]
     C* zeros;
     std::vector<Worker> workers;
   };
@@ -66,7 +68,7 @@ class WinogradConvolution {
     for (int w = 0; w < workers; ++w)
       s.workers.push_back({reader_.carve(arena, s.zeros), arena->take<C>(kPlanes * plane()),
                            arena->take<C>(pass_panels_ * product_panel()), arena->take<C>(kGroupRows * kernels_.panel),
-                           arena->take<C>(9 * kBlockElements)});
+                           arena->take<C>(few_ ? kPlanes * part_plane() : 9 * kBlockElements)});
     return s;
   }
 
@@ -85,7 +87,9 @@ class WinogradConvolution {
     parallel->run(ceil_div(depth_, blocks.depth) * wide, [&](int64_t task, int worker) {
       const int64_t begin = task / wide * blocks.depth, panel = task % wide * blocks.panels;
       const int64_t depth = std::min(blocks.depth, depth_ - begin), count = std::min(blocks.panels, panels() - panel);
-      pack(filters, begin, depth, panel, count, s.workers[worker].filters, packed);
+      if (few_) return load(filters, begin, depth, panel, 1, packed + panel * panel_elements() + part_element(begin));
+      load(filters, begin, depth, panel, count, s.workers[worker].filters);
+      transform(s.workers[worker].filters, begin, depth, panel, count, packed);
     });
   }
 
@@ -111,6 +115,7 @@ class WinogradConvolution {
   static constexpr int64_t kGroupRows = 2 * kBlockRows;    // pixels of a block: of blocks()
   static constexpr int64_t kGroup = kGroupRows / (M * M);  // its windows
   static constexpr int64_t kMaxPassPanels = 16;
+  static constexpr int64_t kPartDepth = (M == 2 ? 2 : 1) * kPlaneDepth;  // 256 KiB of transformed floats, or 288
   static constexpr int64_t kOdd = 64 / sizeof(C);  // elements that make a plane an odd number of cache lines
 
   // A run of windows of one image line: `lines` output lines of `pixels`, fewer than M where the image ends.
@@ -125,12 +130,19 @@ class WinogradConvolution {
   int64_t product_panel() const { return kPlanes * product_plane(); }
   int64_t panels() const { return ceil_div(cols_, kernels_.panel); }
   int64_t filter_plane() const { return depth_ * kernels_.panel + kOdd; }
-  int64_t panel_elements() const { return kPlanes * filter_plane(); }
+  int64_t part_plane() const { return kPartDepth * kernels_.panel + kOdd; }
+  int64_t part_element(int64_t begin) const { return 9 * begin * kernels_.panel; }
+  int64_t panel_elements() const { return few_ ? part_element(depth_) : kPlanes * filter_plane(); }
+
+  // Whether all windows make one block, whose planes stay in L2 with a part of the transformed filters. These are then
+  // used but once, and made just before that: of all of them (M+2)^2 planes would come from memory in place of 9.
+  bool inputs_fit_cache() const { return winograd_inputs_fit_cache<M>(windows_.positions(), depth_, sizeof(C)); }
 
   // Windows of a task. The filters pass by once a task: so many windows hide that they come from L3, and those of up to
   // 256 channels, and their products, about stay in an L2 of 2 MiB. Deeper ones do not: then more of them are better.
   int64_t block_windows() const {
     constexpr int64_t kWindows = 36, kDeepWindows = 72, kDeep = 3 << 20;
+    if (few_) return std::max<int64_t>(1, blocks()) * kGroup;
     const int64_t bytes = kPlanes * (depth_ + pass_panels_ * kernels_.panel) * static_cast<int64_t>(sizeof(C));
     const int64_t windows = kWindows * bytes > kDeep ? kDeepWindows : kWindows;
     return std::clamp(windows / kGroup, int64_t{1}, std::max<int64_t>(1, blocks())) * kGroup;
@@ -145,27 +157,31 @@ class WinogradConvolution {
   static constexpr int64_t kBlockElements = 16384;  // for each tap: 9 of them are 576 KiB of floats
 
   FilterBlocks filter_blocks(const FilterLayout& f) const {
+    if (few_) return {kPartDepth, 1};
     const int64_t depth = f.depth_stride == 1 ? kBlockElements / kernels_.panel / 2 : 16;
     return {depth, std::max<int64_t>(1, kBlockElements / (depth * kernels_.panel))};
   }
 
-  // loaded: a worker's filters, [9][depth][count][panel].
-  void pack(const FilterLayout& f, int64_t begin, int64_t depth, int64_t panel, int64_t count, C* loaded,
-            C* packed) const {
+  // to[9][depth][count][panel] = these filters and columns of zeros.
+  void load(const FilterLayout& f, int64_t begin, int64_t depth, int64_t panel, int64_t count, C* to) const {
     const int64_t ld = count * kernels_.panel, tap = depth * ld, column = panel * kernels_.panel;
     const int64_t cols = std::min(ld, cols_ - column);
-    if (cols < ld) std::fill(loaded, loaded + 9 * tap, C(0));
-    for (int64_t t = 0; t < 9; ++t) {
+    if (cols < ld) std::fill(to, to + 9 * tap, C(0));
+    for (int64_t t = 0; t < 9; ++t, to += tap) {
       const int64_t element = f.tap_offset[t] + begin * f.depth_stride + column * f.column_stride;
       const char* from = static_cast<const char*>(f.data) + element * storage_.element_bytes;
       if (storage_.is_compute_type && f.depth_stride == 1)
-        kernels_.transpose(reinterpret_cast<const C*>(from), f.column_stride, cols, depth, loaded + t * tap, ld);
+        kernels_.transpose(reinterpret_cast<const C*>(from), f.column_stride, cols, depth, to, ld);
       else
-        storage_.kernels.load(from, f.depth_stride, f.column_stride, depth, cols, loaded + t * tap, ld);
+        storage_.kernels.load(from, f.depth_stride, f.column_stride, depth, cols, to, ld);
     }
+  }
+
+  void transform(const C* loaded, int64_t begin, int64_t depth, int64_t panel, int64_t count, C* packed) const {
+    const int64_t ld = count * kernels_.panel;
     const bool streams = packed_elements() * static_cast<int64_t>(sizeof(C)) > kStreamed;
     for (int64_t p = 0; p < count; ++p)
-      transforms_.filter(loaded + p * kernels_.panel, tap, ld, depth,
+      transforms_.filter(loaded + p * kernels_.panel, depth * ld, ld, depth,
                          packed + (panel + p) * panel_elements() + begin * kernels_.panel, filter_plane(), streams);
   }
 
@@ -180,7 +196,10 @@ class WinogradConvolution {
                        {w.planes, kPlaneDepth, depth_block(), plane()});
     for (int64_t panel = panel_begin; panel < panel_end; panel += pass_panels_) {
       const int64_t pass_end = std::min(panel + pass_panels_, panel_end);
-      multiply(count, packed + panel * panel_elements(), pass_end - panel, w);
+      if (few_)
+        multiply_by_parts(count, packed + panel * panel_elements(), w);
+      else
+        multiply(count, packed + panel * panel_elements(), pass_end - panel, w);
       for (int64_t block = begin; block < end; ++block)
         for (int64_t p = panel; p < pass_end; ++p)
           emit(block, p, w.products + (p - panel) * product_panel() + (block - begin) * kGroup * kernels_.panel, worker,
@@ -193,7 +212,23 @@ class WinogradConvolution {
     for (int64_t p = 0; p < kPlanes; ++p)
       kernels_.multiply_planes({panels, count, depth_, w.planes + p * plane(), depth_block(), 0,
                                 packed + p * filter_plane(), kernels_.panel, panel_elements(),
-                                w.products + p * product_plane(), product_panel(), false});
+                                w.products + p * product_plane(), product_panel(), false,
+                                packed + p * filter_plane() + panel_elements(), kernels_.panel});
+  }
+
+  // The products of a panel, whose parts lie one after the other: while one is multiplied, the next is asked for.
+  void multiply_by_parts(int64_t count, const C* filters, const Worker& w) const {
+    const int64_t panel = kernels_.panel, ahead_row = ceil_div(9 * panel, kPlanes);
+    for (int64_t begin = 0; begin < depth_; begin += kPartDepth) {
+      const int64_t depth = std::min(kPartDepth, depth_ - begin);
+      const C* const next = filters + part_element(begin + depth);
+      transforms_.filter(filters + part_element(begin), depth * panel, panel, depth, w.filters, part_plane(), false);
+      for (int64_t p = 0; p < kPlanes; ++p)
+        kernels_.multiply_planes({1, count, depth, w.planes + p * plane() + begin / kPlaneDepth * depth_block(),
+                                  depth_block(), 0, w.filters + p * part_plane(), panel, 0,
+                                  w.products + p * product_plane(), 0, begin > 0, next + p * depth * ahead_row,
+                                  ahead_row});
+    }
   }
 
   // Transforms the products of a group back, line by line, so that the outputs of a line are consecutive rows.
@@ -233,6 +268,7 @@ class WinogradConvolution {
   Storage<C> storage_;
   Windows outputs_, windows_;
   int64_t depth_, cols_;
+  bool few_;               // windows: see inputs_fit_cache()
   int64_t pass_panels_;    // multiplied in a pass over the planes
   int64_t block_windows_;  // of a task, at most
   WindowReader<C> reader_;

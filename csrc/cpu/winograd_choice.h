@@ -9,48 +9,113 @@
 
 namespace fusedconvbn {
 
-// Prices in ns with AVX-512, of the direct algorithm, F(2x2) and F(4x4): fitted, in part by hand, to random layers
-// timed by each. docs/performance.md says what the choice loses on layers that were not among them.
+// Prices in ns with AVX-512, of the direct algorithm, F(2x2) and F(4x4): fitted, in part by hand, to random
+// layers timed by each.
+// docs/performance.md says what the choice loses on layers that were not among them.
 struct WinogradPrices {
-  double product[3];    // of each of the (M+2)^2 elements of a tile (9, of a pixel), for a pair of channels
-  double transform[3];  // of the same, for an input or an output channel
+  // What the direct algorithm's columns are rounded up to, and how many more each 64 of them cost.
+  int64_t direct_columns, direct_overhead;
+  double product[3];  // of each of the (M+2)^2 elements of a tile (9, of a pixel), for a pair of channels
+  double input[3];    // of transforming the same, for an input channel
+  double output[3];   // of an output channel
+  double deep[3];     // more for an input, where a block of transformed inputs leaves L2
   // Of each of the (M+2)^2 or 9 elements of a filter: made, where that is not done before, and read from L2, from L3
   // and from beyond.
   double filter[3][3];
+  double filter_in_cache[3];  // the same, of few windows: transformed part by part in L2; 0: not done
 };
 
-constexpr WinogradPrices kConvolutionPrices = {
-    {0.0112, 0.0130, 0.0135}, {0, 0.067, 0.13}, {{0.2, 0.25, 0.23}, {0.64, 0.48, 0.42}, {0.64, 0.48, 0.42}}};
+constexpr WinogradPrices kConvolutionPrices = {16,
+                                               13,
+                                               {0.0093, 0.0133, 0.0163},
+                                               {0, 0.11, 0.085},
+                                               {0, 0.058, 0.062},
+                                               {0, 0.1, 0.46},
+                                               {{0.35, 0.46, 0.49}, {0.36, 0.50, 0.35}, {0.56, 0.38, 0.21}},
+                                               {0, 0.32, 0.19}};
 // With filters packed before, as inference usually has them.
-constexpr WinogradPrices kPackedPrices = {
-    {0.0109, 0.0120, 0.0112}, {0, 0.076, 0.13}, {{0, 0.02, 0.05}, {0.07, 0.05, 0.08}, {0.1, 0.09, 0.22}}};
+constexpr WinogradPrices kPackedPrices = {16,
+                                          16,
+                                          {0.0087, 0.0125, 0.0142},
+                                          {0, 0.17, 0.21},
+                                          {0, 0.060, 0.082},
+                                          {0, 0.1, 0.52},
+                                          {{0.02, 0.17, 0.21}, {0.1, 0.21, 0.11}, {0.15, 0.15, 0.07}},
+                                          {0, 0.11, 0.09}};
+// With transposed filters, whose columns are the inputs' channels.
+constexpr WinogradPrices kInputGradientPrices = {16,
+                                                 6,
+                                                 {0.0103, 0.0134, 0.0162},
+                                                 {0, 0.11, 0.14},
+                                                 {0, 0.028, 0.022},
+                                                 {0, 0.1, 0.38},
+                                                 {{0.61, 0.63, 0.46}, {0.83, 0.55, 0.44}, {0.96, 0.43, 0.30}},
+                                                 {0, 0.46, 0.26}};
 // Sums of elements of filters are transformed in cache.
-constexpr WinogradPrices kFilterGradientPrices = {
-    {0.0177, 0.0169, 0.0174}, {0, 0.13, 0.12}, {{0, 0.1, 0.1}, {0.2, 0.18, 0.14}, {0.2, 0.18, 0.14}}};
+constexpr WinogradPrices kFilterGradientPrices = {32,
+                                                  0,
+                                                  {0.0177, 0.0169, 0.0174},
+                                                  {0, 0.13, 0.12},
+                                                  {0, 0.13, 0.12},
+                                                  {0, 0, 0},
+                                                  {{0, 0.1, 0.1}, {0.2, 0.18, 0.14}, {0.2, 0.18, 0.14}},
+                                                  {0, 0, 0}};
+
+// Whether the transformed inputs of so many windows of F(MxM), and their products by a panel, stay in an L2 of 2 MiB,
+// with some filters.
+template <int M>
+constexpr bool winograd_inputs_fit_cache(int64_t windows, int64_t depth, int64_t element_bytes) {
+  constexpr int64_t kMaxBytes = 5 << 18, kPanel = 32;
+  return (M + 2) * (M + 2) * windows * (depth + kPanel) * element_bytes <= kMaxBytes;
+}
 
 struct WinogradProblem {
   int64_t batch, height, width;  // of outputs
   int64_t depth, cols;           // channels
 };
 
-// By F(MxM), or direct where M is 1.
+// Of so many elements of filters.
+inline double filter_price(const WinogradPrices& prices, int i, int64_t filters) {
+  constexpr int64_t kL2 = 3 << 20, kL3 = 16 << 20;  // bytes
+  return prices.filter[filters * 4 > kL3 ? 2 : filters * 4 > kL2 ? 1 : 0][i];
+}
+
+// Whether a block of windows, transformed and multiplied, is far more than L2 has room for.
+inline bool is_deep(int64_t elements, const WinogradProblem& p) {
+  constexpr int64_t kWindows = 36, kPanel = 32, kPanels = 16, kMaxBytes = 3 << 20;
+  const int64_t products = kPanel * std::min(kPanels, ceil_div(p.cols, kPanel));
+  return kWindows * elements * (p.depth + products) * 4 > kMaxBytes;
+}
+
+// By F(MxM).
 template <int M>
 double winograd_cost(const WinogradPrices& prices, const WinogradProblem& p) {
-  constexpr int64_t kPanel = 32, kL2 = 8 << 20, kL3 = 24 << 20;  // bytes of filters; those of a chunk are less
   constexpr int i = M / 2;
-  const int64_t elements = M == 1 ? 9 : (M + 2) * (M + 2), cols = ceil_div(p.cols, kPanel) * kPanel;
-  const int64_t filters = elements * p.depth * cols, bytes = filters * 4;
-  const double tiles = static_cast<double>(p.batch * ceil_div(p.height, M) * ceil_div(p.width, M));
-  const double filter = prices.filter[bytes > kL3 ? 2 : bytes > kL2 ? 1 : 0][i];
-  return static_cast<double>(filters) * (filter + prices.product[i] * tiles) +
-         prices.transform[i] * static_cast<double>(elements * (p.depth + cols)) * tiles;
+  constexpr int64_t kElements = (M + 2) * (M + 2), kPanel = 32;
+  const int64_t cols = ceil_div(p.cols, kPanel) * kPanel, filters = kElements * p.depth * cols;
+  const int64_t windows = p.batch * ceil_div(p.height, M) * ceil_div(p.width, M);
+  const bool in_cache = prices.filter_in_cache[i] > 0 && winograd_inputs_fit_cache<M>(windows, p.depth, 4);
+  const double filter = in_cache ? prices.filter_in_cache[i] : filter_price(prices, i, filters);
+  const double input = prices.input[i] + (in_cache || !is_deep(kElements, p) ? 0 : prices.deep[i]);
+  const double transforms = input * static_cast<double>(p.depth) + prices.output[i] * static_cast<double>(cols);
+  return static_cast<double>(filters) * (filter + prices.product[i] * static_cast<double>(windows)) +
+         static_cast<double>(kElements * windows) * transforms;
+}
+
+inline double direct_cost(const WinogradPrices& prices, const WinogradProblem& p) {
+  constexpr int64_t kTaps = 9, kPanel = 64;
+  const int64_t cols = ceil_div(p.cols, prices.direct_columns) * prices.direct_columns;
+  const int64_t worked = cols + ceil_div(p.cols, kPanel) * prices.direct_overhead;
+  const double filters = static_cast<double>(kTaps * p.depth * cols);
+  return filters * filter_price(prices, 0, kTaps * p.depth * cols) +
+         prices.product[0] * static_cast<double>(kTaps * p.depth * worked * p.batch * p.height * p.width);
 }
 
 // The M of the fastest, 1, 2 or 4.
 inline int fastest_winograd(const WinogradPrices& prices, const WinogradProblem& p, bool strict) {
   constexpr int64_t kMinChannels = 16;
   if (std::min(p.depth, p.cols) < kMinChannels) return 1;
-  const double direct = winograd_cost<1>(prices, p), two = winograd_cost<2>(prices, p);
+  const double direct = direct_cost(prices, p), two = winograd_cost<2>(prices, p);
   if (!strict && winograd_cost<4>(prices, p) < std::min(direct, two)) return 4;
   return two < direct ? 2 : 1;
 }

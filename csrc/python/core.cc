@@ -95,6 +95,13 @@ std::vector<std::string> kernel_names(const Plan& plan) {
   return names;
 }
 
+// What decides how pack_filters() lays filters out: row, shape, groups, dtype and, where a row has several ways, bytes.
+py::tuple packed_form(const Plan& plan) {
+  const ConvBnParams& p = plan.params;
+  const auto shape = py::make_tuple(p.filter_height, p.filter_width, p.group_in(), p.out_channels);
+  return py::make_tuple(plan.stages.at(0)->name, shape, p.groups, static_cast<int>(p.dtype), plan.packed_bytes);
+}
+
 // [(name, stage, isa, available)]
 py::list kernels() {
   const DeviceInfo device = make_device("", 1);
@@ -124,9 +131,10 @@ struct FreeAligned {
   void operator()(char* memory) const { ::operator delete[](memory, std::align_val_t{64}); }
 };
 
-// Without the GIL: `buffers` point into arrays that the caller holds. A workspace that is null is allocated here.
-template <class Buffers>
-void run(const Plan& plan, const Buffers& buffers, void* workspace) {
+// call(workspace, threads) without the GIL: it reads and writes arrays that the caller holds. A workspace that is null
+// is allocated here.
+template <class Call>
+void run(const Plan& plan, void* workspace, Call call) {
   Status status;
   {
     const py::gil_scoped_release release;
@@ -137,24 +145,32 @@ void run(const Plan& plan, const Buffers& buffers, void* workspace) {
       workspace = own.get();
     }
     ThreadPool threads(plan.device.threads);
-    status = run_cpu(plan, buffers, workspace, &threads);
+    status = call(workspace, &threads);
   }
   raise_if(status);
 }
 
+void pack(const Plan& plan, const Array& filters, Array packed, Array workspace) {
+  const void* from = read(filters);
+  void* to = write(&packed);
+  run(plan, write(&workspace),
+      [&](void* memory, ParallelFor* threads) { return pack_filters(plan, from, to, memory, threads); });
+}
+
 void forward(const Plan& plan, const Array& inputs, const Array& filters, const Array& gamma, const Array& beta,
-             const Array& moving_mean, const Array& moving_variance, const Array& residual, Array output,
-             Array new_moving_mean, Array new_moving_variance, Array batch_mean, Array inv_std, Array conv_out,
-             Array workspace) {
+             const Array& moving_mean, const Array& moving_variance, const Array& residual, const Array& packed_filters,
+             Array output, Array new_moving_mean, Array new_moving_variance, Array batch_mean, Array inv_std,
+             Array conv_out, Array workspace) {
   ForwardBuffers b;
   read_arguments(inputs, filters, gamma, beta, moving_mean, moving_variance, residual, &b);
+  b.packed_filters = read(packed_filters);
   b.output = write(&output);
   b.new_moving_mean = write(&new_moving_mean);
   b.new_moving_variance = write(&new_moving_variance);
   b.batch_mean = write(&batch_mean);
   b.inv_std = write(&inv_std);
   b.conv_out = write(&conv_out);
-  run(plan, b, write(&workspace));
+  run(plan, write(&workspace), [&](void* memory, ParallelFor* threads) { return run_cpu(plan, b, memory, threads); });
 }
 
 void backward(const Plan& plan, const Array& output_gradient, const Array& moving_mean_gradient,
@@ -179,7 +195,7 @@ void backward(const Plan& plan, const Array& output_gradient, const Array& movin
   b.d_moving_mean = write(&d_moving_mean);
   b.d_moving_variance = write(&d_moving_variance);
   b.d_residual = write(&d_residual);
-  run(plan, b, write(&workspace));
+  run(plan, write(&workspace), [&](void* memory, ParallelFor* threads) { return run_cpu(plan, b, memory, threads); });
 }
 
 void define_plan(py::module_* m) {
@@ -201,6 +217,7 @@ void define_plan(py::module_* m) {
       .def_property_readonly("kernels", &kernel_names, "Names of the kernels, in the order of execution.")
       .def_readonly("workspace_bytes", &Plan::workspace_bytes)
       .def_readonly("packed_bytes", &Plan::packed_bytes)
+      .def_property_readonly("packed_form", &packed_form)
       .def_property_readonly("useful_threads",
                              [](const Plan& plan) { return useful_threads(plan.params, plan.device.threads); })
       .def_property_readonly(
@@ -216,8 +233,9 @@ void define_plan(py::module_* m) {
 PYBIND11_MODULE(_core, m) {
   define_plan(&m);
   m.def("kernels", &kernels);
-  // All arguments are arrays or None, positional, in the order of ForwardBuffers and BackwardBuffers; last a workspace,
-  // aligned to 64 bytes, or None.
+  // All arguments are arrays or None, positional: what is read, then what is written, in the order of ForwardBuffers
+  // and BackwardBuffers; last a workspace. This and packed filters are aligned to 64 bytes.
+  m.def("pack_filters", &pack);
   m.def("forward", &forward);
   m.def("backward", &backward);
 }

@@ -87,6 +87,7 @@ class FusedConvBN : public ConvBnKernel {
     int residuals = 0;
     OP_REQUIRES_OK(context, at_most_one(context, "num_residual", &residuals));
     OP_REQUIRES_OK(context, context->GetAttr("keep_filters", &keep_filters_));
+    OP_REQUIRES_OK(context, to_absl(PackedFilters::check_limit()));
   }
 
   void Compute(OpKernelContext* context) override {
@@ -127,7 +128,8 @@ class FusedConvBN : public ConvBnKernel {
     b.moving_mean = t->input("moving_mean", shapes.channels);
     b.moving_variance = t->input("moving_variance", shapes.channels);
     b.residual = t->input("residual", shapes.output);
-    b.output = t->output("output", shapes.output);
+    b.output = plan.params.training ? t->output("output", shapes.output)  // where z may lie meanwhile
+                                    : t->output_over("residual", "output", shapes.output);
     b.new_moving_mean = t->output("new_moving_mean", shapes.channels);
     b.new_moving_variance = t->output("new_moving_variance", shapes.channels);
     b.batch_mean = t->output("batch_mean", shapes.channels);

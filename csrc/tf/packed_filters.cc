@@ -1,7 +1,10 @@
 #include "packed_filters.h"
 
 #include <algorithm>
+#include <charconv>
 #include <cstdlib>
+#include <limits>
+#include <string>
 
 #include "memory.h"
 #include "tensorflow/core/common_runtime/dma_helper.h"
@@ -13,15 +16,36 @@ namespace {
 // whole would replace each layer's filters just before they are needed again.
 constexpr int64_t kIdleCalls = 1000;
 
+// Reads FUSEDCONVBN_PACKED_MEGABYTES; leaves `bytes` where it is not set, or wrong.
+Status read_limit(size_t* bytes) {
+  constexpr size_t kMegabyte = size_t{1} << 20, kMost = std::numeric_limits<size_t>::max() / kMegabyte;
+  const char* environment = std::getenv("FUSEDCONVBN_PACKED_MEGABYTES");
+  const std::string text = environment ? environment : "";
+  if (text.empty()) return Status{};
+  size_t megabytes = 0;
+  const char* const end = text.data() + text.size();
+  const auto [stop, error] = std::from_chars(text.data(), end, megabytes);
+  if (error != std::errc{} || stop != end || megabytes > kMost)
+    return Status::error("FUSEDCONVBN_PACKED_MEGABYTES must be a whole number of megabytes, from 0 to " +
+                         std::to_string(kMost) + ". Received: " + text);
+  *bytes = megabytes * kMegabyte;
+  return Status{};
+}
+
 size_t limit() {
-  constexpr size_t kMegabyte = size_t{1} << 20;
-  const char* megabytes = std::getenv("FUSEDCONVBN_PACKED_MEGABYTES");
-  return (megabytes ? std::strtoull(megabytes, nullptr, 10) : 512) * kMegabyte;
+  size_t bytes = size_t{512} << 20;
+  read_limit(&bytes);
+  return bytes;
 }
 
 }  // namespace
 
 PackedFilters::PackedFilters() : max_bytes_(limit()) {}
+
+Status PackedFilters::check_limit() {
+  size_t unused = 0;
+  return read_limit(&unused);
+}
 
 PackedFilters* PackedFilters::global() {
   static PackedFilters* filters = new PackedFilters;
@@ -63,7 +87,8 @@ void PackedFilters::forget(const tensorflow::Tensor& filters) {
 PackedFilters::Form PackedFilters::form_of(const Plan& plan) {
   const ConvBnParams& p = plan.params;
   return {plan.stages[0],
-          {p.filter_height, p.filter_width, p.in_channels, p.out_channels, p.groups, static_cast<int64_t>(p.dtype)}};
+          {p.filter_height, p.filter_width, p.in_channels, p.out_channels, p.groups, static_cast<int64_t>(p.dtype),
+           static_cast<int64_t>(plan.packed_bytes)}};
 }
 
 PackedFilters::Copy* PackedFilters::find(const tensorflow::Tensor& filters, const Form& form) {

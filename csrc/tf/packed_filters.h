@@ -28,6 +28,9 @@ class PackedFilters {
   // One for the process, never destroyed: kernels may run while it ends.
   static PackedFilters* global();
 
+  // Whether FUSEDCONVBN_PACKED_MEGABYTES, which global() reads once, is a number of megabytes.
+  static Status check_limit();
+
   // Whether TensorFlow owns the memory of `filters`: the owner of any other may write to it at any time. Not of slices:
   // they hold the whole, and each other's references would pass for somebody's.
   static bool may_keep(const tensorflow::Tensor& filters);
@@ -40,8 +43,9 @@ class PackedFilters {
   void forget(const tensorflow::Tensor& filters);
 
  private:
-  // Row, and shape with the number of groups and dtype: what decides the packed form of given memory.
-  using Form = std::pair<const Kernel*, std::array<int64_t, 6>>;
+  // Row, shape with the number of groups, dtype, and bytes, which tell the forms of a row apart: what decides the
+  // packed form of given memory.
+  using Form = std::pair<const Kernel*, std::array<int64_t, 7>>;
   struct Copy {
     Packed packed;  // null after the first call
     size_t bytes;   // of it

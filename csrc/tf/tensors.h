@@ -42,6 +42,21 @@ class Tensors {
     return pointer(*tensor);
   }
 
+  // As output(), in the memory of this input if there is one that nobody else refers to: lines that were just read are
+  // in cache, those of new memory are not (ResNet-50 at batch 1: -2 %). Large results go past the caches, and past
+  // lines that are there they take longer (batch 16: +1 to +3 %).
+  void* output_over(const char* input, const char* name, const tensorflow::TensorShape& shape) {
+    constexpr int64_t kMaxBytes = 4 << 20;
+    const tensorflow::Tensor* over = find(input);
+    if (over == nullptr || over->TotalBytes() > kMaxBytes) return output(name, shape);
+    int from = 0, to = 0, end = 0;
+    check(context_->op_kernel().InputRange(input, &from, &end));
+    check(context_->op_kernel().OutputRange(name, &to, &end));
+    tensorflow::Tensor* tensor = nullptr;
+    if (status_.ok()) check(context_->forward_input_or_allocate_output({from}, to, shape, &tensor));
+    return tensor == nullptr ? nullptr : pointer(*tensor);
+  }
+
   // An output that is there for nobody.
   void* empty_output(const char* name) { return output(name, tensorflow::TensorShape({0, 0, 0, 0})), nullptr; }
 
