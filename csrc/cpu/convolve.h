@@ -49,7 +49,7 @@ struct TileEpilogue {
   std::function<GemmOutput<C>(const Tile<C>&)> row_by_row = nullptr;
   // May be null. Rows of all channels that this reads: they are asked for a block ahead.
   Block<C> reads{nullptr, 0};
-  // May be empty. The same of AmxConvolution, where the rows of memory are of 16-bit numbers.
+  // May be empty. row_by_row of AmxConvolution, where the rows of memory are of 16-bit numbers.
   std::function<GemmOutput<C>(const Tile<C>&)> in_place = nullptr;
 
   GemmOutput<C> output(const Tile<C>& tile) const {
