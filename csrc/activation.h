@@ -64,8 +64,10 @@ FCB_INLINE V derivative_of_output(V y) {
 template <Activation A, class S, class V>
 FCB_INLINE V derivative(V u) {
   const V zero{}, one = zero + S(1);
-  if constexpr (derivative_from_output(A)) {
+  if constexpr (A == Activation::kElu) {
     return derivative_of_output<A, S>(activate<A, S>(u));
+  } else if constexpr (derivative_from_output(A)) {  // u and y are on the same side of each kink
+    return derivative_of_output<A, S>(u);
   } else if constexpr (A == Activation::kSilu) {  // s (1 + u (1 - s)), s = sigmoid(u)
     const V s = one / (exp_of(-u) + S(1));
     return s * (u * (one - s) + S(1));

@@ -75,8 +75,8 @@ class AmxBackward {
     const Image<float> d_inputs = image(b_.d_inputs, input_grid(p_));
     const FilterLayout transposed{b_.filters, {0}, 0, 1, p_.out_channels};
     if (b_.d_inputs) dgrad_.pack(transposed, dgrad_scratch_, dgrad_scratch_.filters, parallel);
-    const TileEpilogue<float> store{
-        [&](const Tile<float>& t) { d_inputs.write(t.first, t.rows, t.channel, t.cols, {t.data, t.ld}); }, nullptr};
+    TileEpilogue<float> store;
+    store.in_place = [&](const Tile<float>& t) { return sums_in_place(d_inputs, t); };
     parallel->run(wgrad_.ranges(), [&](int64_t range, int worker) {
       const int64_t stride = dgrad_.row_elements();
       uint16_t* dz = strip_dz_[worker];

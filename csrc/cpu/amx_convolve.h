@@ -231,7 +231,7 @@ class AmxConvolution {
     e.slice = kTileRows / slices, e.steps = e.wait = steps / slices;
     if (column >= e.width && !flat) e.row = strip.pitch - column;
     e.line = std::min(e.rows, e.row > 0 ? e.width : e.width - column);
-    e.block.z = tile.data + e.row * tile.ld;
+    e.block.z = tile.data + e.row * tile.ld, e.block.ld_z = tile.ld;
     return e;
   }
 

@@ -97,9 +97,11 @@ class AmxFilterGradient {
   static constexpr int64_t kMaxSums = 1 << 20;     // of all ranges: adding them reads them once more
   static constexpr int64_t kStripBytes = 2 << 20;  // both operands, before and after packing
   static constexpr int64_t kMinRows = 192,
-                           kMaxRows = 480;  // sums are read and written once a strip; its panels are in L1
+                           kMaxRows = 480;   // sums are read and written once a strip; its panels are in L1
+  static constexpr int64_t kTapsRows = 256;  // of both operands in L1, which are read for each tap
 
   static int64_t strip_rows(const ConvBnParams& p) {
+    if (p.taps() > 1) return kTapsRows;
     const int64_t rows = kStripBytes / (4 * (p.in_channels + p.out_channels));
     return std::clamp(rows, kMinRows, kMaxRows) / AmxRowReader::kChunk * AmxRowReader::kChunk;
   }

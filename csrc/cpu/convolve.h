@@ -49,7 +49,7 @@ struct TileEpilogue {
   std::function<GemmOutput<C>(const Tile<C>&)> row_by_row = nullptr;
   // May be null. Rows of all channels that this reads: they are asked for a block ahead.
   Block<C> reads{nullptr, 0};
-  // May be empty. The same of AmxConvolution, where the rows of memory are of 16-bit numbers.
+  // May be empty. row_by_row of AmxConvolution, where the rows of memory are of 16-bit numbers.
   std::function<GemmOutput<C>(const Tile<C>&)> in_place = nullptr;
 
   GemmOutput<C> output(const Tile<C>& tile) const {
@@ -72,6 +72,15 @@ GemmOutput<C> sums_to(const ComputeKernels<C>& kernels, const Image<C>& image, c
   AffineBlock<C> block{};
   block.y = y.data, block.ld_y = y.ld, block.cols = t.cols, block.stream = image.streams(t.channel, t.cols);
   return {t.data, false, kernels.emit_sums, block};
+}
+
+// The same where its rows are of 16-bit numbers.
+template <class C>
+GemmOutput<C> sums_in_place(const Image<C>& image, const Tile<C>& t) {
+  AffineBlock<C> block{};
+  block.y = image.address(t.first, t.channel), block.ld_y = image.ld(), block.cols = t.cols;
+  block.stream = image.streams(t.channel, t.cols);
+  return {t.data, false, image.in_place_kernels().emit_sums, block};
 }
 
 struct Channels {

@@ -66,10 +66,11 @@ class Phase {
     Arena arena(scratch);
     if (tap_offset_.empty()) return clear(arena.take<C>(p_.in_channels), parallel);
     const FilterLayout transposed{filters, tap_offset_, p_.group_out(), 1, p_.out_channels};
-    const auto emit = [this](const Tile<C>& t) { output_.write(t.first, t.rows, t.channel, t.cols, {t.data, t.ld}); };
-    std::function<GemmOutput<C>(const Tile<C>&)> row_by_row;
-    if (output_.direct()) row_by_row = [this](const Tile<C>& t) { return sums_to(k_, output_, t); };
-    convolution_.run(transposed, convolution_.carve(&arena, workers), parallel, {emit, nullptr, row_by_row});
+    TileEpilogue<C> epilogue;
+    epilogue.emit = [this](const Tile<C>& t) { output_.write(t.first, t.rows, t.channel, t.cols, {t.data, t.ld}); };
+    if (output_.direct()) epilogue.row_by_row = [this](const Tile<C>& t) { return sums_to(k_, output_, t); };
+    if (output_.in_place()) epilogue.in_place = [this](const Tile<C>& t) { return sums_in_place(output_, t); };
+    convolution_.run(transposed, convolution_.carve(&arena, workers), parallel, epilogue);
   }
 
  private:

@@ -51,6 +51,17 @@ static void affine_in_place(const AffineBlock<float>& b) {
 }
 
 template <class T>
+static void emit_sums_in_place(const AffineBlock<float>& b) {
+  for (int64_t r = 0; r < b.rows; ++r)
+    for (int64_t c = 0; c < b.cols; c += 32) {
+      const Lanes lanes = lanes_of(b.cols - c);
+      const float* from = row<float>(b.z, r, b.ld_z) + c;
+      T* to = row<T>(b.y, r, b.ld_y) + c;
+      store_32(to, narrow(load_lanes(from, lanes.half[0]), load_lanes(from + 16, lanes.half[1]), to), lanes, b.stream);
+    }
+}
+
+template <class T>
 static void round_block(float* block, int64_t ld, int64_t rows, int64_t cols, void* memory, int64_t ld_memory,
                         bool stream) {
   store_lines(block, ld, rows, cols, static_cast<T*>(memory), ld_memory, stream,
@@ -73,6 +84,7 @@ static constexpr InPlaceKernels<C> in_place_kernels() {
 #if defined(__AVX512F__)
   if constexpr (kIsSmall<T>) {
     fill_affine<0, T>(&k);
+    k.emit_sums = emit_sums_in_place<T>;
     fill_gradients<0, C, T, C>(&k.reduce, &k.apply);
     k.round = round_block<T>;
   }

@@ -25,6 +25,7 @@ namespace {
 #include "storage.inl"
 
 #include "elementwise.inl"
+#include "line_gradients.inl"
 
 #include "gemm.inl"  // kTileRows and the panel of all that follows
 
@@ -46,11 +47,11 @@ static constexpr void fill_gradients(Table* reduces, Table* applies) {
   if constexpr (A < kActivationCount) {
     constexpr Activation a = static_cast<Activation>(A);
     constexpr auto conv = Preactivation::kConv, both = Preactivation::kConvAndResidual, out = Preactivation::kOutput;
-    if (reduces) (*reduces)[A][0] = reduce<C, T, a, conv>, (*reduces)[A][1] = reduce<C, T, a, both>;
-    (*applies)[A][0] = apply<C, T, D, a, conv>, (*applies)[A][1] = apply<C, T, D, a, both>;
+    if (reduces) (*reduces)[A][0] = reduce_kernel<C, T, a, conv>(), (*reduces)[A][1] = reduce_kernel<C, T, a, both>();
+    (*applies)[A][0] = apply_kernel<C, T, D, a, conv>(), (*applies)[A][1] = apply_kernel<C, T, D, a, both>();
     if constexpr (derivative_from_output(a)) {
-      if (reduces) (*reduces)[A][2] = reduce<C, T, a, out>;
-      (*applies)[A][2] = apply<C, T, D, a, out>;
+      if (reduces) (*reduces)[A][2] = reduce_kernel<C, T, a, out>();
+      (*applies)[A][2] = apply_kernel<C, T, D, a, out>();
     }
     fill_gradients<A + 1, C, T, D>(reduces, applies);
   }

@@ -344,6 +344,7 @@ template <class C>
 struct InPlaceKernels {
   void (*affine[kActivationCount])(const AffineBlock<C>&);
   void (*affine_of_tile[kActivationCount])(const AffineBlock<C>&);  // z is of C; ordered by end_streaming()
+  void (*emit_sums)(const AffineBlock<C>&);                         // y = z of C; ordered by end_streaming()
   void (*reduce[kActivationCount][3])(const GradientBlock<C>&);
   void (*apply[kActivationCount][3])(const GradientBlock<C>&);  // d_conv is of C
   // Stores a block and leaves in it what was stored.
