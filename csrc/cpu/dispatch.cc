@@ -49,7 +49,7 @@ bool backward_moments_applies(const ConvBnParams& p) {
 // Where memory limits the layer: few inputs, much output, and far more pixels than channels for S to be made from.
 bool suits_moments(const ConvBnParams& p) {
   constexpr int64_t kMinBytes = 1 << 20, kMinPixelsPerChannel = 16;
-  if (p.algorithm != Algorithm::kAuto || p.strict || p.stride_height * p.stride_width > 1) return false;
+  if (p.algorithm != Algorithm::kAuto || p.strict) return false;
   return (p.in_channels <= 64 || (p.in_channels <= 128 && p.out_channels >= 4 * p.in_channels)) &&
          p.pixels() * p.out_channels * 4 >= kMinBytes && p.pixels() >= kMinPixelsPerChannel * p.in_channels;
 }
