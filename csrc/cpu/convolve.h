@@ -102,7 +102,8 @@ class Convolution {
   struct Scratch {
     C* filters;  // [groups][panels][taps][depth][panel]
     C* zeros;
-    std::vector<C*> tile;  // a worker's [kBlockRows][panel]
+    std::vector<C*> tile;   // a worker's [kBlockRows][panel]
+    std::vector<C*> panel;  // a worker's [taps][depth][panel], where each panel serves one task
     std::vector<typename WindowReader<C>::Scratch> reader;
   };
 
@@ -115,6 +116,7 @@ class Convolution {
     s.zeros = arena->take<C>(reader_.zero_elements());
     for (int w = 0; w < workers; ++w) {
       s.tile.push_back(arena->take<C>(kBlockRows * kernels_.gemm_columns));
+      s.panel.push_back(arena->take<C>(whole_source() ? taps() * depth_ * kernels_.gemm_columns : 0));
       s.reader.push_back(reader_.carve(arena, s.zeros));
     }
     return s;
@@ -133,20 +135,22 @@ class Convolution {
            const TileEpilogue<C>& epilogue) const {
     if (windows_.positions() == 0) return;
     std::fill(s.zeros, s.zeros + reader_.zero_elements(), C(0));
-    if (!filters.packed) pack(filters, s, s.filters, parallel);
-    const C* packed = filters.packed ? static_cast<const C*>(filters.packed) : s.filters;
-
     // Few blocks: tasks of fewer panels, so that every thread has several.
     const int64_t threads = parallel->threads(), wanted = threads == 1 ? 1 : 4 * threads;
-    const bool all_blocks = in_cache_ && !reader_.staged() && panels() >= wanted;
+    const bool all_blocks = whole_source() && panels() >= wanted;
     const int64_t share = fetches_blocks_ ? std::max<int64_t>(1, blocks() / wanted) : blocks_in_task_;
     const int64_t task_blocks = all_blocks ? blocks() : std::min(blocks_in_task_, share);
     const int64_t block_tasks = ceil_div(blocks(), task_blocks);
     const int64_t panel_tasks = std::min(panels(), ceil_div(wanted, block_tasks));
+    const C* packed = static_cast<const C*>(filters.packed);
+    if (!packed && !all_blocks) {
+      pack(filters, s, s.filters, parallel);
+      packed = s.filters;
+    }
     parallel->run(block_tasks * panel_tasks, [&](int64_t task, int worker) {
       const int64_t block = task / panel_tasks * task_blocks, share = task % panel_tasks;
       run_task(block, std::min(block + task_blocks, blocks()), share * panels() / panel_tasks,
-               (share + 1) * panels() / panel_tasks, packed, s, worker, epilogue);
+               (share + 1) * panels() / panel_tasks, filters, packed, s, worker, epilogue);
     });
   }
 
@@ -175,6 +179,9 @@ class Convolution {
     const int64_t pixels = windows_.taps.size() == 1 ? windows_.positions() : source.pixels();
     return blocks() <= kMaxBlocks && pixels * groups_ * depth_ * static_cast<int64_t>(sizeof(C)) <= kMaxBytes;
   }
+
+  // Whether a task may serve all positions, so that each panel of the filters belongs to one task.
+  bool whole_source() const { return in_cache_ && !reader_.staged(); }
 
   int64_t panels_in_group() const { return ceil_div(cols_, kernels_.gemm_columns); }
   int64_t panels() const { return groups_ * panels_in_group(); }
@@ -206,8 +213,9 @@ class Convolution {
     }
   }
 
-  void run_task(int64_t block, int64_t block_end, int64_t panel_begin, int64_t panel_end, const C* packed,
-                const Scratch& s, int worker, const TileEpilogue<C>& epilogue) const {
+  // `packed` is null where each panel is packed just before its use, and never leaves the caches.
+  void run_task(int64_t block, int64_t block_end, int64_t panel_begin, int64_t panel_end, const FilterLayout& layout,
+                const C* packed, const Scratch& s, int worker, const TileEpilogue<C>& epilogue) const {
     const int64_t begin = block * kBlockRows, end = std::min(block_end * kBlockRows, windows_.positions());
     const auto& scratch = s.reader[worker];
     reader_.stage(begin, end - begin, scratch);
@@ -216,15 +224,16 @@ class Convolution {
       reader_.point(first, rows, scratch);
       for (int64_t index = panel_begin; index < panel_end; ++index) {
         const Panel panel = panel_of(index);
+        const C* const filters = packed ? packed + panel.element : s.panel[worker];
+        if (!packed) pack(layout, panel, s.panel[worker]);
         for (int64_t done = 0; done < rows; done += kBlockRows) {
           const int64_t count = std::min(kBlockRows, rows - done);
           GatheredRows<C> in{scratch.rows + done,      table_rows_,         count, reader_.taps(),
                              reader_.depth() * depth_, panel.group * depth_};
-          const C* filters = packed + panel.element;
-          if (in_cache_)
-            look_ahead({index + 1, panel_end}, packed, done / kBlockRows, ceil_div(rows, kBlockRows), &in);
-          else
+          if (!in_cache_)
             look_ahead({panel_begin, panel_end}, index, first + rows, packed, epilogue.reads, &in);
+          else if (packed)
+            look_ahead({index + 1, panel_end}, packed, done / kBlockRows, ceil_div(rows, kBlockRows), &in);
           multiply(
               in, panel, filters,
               {s.tile[worker], panel.width, first + done, count, 0, panel.cols, (first + done) / kBlockRows, worker},
