@@ -48,18 +48,18 @@ bool backward_moments_applies(const ConvBnParams& p) {
 
 // Where memory limits the layer: few inputs, much output, and far more pixels than channels for S to be made from.
 bool suits_moments(const ConvBnParams& p) {
-  constexpr int64_t kMinBytes = 1 << 20, kMinPixelsPerChannel = 16;
-  if (p.algorithm != Algorithm::kAuto || p.strict || p.stride_height * p.stride_width > 1) return false;
+  constexpr int64_t kMinBytes = 512 << 10, kMinPixelsPerChannel = 16;
+  if (p.algorithm != Algorithm::kAuto || p.strict) return false;
   return (p.in_channels <= 64 || (p.in_channels <= 128 && p.out_channels >= 4 * p.in_channels)) &&
          p.pixels() * p.out_channels * 4 >= kMinBytes && p.pixels() >= kMinPixelsPerChannel * p.in_channels;
 }
 bool one_group(const ConvBnParams& p) { return p.groups == 1; }
-// Where the direct algorithm would fill at most half the columns of a panel, and a window's lines of phases are short.
+// Where the direct algorithm would fill a part of a vector, and a window's lines of phases are short.
 bool few_input_channels(const ConvBnParams& p) {
   constexpr int64_t kMaxStep = 8;
   for (int64_t step : {p.stride_height, p.stride_width, p.dilation_height, p.dilation_width})
     if (step > kMaxStep) return false;
-  return p.in_channels <= 16;
+  return p.in_channels < 16;
 }
 
 // Where the direct algorithm's rows are short, and lines long enough to fill its tiles.
@@ -86,9 +86,9 @@ bool backward_pointwise_applies(const ConvBnParams& p) {
   return has_conv_out(p) && is_pointwise(p) && p.stride_height * p.stride_width == 1 &&
          p.data_format == DataFormat::kNHWC && (p.dtype == DType::kFloat32 || p.dtype == DType::kFloat64);
 }
-// Where its sums and the filters are few beside the blocks in L2, and dy and z leave it.
+// Where its sums and the filters are few beside the blocks in L2, and dy and z many.
 bool suits_backward_pointwise(const ConvBnParams& p) {
-  constexpr int64_t kMaxFilters = 32 << 10, kMinOutput = 256 << 10;  // elements; dy and z of 2 MiB
+  constexpr int64_t kMaxFilters = 32 << 10, kMinOutput = 64 << 10;  // elements; dy and z of 512 KiB
   return p.in_channels * p.out_channels <= kMaxFilters && p.pixels() * p.out_channels >= kMinOutput;
 }
 
