@@ -96,11 +96,18 @@ class NetworkProblem:
 
 AnyProblem = Problem | NetworkProblem
 
-_COPIES_OF_ONE_IMAGE = 8  # a call of a tf.function costs 0.1-0.45 ms by itself
+_MOST_COPIES_OF_ONE_IMAGE, _MOST_COPIES = 8, 4  # the latter for the sake of memory
+_LARGE_FLOPS = 16e9  # of all copies of a batch: many times what a call costs, 0.1-0.45 ms of a tf.function
 
 
 def problems_of(case: Case, mode: str, batch: int, **common: object) -> list[Problem]:
     """The problems that `mode` makes of a layer: one, or one for each position of the run-time switch."""
     positions = {INFERENCE: (False,), RUN_TIME_SWITCH: (True, False)}.get(mode, (True,))
-    copies = _COPIES_OF_ONE_IMAGE if batch == 1 else 1
-    return [Problem(case, batch, mode=mode, training=training, copies=copies, **common) for training in positions]  # type: ignore[arg-type]
+    problems = [Problem(case, batch, mode=mode, training=training, **common) for training in positions]  # type: ignore[arg-type]
+    return [dataclasses.replace(problem, copies=_copies(problem)) for problem in problems]
+
+
+def _copies(problem: Problem) -> int:
+    if problem.batch == 1:
+        return _MOST_COPIES_OF_ONE_IMAGE
+    return int(max(1, min(_MOST_COPIES, _LARGE_FLOPS // problem.flops)))

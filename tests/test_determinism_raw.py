@@ -72,9 +72,9 @@ LARGE_DRAWS = large_draws(FAST + SLOW)
 
 
 def by_own_forward(case: Case) -> Problem:
-    """A problem whose backward pass starts from what `raw.forward` saves: no oracle is needed."""
+    """A problem whose backward pass starts from what `raw.forward` saves, z in training: no oracle is needed."""
     problem = Problem(case)
-    forward = problem.run_forward()
+    forward = problem.run_forward(algorithm="direct")
     problem.saved = {name: getattr(forward, name) for name in ("output", "conv_out", "batch_mean", "inv_std")}
     vectors = problem.case.random("upstream").standard_normal((2, case.out_channels)).astype(case.stat_dtype)
     problem.upstream = (forward.output, *vectors)
