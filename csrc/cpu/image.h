@@ -78,7 +78,7 @@ class Image {
 
   // Whether blocks written in place should go past the caches: where the image will not stay in them anyway.
   bool streams(int64_t channel, int64_t cols) const {
-    constexpr int64_t kInCache = 5 << 20, kLine = 64;  // bytes: an L2 of 2 MiB and some of L3
+    constexpr int64_t kInCache = 4 << 20, kLine = 64;  // bytes: an L2 of 2 MiB and some of L3
     const auto aligned = [](int64_t bytes) { return bytes % kLine == 0; };
     const int64_t bytes = storage_.element_bytes;
     return ((storage_.is_compute_type && grid_.channel_stride == 1) || in_place()) &&
