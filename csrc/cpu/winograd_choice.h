@@ -9,9 +9,8 @@
 
 namespace fusedconvbn {
 
-// Prices in ns with AVX-512, of the direct algorithm, F(2x2) and F(4x4): fitted, in part by hand, to random
-// layers timed by each.
-// docs/performance.md says what the choice loses on layers that were not among them.
+// Prices in ns with AVX-512, of the direct algorithm, F(2x2) and F(4x4): fitted, in part by hand, to random layers
+// timed by each. docs/performance.md says what the choice loses on layers that were not among them.
 struct WinogradPrices {
   // What the direct algorithm's columns are rounded up to, and how many more each 64 of them cost.
   int64_t direct_columns, direct_overhead;
