@@ -144,6 +144,16 @@ FCB_INLINE void multiply_rows(const GatheredRows<C>& in, int64_t first, int64_t 
 }
 
 template <class C, int R, int N>
+FCB_INLINE void load_tile(const C* tile, int64_t rows, Vector<C> (&acc)[R][N]) {
+#pragma GCC unroll 16
+  for (int r = 0; r < R; ++r) {
+    if (r == rows) return;
+#pragma GCC unroll 4
+    for (int n = 0; n < N; ++n) acc[r][n] = load(tile + (r * N + n) * kLanes<C>);
+  }
+}
+
+template <class C, int R, int N>
 FCB_INLINE void store_tile(const Vector<C> (&acc)[R][N], int64_t rows, C* tile) {
 #pragma GCC unroll 16
   for (int r = 0; r < R; ++r) {
@@ -192,6 +202,7 @@ static __attribute__((noinline)) void gemm_tile(const GatheredRows<C>& in, int64
                                                 Meanwhile<C>* meanwhile, const GemmOutput<C>& to) {
   constexpr int R = kRows<N>;
   Vector<C> acc[R][N] = {};
+  if (to.add) load_tile<C, R, N>(to.tile + first * N * kLanes<C>, R, acc);
   meanwhile->rows.begin_tile(to, first);
   multiply_rows<C, R, N>(in, first, R, filters, meanwhile, acc);
   finish_tile<C, R, N>(acc, first, to, &meanwhile->rows);
@@ -200,10 +211,11 @@ static __attribute__((noinline)) void gemm_tile(const GatheredRows<C>& in, int64
 // The last rows, by a tile of about as many.
 template <class C, int N, int R>
 static void gemm_rest(const GatheredRows<C>& in, int64_t first, int64_t rows, const C* filters, Meanwhile<C>* meanwhile,
-                      C* tile) {
+                      C* tile, bool add) {
   if constexpr (R > 1)
-    if (rows <= R / 2) return gemm_rest<C, N, R / 2>(in, first, rows, filters, meanwhile, tile);
+    if (rows <= R / 2) return gemm_rest<C, N, R / 2>(in, first, rows, filters, meanwhile, tile, add);
   Vector<C> acc[R][N] = {};
+  if (add) load_tile<C, R, N>(tile, rows, acc);
   multiply_rows<C, R, N>(in, first, rows, filters, meanwhile, acc);
   store_tile<C, R, N>(acc, rows, tile);
 }
@@ -216,7 +228,7 @@ static void gemm_of(const GatheredRows<C>& in, const C* filters, const GemmOutpu
   int64_t first = 0;
   for (; first + R <= in.count; first += R) gemm_tile<C, N>(in, first, filters, &meanwhile, to);
   const int64_t rest = in.count - first;
-  if (rest > 0) gemm_rest<C, N, kRows<N>>(in, first, rest, filters, &meanwhile, to.tile + first * kLd);
+  if (rest > 0) gemm_rest<C, N, kRows<N>>(in, first, rest, filters, &meanwhile, to.tile + first * kLd, to.add);
   while (meanwhile.rows.rows > 0) stream_row<C, N>(&meanwhile.rows);
   if (rest > 0) emit_rows(to.tile + first * kLd, kLd, first, rest, to);
 }
