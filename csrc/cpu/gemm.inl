@@ -40,27 +40,25 @@ FCB_INLINE void fetch_rows(const C* const* rows, int64_t offset, int64_t depth) 
 // In straight runs of kStep of the depth: the end of a short loop is one that the processor does not foresee.
 constexpr int kStep = 4;
 
-// Memory that is asked for line by line, one every so many kSteps, so that the multiplications do not wait for it. What
-// would be more than a line a kStep is not asked for.
-template <class C>
+// Memory that is asked for evenly: a line, or a part of one again, every kStep, with no branch that the processor could
+// not foresee (+4 %). What would be more than a line a kStep is not asked for.
 struct Fetch {
-  static constexpr int64_t kLine = 64 / sizeof(C);
-  const C *next, *end;
-  int64_t steps, left;
-
-  Fetch(const Stretch<C>& memory, int64_t steps_in_all) : next(memory.begin), end(memory.end) {
-    const int64_t lines = (end - next) / kLine;
-    steps = left = steps_in_all > lines ? steps_in_all / (lines + 1) : 1;
-  }
+  const char* at;
+  int64_t step;  // bytes
 };
 
+// `any`: a valid address, for no memory. A null one would be looked up in the page tables each time.
 template <class C>
-FCB_INLINE void fetch(Fetch<C>* f) {
-  if (--f->left > 0) return;
-  f->left = f->steps;
-  if (f->next >= f->end) return;
-  __builtin_prefetch(f->next, 0, 2);
-  f->next += f->kLine;
+FCB_INLINE Fetch fetch_of(const Stretch<C>& memory, int64_t steps, const C* any) {
+  constexpr int64_t kLine = 64;
+  if (memory.begin == memory.end) return {reinterpret_cast<const char*>(any), 0};
+  const int64_t bytes = (memory.end - memory.begin) * sizeof(C);
+  return {reinterpret_cast<const char*>(memory.begin), bytes > steps * kLine ? kLine : bytes / steps};
+}
+
+FCB_INLINE void fetch(Fetch* f) {
+  __builtin_prefetch(f->at, 0, 2);
+  f->at += f->step;
 }
 
 // Rows of results on their way to memory, and what is asked for that the tile's own results need there, a row every so
@@ -118,7 +116,7 @@ FCB_INLINE void move_row(RowsInTransit<C>* t) {
 // What goes on while a product is computed.
 template <class C>
 struct Meanwhile {
-  Fetch<C> ahead[3];
+  Fetch ahead[3];
   RowsInTransit<C> rows;
 };
 
@@ -135,7 +133,7 @@ FCB_INLINE void multiply_rows(const GatheredRows<C>& in, int64_t first, int64_t 
     int64_t k = 0;
     for (; k + kStep <= in.depth; k += kStep, filters += kStep * N * kLanes<C>) {
 #pragma GCC unroll 3
-      for (Fetch<C>& f : meanwhile->ahead) fetch(&f);
+      for (Fetch& f : meanwhile->ahead) fetch(&f);
       move_row<C, N>(&meanwhile->rows);
       accumulate<C, R, N, kStep>(a, k, filters, acc);
     }
@@ -224,7 +222,8 @@ template <class C, int N>
 static void gemm_of(const GatheredRows<C>& in, const C* filters, const GemmOutput<C>& to) {
   constexpr int64_t R = kRows<N>, kLd = N * kLanes<C>;
   const int64_t tile_steps = in.taps * (in.depth / kStep), steps = (in.count + R - 1) / R * tile_steps;
-  Meanwhile<C> meanwhile{{{in.ahead[0], steps}, {in.ahead[1], steps}, {in.ahead[2], steps}}, {tile_steps, R}};
+  const auto ahead = [&](int i) { return fetch_of(in.ahead[i], steps > 0 ? steps : 1, filters); };
+  Meanwhile<C> meanwhile{{ahead(0), ahead(1), ahead(2)}, {tile_steps, R}};
   int64_t first = 0;
   for (; first + R <= in.count; first += R) gemm_tile<C, N>(in, first, filters, &meanwhile, to);
   const int64_t rest = in.count - first;
