@@ -128,12 +128,12 @@ bool dgrad_thirds_applies(const ConvBnParams& p) { return thirds_applies(p, p.ou
 bool wgrad_thirds_applies(const ConvBnParams& p) {
   return thirds_applies(p, 1) && is_pointwise(p) && p.stride_height * p.stride_width == 1;
 }
-// In training, where whole tiles are filled, and products take longer than cutting the filters. (At inference filters
-// that are kept would take twice the memory.)
+// Where whole tiles are filled, products limit, and there are enough pixels: filters take half as much memory again,
+// and in training are cut in every call.
 bool suits_thirds(const ConvBnParams& p) {
-  constexpr int64_t kMinChannels = 64, kMinPixels = 512;
-  return p.algorithm == Algorithm::kAuto && p.training && p.taps() == 1 && p.pixels() >= kMinPixels &&
-         std::min(p.in_channels, p.out_channels) >= kMinChannels;
+  constexpr int64_t kMinChannels = 64, kMinFilters = 24 << 10, kMinPixels = 512;
+  return p.algorithm == Algorithm::kAuto && p.taps() == 1 && p.pixels() >= kMinPixels &&
+         std::min(p.in_channels, p.out_channels) >= kMinChannels && p.in_channels * p.out_channels >= kMinFilters;
 }
 
 size_t no_scratch(const ConvBnParams&, const DeviceInfo&) { return 0; }
