@@ -41,8 +41,12 @@ AMX_EMITTED = [
 DEEP = Case(batch=1, height=5, width=6, in_channels=290, out_channels=525, algorithm="winograd4", training=True)
 # More windows than L2 has room for: their filters are transformed before.
 MANY = Case(batch=3, height=40, width=41, in_channels=40, out_channels=35, activation="relu")
+# Gradients of a residual past the caches, one and two cache lines of a row at a time.
+AMX_STREAMED = [replace(AMX_EMITTED[1], out_channels=channels, training=True) for channels in (672, 640)]
 SPECIAL_CASES = {  # by a word in the names of the rows that serve no others
-    "backward_direct_amx": [case for case in AMX_CASES + AMX_DEEP if case.training and case.data_format == "NHWC"],
+    "backward_direct_amx": [
+        case for case in AMX_CASES + AMX_DEEP + AMX_STREAMED if case.training and case.data_format == "NHWC"
+    ],
     "amx": AMX_CASES[::2] + AMX_DEEP + AMX_EMITTED,
     "winograd": [replace(case, isa=None) for case in winograd_cases()[::23]] + [DEEP, MANY],
     "depthwise": [replace(case, isa=None) for case in depthwise_cases()[::5] + sliding_cases()],

@@ -131,6 +131,7 @@ struct GradientBlock {
   int64_t ld_d_conv;
   void* d_residual;  // may be null
   int64_t ld_d_residual;
+  bool stream;  // d_residual, as in AffineBlock; 16-bit numbers only
 };
 
 // Rows of bfloat16 at equal distances times packed filters. Row r of tap t begins at rows + tap_offset[t] + r * stride
