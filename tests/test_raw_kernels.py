@@ -3,6 +3,7 @@
 import itertools
 from dataclasses import replace
 
+import numpy as np
 import pytest
 from cases import (
     Case,
@@ -43,7 +44,14 @@ DEEP = Case(batch=1, height=5, width=6, in_channels=290, out_channels=525, algor
 MANY = Case(batch=3, height=40, width=41, in_channels=40, out_channels=35, activation="relu")
 # Gradients of a residual past the caches, one and two cache lines of a row at a time.
 AMX_STREAMED = [replace(AMX_EMITTED[1], out_channels=channels, training=True) for channels in (672, 640)]
+# What moments serve on AMX: activations whose derivative is 0 or 1, and pixels enough for their variance.
+AMX_EXPANDING = [
+    replace(case, isa=None, dtype="bf16", activation=activation)
+    for case, activation in zip(expanding_cases(), itertools.cycle((None, "relu", "relu6")))
+    if case.strides == (1, 1) and np.prod(case.output_shape[:3]) >= 16
+]
 SPECIAL_CASES = {  # by a word in the names of the rows that serve no others
+    "moments_amx": AMX_EXPANDING,
     "backward_direct_amx": [
         case for case in AMX_CASES + AMX_DEEP + AMX_STREAMED if case.training and case.data_format == "NHWC"
     ],
@@ -81,7 +89,7 @@ def test_each_stage_has_rows_for_each_isa_and_a_reference():
 
 @pytest.mark.parametrize(("kernel", "case"), RUNS, ids=[f"{row.name}-{case}" for row, case in RUNS])
 def test_forced_kernel(kernel, case):
-    problem = Problem(case)
+    problem = Problem(case, stores_z=not kernel.name.endswith("moments_amx"))
     if kernel.stage == "forward":
         assert planned(case, "forward", kernel=kernel.name).kernels == [kernel.name]
         result = problem.run_forward(kernel=kernel.name)

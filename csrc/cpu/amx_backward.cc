@@ -80,11 +80,13 @@ class AmxBackward {
     parallel->run(wgrad_.ranges(), [&](int64_t range, int worker) {
       const int64_t stride = dgrad_.row_elements();
       uint16_t* dz = strip_dz_[worker];
-      std::fill(dz, dz + (wgrad_.reader().max_rows() + kSlack) * stride, uint16_t{0});
+      if (stride > p_.out_channels) std::fill(dz, dz + (wgrad_.reader().max_rows() + kSlack) * stride, uint16_t{0});
       const auto make = [&](int64_t index) {
         const auto strip = wgrad_.reader().strip(index);
         apply(strip.first, strip.rows(), dz, stride, worker);
-        if (b_.d_inputs) dgrad_.run_rows(dz, strip.first, strip.rows(), dgrad_scratch_, worker, store);
+        if (b_.d_inputs)
+          dgrad_.run_rows(dz, strip.first, strip.rows(), wgrad_.reader().memory_of(strip), dgrad_scratch_, worker,
+                          store);
         return dz;
       };
       if (b_.d_filters) return wgrad_.accumulate(range, 0, 1, stride, make, wgrad_scratch_, worker);

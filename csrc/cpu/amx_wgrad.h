@@ -63,7 +63,13 @@ class AmxFilterGradient {
   template <class DzOf>
   void accumulate(int64_t range, int64_t part, int64_t parts, int64_t stride, const DzOf& dz_of, const Scratch& s,
                   int worker) const {
-    const int64_t begin = first_strip(range), end = first_strip(range + 1);
+    accumulate_strips(first_strip(range), first_strip(range + 1), range, part, parts, stride, dz_of, s, worker);
+  }
+
+  // The same of strips [begin, end), as the sums of `range`.
+  template <class DzOf>
+  void accumulate_strips(int64_t begin, int64_t end, int64_t range, int64_t part, int64_t parts, int64_t stride,
+                         const DzOf& dz_of, const Scratch& s, int worker) const {
     for (int64_t first = begin, pieces; first < end; first += pieces) {
       pieces = equal_strips(first, std::min(first + group_strips_, end));
       for (int64_t i = 0; i < pieces; ++i) pack(i, first + i, dz_of(first + i), stride, part, parts, s, worker);
@@ -73,19 +79,30 @@ class AmxFilterGradient {
 
   // Adds the ranges and stores.
   void finish(void* d_filters, const Scratch& s, ParallelFor* parallel) const {
+    for_tiles(s, parallel, [&](const float* tile, int64_t tap, int64_t block, int64_t panel) {
+      store(tile, tap, block, panel, static_cast<char*>(d_filters));
+    });
+  }
+
+  static constexpr int64_t kTile = 32;
+
+  // Adds the ranges, and calls f(tile[kTile][kTile], tap, block of rows, panel) for each tile of the gradient.
+  template <class F>
+  void for_tiles(const Scratch& s, ParallelFor* parallel, F f) const {
     parallel->run(panels() * row_blocks(), [&](int64_t unit, int) {
       const int64_t elements = reader_.taps() * kTile * kTile;
       float* sums = s.sums + unit * elements;
       for (int64_t range = 1; range < ranges_; ++range)
         for (int64_t i = 0; i < elements; ++i) sums[i] += sums[range * sum_elements() + i];
       for (int64_t t = 0; t < reader_.taps(); ++t)
-        store(sums + t * kTile * kTile, t, unit % row_blocks(), unit / row_blocks(), static_cast<char*>(d_filters));
+        f(sums + t * kTile * kTile, t, unit % row_blocks(), unit / row_blocks());
     });
   }
 
- private:
-  static constexpr int64_t kTile = 32;
+  // Of a range: panel by panel, in them block of rows by block of rows.
+  int64_t sum_elements() const { return panels() * panel_sums(); }
 
+ private:
   // How many strips from `first` on have as many rows: only the last of all may have fewer.
   int64_t equal_strips(int64_t first, int64_t end) const {
     int64_t next = first + 1;
@@ -116,7 +133,6 @@ class AmxFilterGradient {
   int64_t panels() const { return ceil_div(p_.out_channels, kTile); }
   int64_t first_panel(int64_t part, int64_t parts) const { return part * panels() / parts; }
   int64_t panel_sums() const { return row_blocks() * reader_.taps() * kTile * kTile; }
-  int64_t sum_elements() const { return panels() * panel_sums(); }
   int64_t ld() const { return depth(reader_.max_read_rows()) + kTile; }  // no multiple of a page
 
   // Packs a strip as piece `piece` of a group.

@@ -4,6 +4,7 @@
 #include <vector>
 
 #include "amx_convolve.h"
+#include "amx_second_moments.h"
 #include "compute_type.h"
 #include "convolve.h"
 #include "depthwise.h"
@@ -243,24 +244,22 @@ class Forward {
 };
 
 // Training of a 1x1 convolution that saves no z: the second moments of the inputs give its statistics beforehand.
-template <class C>
+template <class C, template <class> class Conv, class Moments, class Statistics>
 class ForwardByMoments {
  public:
   ForwardByMoments(const KernelSet& set, const ConvBnParams& p, const DeviceInfo& device, const ForwardBuffers& b,
                    char* scratch)
       : p_(p),
         saved_{static_cast<C*>(b.conv_out), p.in_channels},
-        forward_(set, p, device, b, Image<C>(b.output, storage_of<C>(set, p.dtype), output_grid(p)),
-                 scratch ? scratch + StatisticsByMoments<C>::vectors_bytes(p.out_channels) : nullptr),
-        moments_(compute_kernels<C>(set), Image<C>(b.inputs, storage_of<C>(set, p.dtype), input_grid(p)),
-                 forward_windows(p), p.in_channels),
-        statistics_(set, static_cast<const C*>(b.filters), p.in_channels, p.out_channels, scratch) {
-    Arena arena(scratch ? scratch + StatisticsByMoments<C>::vectors_bytes(p.out_channels)
-                        : nullptr);  // the convolution's, when these are done
+        kept_(scratch),
+        statistics_(set, p, b.filters, &kept_),
+        rest_(scratch ? scratch + kept_.used() : nullptr),
+        forward_(set, p, device, b, Image<C>(b.output, storage_of<C>(set, p.dtype), output_grid(p)), rest_),
+        moments_(set, p, b.inputs) {
+    Arena arena(rest_);  // the convolution's, when these are done
     moments_scratch_ = moments_.carve(&arena, device.threads);
     statistics_.carve(&arena, device.threads);
-    scratch_bytes_ =
-        StatisticsByMoments<C>::vectors_bytes(p.out_channels) + std::max(arena.used(), forward_.scratch_bytes());
+    scratch_bytes_ = kept_.used() + std::max(arena.used(), forward_.scratch_bytes());
   }
 
   size_t scratch_bytes() const { return scratch_bytes_; }
@@ -279,10 +278,12 @@ class ForwardByMoments {
  private:
   const ConvBnParams& p_;
   SavedMoments<C> saved_;
-  Forward<C, Convolution> forward_;
-  SecondMoments<C> moments_;
-  StatisticsByMoments<C> statistics_;
-  typename SecondMoments<C>::Scratch moments_scratch_;
+  Arena kept_;
+  Statistics statistics_;
+  char* rest_;  // of the scratch, behind what is kept
+  Forward<C, Conv> forward_;
+  Moments moments_;
+  typename Moments::Scratch moments_scratch_;
   size_t scratch_bytes_;
 };
 
@@ -362,14 +363,27 @@ FCB_DEFINE_PACKING_STAGE(forward_winograd4, Winograd4)
 FCB_DEFINE_PACKING_STAGE(forward_few_channels, FewChannelsConvolution)
 FCB_DEFINE_STAGE(forward_depthwise, DepthwiseConvolution)
 
+template <class C>
+using CommonForwardByMoments = ForwardByMoments<C, Convolution, SecondMoments<C>, StatisticsByMoments<C>>;
 size_t forward_moments_scratch(const KernelSet& set, const ConvBnParams& p, const DeviceInfo& device) {
-  return with_compute_type(
-      p.dtype, [&](auto c) { return ForwardByMoments<decltype(c)>(set, p, device, {}, nullptr).scratch_bytes(); });
+  return with_compute_type(p.dtype, [&](auto c) {
+    return CommonForwardByMoments<decltype(c)>(set, p, device, {}, nullptr).scratch_bytes();
+  });
 }
 Status run_forward_moments(const KernelSet& set, const StageCall& call) {
   with_compute_type(call.params.dtype, [&](auto c) {
-    ForwardByMoments<decltype(c)>(set, call.params, call.device, *call.forward, call.scratch).train(call.parallel);
+    CommonForwardByMoments<decltype(c)>(set, call.params, call.device, *call.forward, call.scratch)
+        .train(call.parallel);
   });
+  return Status{};
+}
+
+using AmxForwardByMoments = ForwardByMoments<float, AmxConvolution, AmxSecondMoments, AmxStatisticsByMoments>;
+size_t forward_moments_amx_scratch(const KernelSet& set, const ConvBnParams& p, const DeviceInfo& device) {
+  return AmxForwardByMoments(set, p, device, {}, nullptr).scratch_bytes();
+}
+Status run_forward_moments_amx(const KernelSet& set, const StageCall& call) {
+  AmxForwardByMoments(set, call.params, call.device, *call.forward, call.scratch).train(call.parallel);
   return Status{};
 }
 

@@ -89,7 +89,7 @@ struct LineGradient {
     const Line z = read(b.z, r, b.ld_z);
     return make_line([&](int h) { return z.half[h] - mean.half[h]; });
   }
-  Line du(int64_t r, const Line& centered) const {
+  __attribute__((always_inline)) Line du(int64_t r, const Line& centered) const {
     const Line dy = read(b.dy, r, b.ld_dy);
     if constexpr (A == Activation::kNone) {
       return dy;
@@ -182,6 +182,48 @@ static void apply_lines(const GradientBlock<float>& block) {
       for (int64_t r = first; r < end; ++r) write_gradients(one, r), write_gradients(two, r);
     });
   }
+  if (b.stream) end_streaming();
+}
+
+// du from the output.
+template <class T, Activation A>
+FCB_INLINE Line masked_line(const GradientBlock<float>& b, int64_t r, int64_t c, const Lanes& lanes) {
+  fetch_ahead<float, T>(b.dy, r, b.ld_dy, c);
+  const Line dy = load_line(row<T>(b.dy, r, b.ld_dy) + c, lanes);
+  if constexpr (A == Activation::kNone) {
+    return dy;
+  } else {
+    fetch_ahead<float, T>(b.extra, r, b.ld_extra, c);
+    const Line y = load_line(row<T>(b.extra, r, b.ld_extra) + c, lanes);
+    return make_line([&](int h) { return dy.half[h] * derivative_of_output<A, float>(y.half[h]); });
+  }
+}
+
+// Of so many lines of channels.
+template <class T, Activation A, int kLines>
+FCB_INLINE void mask_columns(const GradientBlock<float>& b, int64_t c, int64_t first, int64_t end) {
+  Lanes lanes[kLines];
+  Line sums[kLines];
+  for (int l = 0; l < kLines; ++l) lanes[l] = lanes_of(b.cols - c - 32 * l), sums[l] = Line{};
+  for (int64_t r = first; r < end; ++r) {
+#pragma GCC unroll 2
+    for (int l = 0; l < kLines; ++l) {
+      const int64_t at = c + 32 * l;
+      const Line du = masked_line<T, A>(b, r, at, lanes[l]);
+      for (int h = 0; h < 2; ++h) sums[l].half[h] += du.half[h];
+      if (b.d_conv) store_line(du, lanes[l], row<T>(b.d_conv, r, b.ld_d_conv) + at);
+      if (b.d_residual) store_line(du, lanes[l], row<T>(b.d_residual, r, b.ld_d_residual) + at, b.stream);
+    }
+  }
+  for (int l = 0; l < kLines; ++l) add_line<T>(sums[l], lanes[l], b.sum_du + c + 32 * l);
+}
+
+template <class T, Activation A>
+static void mask_lines(const GradientBlock<float>& block) {
+  const GradientBlock<float> b = block;
+  for_lines<64>(b, [&](int64_t c, int64_t first, int64_t end) {
+    b.cols - c > 32 ? mask_columns<T, A, 2>(b, c, first, end) : mask_columns<T, A, 1>(b, c, first, end);
+  });
   if (b.stream) end_streaming();
 }
 #endif
