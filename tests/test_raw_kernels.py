@@ -50,10 +50,27 @@ AMX_EXPANDING = [
     for case, activation in zip(expanding_cases(), itertools.cycle((None, "relu", "relu6")))
     if case.strides == (1, 1) and np.prod(case.output_shape[:3]) >= 16
 ]
+# Strided convolutions of few channels, whose phases are computed at once where they divide the image.
+AMX_PHASES = [
+    Case(
+        dtype="bf16", height=h, width=w, in_channels=c, out_channels=k, kernel=kernel, strides=strides, padding=padding,
+        dilations=dilations, training=True, activation="relu",
+    )
+    for h, w, c, k, kernel, strides, dilations, padding in (
+        (32, 30, 3, 64, (7, 7), (2, 2), (1, 1), "SAME"),
+        (33, 30, 3, 64, (7, 7), (2, 2), (1, 1), "SAME"),
+        (30, 42, 3, 40, (5, 3), (3, 2), (1, 1), "VALID"),
+        (16, 121, 8, 16, (3, 3), (2, 1), (1, 2), "SAME"),
+        (12, 40, 1, 33, (2, 9), (1, 4), (1, 1), ((0, 0), (8, 3))),
+        (20, 20, 2, 48, (1, 1), (4, 4), (1, 1), "SAME"),
+    )
+]  # fmt: skip
 SPECIAL_CASES = {  # by a word in the names of the rows that serve no others
     "moments_amx": AMX_EXPANDING,
     "backward_direct_amx": [
-        case for case in AMX_CASES + AMX_DEEP + AMX_STREAMED if case.training and case.data_format == "NHWC"
+        case
+        for case in AMX_CASES + AMX_DEEP + AMX_STREAMED + AMX_PHASES
+        if case.training and case.data_format == "NHWC"
     ],
     "amx": AMX_CASES[::2] + AMX_DEEP + AMX_EMITTED,
     "winograd": [replace(case, isa=None) for case in winograd_cases()[::23]] + [DEEP, MANY],

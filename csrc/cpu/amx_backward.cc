@@ -6,6 +6,7 @@
 // that the gradient by the filters wants, and read by both.
 #include "amx_convolve.h"
 #include "amx_dgrad.h"
+#include "amx_phases.h"
 #include "amx_wgrad.h"
 #include "gradient_blocks.h"
 #include "stages.h"
@@ -37,7 +38,9 @@ class AmxBackward {
       for (int w = 0; w < workers_; ++w) strip_dz_.push_back(arena_.take<uint16_t>(rows * dgrad_.row_elements()));
     } else {
       dz_ = arena_.take<uint16_t>(lines() * wgrad_.reader().pitch() * p.out_channels);
-      const size_t bytes = dgrad_amx_scratch(set, p, dz_image(), workers_);
+      const size_t bytes = AmxMergedPhases::suits(p)
+                               ? AmxMergedPhases(set, p, dz_image(), nullptr).scratch_bytes(workers_)
+                               : dgrad_amx_scratch(set, p, dz_image(), workers_);
       phases_scratch_ = arena_.take<char>(static_cast<int64_t>(bytes));
     }
   }
@@ -96,7 +99,7 @@ class AmxBackward {
 
   void run_passes(ParallelFor* parallel) const {
     write_dz(parallel);
-    if (b_.d_inputs) run_dgrad_amx(set_, p_, dz_image(), b_, workers_, phases_scratch_, parallel);
+    if (b_.d_inputs) inputs_gradient(parallel);
     if (!b_.d_filters) return;
     const int64_t parts = wgrad_.parts(parallel->threads()), pitch = wgrad_.reader().pitch();
     parallel->run(wgrad_.ranges() * parts, [&](int64_t task, int worker) {
@@ -106,6 +109,12 @@ class AmxBackward {
       };
       wgrad_.accumulate(task / parts, task % parts, parts, p_.out_channels, dz_of, wgrad_scratch_, worker);
     });
+  }
+
+  void inputs_gradient(ParallelFor* parallel) const {
+    if (!AmxMergedPhases::suits(p_))
+      return run_dgrad_amx(set_, p_, dz_image(), b_, workers_, phases_scratch_, parallel);
+    AmxMergedPhases(set_, p_, dz_image(), b_.d_inputs).run(b_.filters, workers_, phases_scratch_, parallel);
   }
 
   // Line by line, where zeros lie between them; else in larger runs.

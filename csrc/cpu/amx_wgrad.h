@@ -116,9 +116,11 @@ class AmxFilterGradient {
   static constexpr int64_t kMinRows = 192,
                            kMaxRows = 480;   // sums are read and written once a strip; its panels are in L1
   static constexpr int64_t kTapsRows = 256;  // of both operands in L1, which are read for each tap
+  // Of few channels taps merge, sums are few, and what strips cost is the lines that two of them read.
+  static constexpr int64_t kFewChannels = 16, kFewChannelsRows = 1024;
 
   static int64_t strip_rows(const ConvBnParams& p) {
-    if (p.taps() > 1) return kTapsRows;
+    if (p.taps() > 1) return p.in_channels <= kFewChannels ? kFewChannelsRows : kTapsRows;
     const int64_t rows = kStripBytes / (4 * (p.in_channels + p.out_channels));
     return std::clamp(rows, kMinRows, kMaxRows) / AmxRowReader::kChunk * AmxRowReader::kChunk;
   }
