@@ -92,7 +92,7 @@ class AmxBackward {
                           store);
         return dz;
       };
-      if (b_.d_filters) return wgrad_.accumulate(range, 0, 1, stride, make, wgrad_scratch_, worker);
+      if (b_.d_filters) return wgrad_.accumulate(range, 0, 1, stride, make, b_.d_filters, wgrad_scratch_, worker);
       for (int64_t strip = wgrad_.first_strip(range); strip < wgrad_.first_strip(range + 1); ++strip) make(strip);
     });
   }
@@ -107,7 +107,8 @@ class AmxBackward {
         const int64_t first = wgrad_.reader().strip(strip).first, row = first / p_.out_width * pitch;
         return dz_ + (row + first % p_.out_width) * p_.out_channels;
       };
-      wgrad_.accumulate(task / parts, task % parts, parts, p_.out_channels, dz_of, wgrad_scratch_, worker);
+      wgrad_.accumulate(task / parts, task % parts, parts, p_.out_channels, dz_of, b_.d_filters, wgrad_scratch_,
+                        worker);
     });
   }
 

@@ -83,8 +83,8 @@ class AmxSecondMoments {
     double* squares = s.squares + range * elements;
     std::fill_n(squares, elements, 0.0);
     for (int64_t strip = products_.first_strip(range); strip < end; strip += kStrips) {
-      products_.accumulate_strips(strip, std::min(strip + kStrips, end), range, 0, 1, stride, rows_of, s.products,
-                                  worker);
+      products_.accumulate_strips(strip, std::min(strip + kStrips, end), range, 0, 1, stride, rows_of, nullptr,
+                                  s.products, worker);
       for (int64_t i = 0; i < elements; ++i) squares[i] += s.products.sums[range * elements + i];
     }
   }

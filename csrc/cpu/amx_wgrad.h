@@ -59,26 +59,30 @@ class AmxFilterGradient {
   // A range is done in one or more parts, each its share of the sums; parts may run at once.
   int64_t parts(int threads) const { return std::clamp<int64_t>(ceil_div(threads, ranges_), 1, panels()); }
 
-  // Sums up a part of a range. dz_of(strip) is a strip's dz: rows of `stride` elements, those between two lines 0.
+  // Sums up a part of a range, and stores it if there is no other range. dz_of(strip) is a strip's dz: rows of `stride`
+  // elements, those between two lines 0.
   template <class DzOf>
-  void accumulate(int64_t range, int64_t part, int64_t parts, int64_t stride, const DzOf& dz_of, const Scratch& s,
-                  int worker) const {
-    accumulate_strips(first_strip(range), first_strip(range + 1), range, part, parts, stride, dz_of, s, worker);
+  void accumulate(int64_t range, int64_t part, int64_t parts, int64_t stride, const DzOf& dz_of, void* d_filters,
+                  const Scratch& s, int worker) const {
+    accumulate_strips(first_strip(range), first_strip(range + 1), range, part, parts, stride, dz_of,
+                      ranges_ == 1 ? d_filters : nullptr, s, worker);
   }
 
-  // The same of strips [begin, end), as the sums of `range`.
+  // The same of strips [begin, end), as the sums of `range` or, unless null, into d_filters.
   template <class DzOf>
   void accumulate_strips(int64_t begin, int64_t end, int64_t range, int64_t part, int64_t parts, int64_t stride,
-                         const DzOf& dz_of, const Scratch& s, int worker) const {
+                         const DzOf& dz_of, void* d_filters, const Scratch& s, int worker) const {
     for (int64_t first = begin, pieces; first < end; first += pieces) {
       pieces = equal_strips(first, std::min(first + group_strips_, end));
       for (int64_t i = 0; i < pieces; ++i) pack(i, first + i, dz_of(first + i), stride, part, parts, s, worker);
-      multiply(range, pieces, reader_.strip(first).rows(), first > begin, part, parts, s, worker);
+      char* stored = first + pieces == end ? static_cast<char*>(d_filters) : nullptr;
+      multiply(range, pieces, reader_.strip(first).rows(), first > begin, stored, part, parts, s, worker);
     }
   }
 
-  // Adds the ranges and stores.
+  // Adds the ranges and stores, where there are several.
   void finish(void* d_filters, const Scratch& s, ParallelFor* parallel) const {
+    if (ranges_ == 1) return;
     for_tiles(s, parallel, [&](const float* tile, int64_t tap, int64_t block, int64_t panel) {
       store(tile, tap, block, panel, static_cast<char*>(d_filters));
     });
@@ -149,9 +153,11 @@ class AmxFilterGradient {
     k_.pairs(dz + column, stride, strip.rows(), cols, w.panels + piece * piece_panels());
   }
 
-  // Adds the products of a group's first `pieces` to a range's sums, or sets them.
-  void multiply(int64_t range, int64_t pieces, int64_t rows, bool add, int64_t part, int64_t parts, const Scratch& s,
-                int worker) const {
+  // Adds the products of a group's first `pieces` to a range's sums, or sets them. Sums that are complete are stored
+  // from L1, and those of the only group are in no other memory.
+  void multiply(int64_t range, int64_t pieces, int64_t rows, bool add, char* stored, int64_t part, int64_t parts,
+                const Scratch& s, int worker) const {
+    alignas(64) float only[kTile * kTile];
     const Worker& w = s.workers[worker];
     const int64_t begin = first_panel(part, parts), end = first_panel(part + 1, parts), depth = this->depth(rows);
     float* sums = s.sums + range * sum_elements() + begin * panel_sums();
@@ -159,9 +165,11 @@ class AmxFilterGradient {
     for (int64_t panel = 0; panel < end - begin; ++panel)
       for (int64_t block = 0; block < row_blocks(); ++block)
         for (int64_t t = 0; t < reader_.taps(); ++t, sums += kTile * kTile) {
+          float* to = stored && !add ? only : sums;
           const uint16_t* columns = w.columns + block * kTile * ld() + reader_.tap_offset()[t] / reader_.row_elements();
           k_.outer({columns, ld(), piece_columns(), w.panels + panel * kTile * depth, piece_panels(), pieces, depth},
-                   add, sums);
+                   add, to);
+          if (stored) store(to, t, block, begin + panel, stored);
         }
     k_.end();
   }

@@ -117,7 +117,7 @@ class AmxBackwardByMoments {
                        store);
       return w.du;
     };
-    correlation_.accumulate(range, 0, 1, stride, make, correlation_scratch_, worker);
+    correlation_.accumulate(range, 0, 1, stride, make, nullptr, correlation_scratch_, worker);
   }
 
   void mask(int64_t first, int64_t rows, const Worker& w, double* sum_du) const {
