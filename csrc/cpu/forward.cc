@@ -215,18 +215,14 @@ class Forward {
   // The same where 16-bit numbers lie in rows.
   AffineBlock<C> in_place_block(const void* z, int64_t ld_z, const Tile<C>& t) const {
     const void* residual = residual_.present() ? residual_.address(t.first, t.channel) : nullptr;
-    return {z,
-            ld_z,
-            residual,
-            residual_.ld(),
-            output_.address(t.first, t.channel),
-            output_.ld(),
-            t.rows,
-            t.cols,
-            static_cast<const C*>(b_.batch_mean) + t.channel,
-            scale_ + t.channel,
-            static_cast<const C*>(b_.beta) + t.channel,
-            output_.streams(t.channel, t.cols)};
+    AffineBlock<C> block{};
+    block.z = z, block.ld_z = ld_z, block.residual = residual, block.ld_residual = residual_.ld();
+    block.y = output_.address(t.first, t.channel), block.ld_y = output_.ld();
+    block.rows = t.rows, block.cols = t.cols;
+    block.mean = static_cast<const C*>(b_.batch_mean) + t.channel, block.scale = scale_ + t.channel;
+    block.beta = static_cast<const C*>(b_.beta) + t.channel;
+    block.stream = output_.streams(t.channel, t.cols);
+    return block;
   }
   auto in_place_of_tile() const { return output_.in_place_kernels().affine_of_tile[static_cast<int>(p_.activation)]; }
 
