@@ -56,8 +56,10 @@ def draw(seed: int, work: int = 1_200_000) -> Draw:
         epsilon=rng.choice((1e-3, 1e-5)), momentum=rng.choice((0.9, 0.99, 0.0, 1.0)), padding=_padding(rng, case),
         inputs_mean=rng.choices((0.0, 10.0, 300.0), (8, 1, 1))[0],
     )  # fmt: skip
-    if kind in TRAINED and rng.random() < 0.7:
-        case = replace(case, **TRAINED[kind])
+    if kind in TRAINED:
+        drawn = rng.random()
+        trained = next((attributes for below, attributes in TRAINED[kind].items() if drawn < below), {})
+        case = replace(case, **trained)
     case = _sized(rng, case, work)
     if case.dtype == "f16":
         case = replace(case, inputs_mean=min(case.inputs_mean, 10.0))  # or d_filters would overflow
@@ -91,10 +93,6 @@ def _expanding(rng: random.Random) -> Case:
     )
 
 
-def _expanding_half(rng: random.Random) -> Case:
-    return _expanding(rng)
-
-
 def _half_precision(rng: random.Random) -> Case:
     return rng.choice((_dense, _pointwise))(rng)
 
@@ -125,13 +123,15 @@ def _first_layer(rng: random.Random) -> Case:
 
 
 KINDS = {
-    _dense: 3, _pointwise: 3, _expanding: 5, _expanding_half: 3, _half_precision: 3, _three_by_three: 5, _grouped: 2,
-    _depthwise: 4, _first_layer: 2,
+    _dense: 3, _pointwise: 3, _expanding: 5, _half_precision: 3, _three_by_three: 5, _grouped: 2, _depthwise: 4,
+    _first_layer: 2,
 }  # fmt: skip
-TRAINED = {  # as networks train them: there are kernels for just that
-    _expanding: {"dtype": "f32", "data_format": "NHWC", "training": True, "padding": "SAME"},
-    _expanding_half: {"dtype": "bf16", "data_format": "NHWC", "training": True, "activation": "relu"},
-    _half_precision: {"dtype": "bf16", "data_format": "NHWC", "training": True},
+TRAINED = {  # as networks train them, by a number below which they are drawn: there are kernels for just that
+    _expanding: {
+        0.45: {"dtype": "f32", "data_format": "NHWC", "training": True, "padding": "SAME"},
+        0.7: {"dtype": "bf16", "data_format": "NHWC", "training": True, "activation": "relu"},
+    },
+    _half_precision: {0.7: {"dtype": "bf16", "data_format": "NHWC", "training": True}},
 }
 
 

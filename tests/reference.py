@@ -105,6 +105,10 @@ def backward(
     taps = np.prod(convolution.filters_shape[:2])
     terms = taps * problem.group_out
     d_inputs = bilinear(convolution.inputs_gradient, terms, dz, problem.filters, problem.by_transforms(dz, axis=3))
+    if problem.uses_batch and not problem.stores_z:  # what du gives and the rest are rounded apart
+        for part in (scale * du, dz - scale * du):
+            term = bilinear(convolution.inputs_gradient, terms, part.widened(problem.dtype), problem.filters)
+            d_inputs = Real(d_inputs.value, d_inputs.error + term.widened(problem.dtype).error, d_inputs.eps)
     mixed = problem.by_transforms_over_pixels(problem.inputs, dz)
     d_filters = bilinear(convolution.filters_gradient, problem.count, dz, problem.inputs, mixed)
     return Backward(

@@ -84,7 +84,8 @@ def calls(case: Case) -> Iterator[tuple[Run, dict[str, None]]]:
     """Each run and, where moments are saved, what is planned without the output: nobody has to give it then."""
     for run in runs(case):
         yield run, {}
-        if run.direction == "backward" and run.saved == "moments" and run.kernel and not case.residual:
+        needs_output = case.activation is not None and not case.residual
+        if run.direction == "backward" and run.saved == "moments" and run.kernel and needs_output:
             yield run, {"output": None, "kernel": None}
 
 
