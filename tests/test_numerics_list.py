@@ -177,6 +177,8 @@ def test_gradient_of_one_element_a_channel(case, run, unbiased):
 
 
 def single(case: Case, run: Run, unbiased: bool) -> Problem:
+    if not run.stores_z:
+        pytest.skip("rows by moments on AMX take 16 pixels and more")
     one = replace(case, batch=1, height=case.kernel[0], width=case.kernel[1], unbiased=unbiased)
     return copying(one, normal(shape=(1, 1, 1, CHANNELS)), run.transforms, run.recomputes)
 
