@@ -145,7 +145,8 @@ struct Plan {
   std::string describe() const;
 };
 
-// Empty where nothing is saved; else the output's shape or, for kMoments, [C + 2, C].
+// Empty where nothing is saved; else the output's shape or, for kMoments, [C + 2, C] numbers of the compute type: twice
+// as many rows of 16-bit data, which then are parts of them.
 std::vector<int64_t> conv_out_shape(const ConvBnParams& params, Saved saved);
 
 // force_kernel: the name of a row (raw.kernels() lists them), used for each stage that it serves; empty: the first row

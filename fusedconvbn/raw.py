@@ -164,7 +164,8 @@ def forward(
         packed_filters: What `pack_filters` made of `filters`, or None: they are packed by this call.
 
     In training `conv_out` is one of: the convolution, of the output's shape and dtype; the second moments of the
-    inputs, [C + 2, C] (scatter, mean, what the mean lost in rounding), where backward needs no more than these; None.
+    inputs, [C + 2, C] (scatter, mean, what the mean lost in rounding; of bfloat16 inputs float32 numbers in parts,
+    [2 (C + 2), C]), where backward needs no more than these; None.
 
     Results have the same bits whatever the number of threads.
     """

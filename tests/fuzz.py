@@ -56,8 +56,10 @@ def draw(seed: int, work: int = 1_200_000) -> Draw:
         epsilon=rng.choice((1e-3, 1e-5)), momentum=rng.choice((0.9, 0.99, 0.0, 1.0)), padding=_padding(rng, case),
         inputs_mean=rng.choices((0.0, 10.0, 300.0), (8, 1, 1))[0],
     )  # fmt: skip
-    if kind in TRAINED and rng.random() < 0.7:
-        case = replace(case, **TRAINED[kind])
+    if kind in TRAINED:
+        drawn = rng.random()
+        trained = next((attributes for below, attributes in TRAINED[kind].items() if drawn < below), {})
+        case = replace(case, **trained)
     case = _sized(rng, case, work)
     if case.dtype == "f16":
         case = replace(case, inputs_mean=min(case.inputs_mean, 10.0))  # or d_filters would overflow
@@ -124,9 +126,12 @@ KINDS = {
     _dense: 3, _pointwise: 3, _expanding: 5, _half_precision: 3, _three_by_three: 5, _grouped: 2, _depthwise: 4,
     _first_layer: 2,
 }  # fmt: skip
-TRAINED = {  # as networks train them: there are kernels for just that
-    _expanding: {"dtype": "f32", "data_format": "NHWC", "training": True, "padding": "SAME"},
-    _half_precision: {"dtype": "bf16", "data_format": "NHWC", "training": True},
+TRAINED = {  # as networks train them, by a number below which they are drawn: there are kernels for just that
+    _expanding: {
+        0.45: {"dtype": "f32", "data_format": "NHWC", "training": True, "padding": "SAME"},
+        0.7: {"dtype": "bf16", "data_format": "NHWC", "training": True, "activation": "relu", "inputs_mean": 0.0},
+    },
+    _half_precision: {0.7: {"dtype": "bf16", "data_format": "NHWC", "training": True}},
 }
 
 
@@ -181,6 +186,11 @@ class Run(NamedTuple):
     def recomputes(self) -> bool:
         """Whether backward computes z again."""
         return self.direction == "backward" and self.saved != "conv"
+
+    @property
+    def stores_z(self) -> bool:
+        """Whether what it computes is of a rounded z, as elsewhere in training."""
+        return not any(row.endswith("moments_amx") for row in self.planned)
 
     def __str__(self) -> str:
         chosen = "" if self.kernel else " (the plan's own choice)"

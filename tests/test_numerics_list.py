@@ -81,7 +81,7 @@ BACKWARD = pytest.mark.parametrize(("case", "run"), copying_runs("backward", SMA
 
 def test_every_kernel_can_copy():
     met = {name for mark in (FORWARD, BACKWARD) for param in mark.args[1] for name in param.values[1].planned}
-    exact = {row.name for row in raw.kernels() if row.available and not row.name.endswith("_direct_amx")}  # float32's
+    exact = {row.name for row in raw.kernels() if row.available and not row.name.endswith("_amx")}  # float32's
     assert exact <= met
 
 
@@ -177,6 +177,8 @@ def test_gradient_of_one_element_a_channel(case, run, unbiased):
 
 
 def single(case: Case, run: Run, unbiased: bool) -> Problem:
+    if not run.stores_z:
+        pytest.skip("rows by moments on AMX take 16 pixels and more")
     one = replace(case, batch=1, height=case.kernel[0], width=case.kernel[1], unbiased=unbiased)
     return copying(one, normal(shape=(1, 1, 1, CHANNELS)), run.transforms, run.recomputes)
 

@@ -3,6 +3,7 @@
 import itertools
 from dataclasses import replace
 
+import numpy as np
 import pytest
 from cases import (
     Case,
@@ -47,16 +48,44 @@ THIRDS_DEEP = [
     Case(height=11, width=13, in_channels=c, out_channels=k, kernel=(1, 1), activation="relu", training=t)
     for c, k, t in ((680, 72, True), (72, 680, True), (70, 33, True), (650, 40, False), (33, 1, True))
 ]
+# Gradients of a residual past the caches, one and two cache lines of a row at a time.
+AMX_STREAMED = [replace(AMX_EMITTED[1], out_channels=channels, training=True) for channels in (672, 640)]
+# What moments serve on AMX: activations whose derivative is 0 or 1, and pixels enough for their variance.
+AMX_EXPANDING = [
+    replace(case, isa=None, dtype="bf16", activation=activation)
+    for case, activation in zip(expanding_cases(), itertools.cycle((None, "relu", "relu6")))
+    if case.strides == (1, 1) and np.prod(case.output_shape[:3]) >= 16
+]
+# Strided convolutions of few channels, whose phases are computed at once where they divide the image.
+AMX_PHASES = [
+    Case(
+        dtype="bf16", height=h, width=w, in_channels=c, out_channels=k, kernel=kernel, strides=strides, padding=padding,
+        dilations=dilations, training=True, activation="relu",
+    )
+    for h, w, c, k, kernel, strides, dilations, padding in (
+        (32, 30, 3, 64, (7, 7), (2, 2), (1, 1), "SAME"),
+        (33, 30, 3, 64, (7, 7), (2, 2), (1, 1), "SAME"),
+        (30, 42, 3, 40, (5, 3), (3, 2), (1, 1), "VALID"),
+        (16, 121, 8, 16, (3, 3), (2, 1), (1, 2), "SAME"),
+        (12, 40, 1, 33, (2, 9), (1, 4), (1, 1), ((0, 0), (8, 3))),
+        (20, 20, 2, 48, (1, 1), (4, 4), (1, 1), "SAME"),
+    )
+]  # fmt: skip
 SPECIAL_CASES = {  # by a word in the names of the rows that serve no others
-    "wgrad_thirds": THIRDS_DEEP
-    + [replace(case, isa=None) for case in pointwise_cases() if case.dtype == "f32" and case.isa == "avx2"],
-    "thirds": THIRDS_DEEP + THIRDS[::5],
-    "moments_amx": [replace(case, isa=None) for case in expanding_cases() if case.dtype == "f32"][::4]
+    "moments_thirds": [replace(case, isa=None) for case in expanding_cases() if case.dtype == "f32"][::4]
     + [
         Case(height=h, width=13, in_channels=c, out_channels=k, kernel=(1, 1), activation="relu6", training=True)
         for h, c, k in ((31, 64, 130), (9, 96, 200), (40, 70, 145))
     ],
-    "backward_direct_amx": [case for case in AMX_CASES + AMX_DEEP if case.training and case.data_format == "NHWC"],
+    "wgrad_thirds": THIRDS_DEEP
+    + [replace(case, isa=None) for case in pointwise_cases() if case.dtype == "f32" and case.isa == "avx2"],
+    "thirds": THIRDS_DEEP + THIRDS[::5],
+    "moments_amx": AMX_EXPANDING,
+    "backward_direct_amx": [
+        case
+        for case in AMX_CASES + AMX_DEEP + AMX_STREAMED + AMX_PHASES
+        if case.training and case.data_format == "NHWC"
+    ],
     "amx": AMX_CASES[::2] + AMX_DEEP + AMX_EMITTED,
     "winograd": [replace(case, isa=None) for case in winograd_cases()[::23]] + [DEEP, MANY],
     "depthwise": [replace(case, isa=None) for case in depthwise_cases()[::5] + sliding_cases()],
@@ -91,7 +120,7 @@ def test_each_stage_has_rows_for_each_isa_and_a_reference():
 
 @pytest.mark.parametrize(("kernel", "case"), RUNS, ids=[f"{row.name}-{case}" for row, case in RUNS])
 def test_forced_kernel(kernel, case):
-    problem = Problem(case)
+    problem = Problem(case, stores_z=not kernel.name.endswith("moments_amx"))
     if kernel.stage == "forward":
         assert planned(case, "forward", kernel=kernel.name).kernels == [kernel.name]
         result = problem.run_forward(kernel=kernel.name)

@@ -215,18 +215,14 @@ class Forward {
   // The same where 16-bit numbers lie in rows.
   AffineBlock<C> in_place_block(const void* z, int64_t ld_z, const Tile<C>& t) const {
     const void* residual = residual_.present() ? residual_.address(t.first, t.channel) : nullptr;
-    return {z,
-            ld_z,
-            residual,
-            residual_.ld(),
-            output_.address(t.first, t.channel),
-            output_.ld(),
-            t.rows,
-            t.cols,
-            static_cast<const C*>(b_.batch_mean) + t.channel,
-            scale_ + t.channel,
-            static_cast<const C*>(b_.beta) + t.channel,
-            output_.streams(t.channel, t.cols)};
+    AffineBlock<C> block{};
+    block.z = z, block.ld_z = ld_z, block.residual = residual, block.ld_residual = residual_.ld();
+    block.y = output_.address(t.first, t.channel), block.ld_y = output_.ld();
+    block.rows = t.rows, block.cols = t.cols;
+    block.mean = static_cast<const C*>(b_.batch_mean) + t.channel, block.scale = scale_ + t.channel;
+    block.beta = static_cast<const C*>(b_.beta) + t.channel;
+    block.stream = output_.streams(t.channel, t.cols);
+    return block;
   }
   auto in_place_of_tile() const { return output_.in_place_kernels().affine_of_tile[static_cast<int>(p_.activation)]; }
 
@@ -241,11 +237,6 @@ class Forward {
   std::vector<C*> z_, extra_;  // a worker's [kBlockRows][columns()]
   typename Conv<C>::Scratch convolution_scratch_;
   size_t scratch_bytes_;
-};
-
-template <class T>
-struct Type {
-  using type = T;
 };
 
 // In a backward plan the stage recomputes z.
@@ -324,24 +315,37 @@ FCB_DEFINE_PACKING_STAGE(forward_winograd4, Winograd4)
 FCB_DEFINE_PACKING_STAGE(forward_few_channels, FewChannelsConvolution)
 FCB_DEFINE_STAGE(forward_depthwise, DepthwiseConvolution)
 
-// Passes the class to f.
-template <class F>
-auto with_forward_by_moments(const KernelSet& set, const ConvBnParams& p, F f) {
-  if (set.f32.thirds && p.dtype == DType::kFloat32)
-    return f(Type<ForwardByMoments<float, Forward<float, ThirdsConvolution>>>{});
-  return with_compute_type(
-      p.dtype, [&](auto c) { return f(Type<ForwardByMoments<decltype(c), Forward<decltype(c), Convolution>>>{}); });
+// Those by moments; ByMoments<C> is a ForwardByMoments.
+template <template <class> class ByMoments>
+size_t moments_scratch(const KernelSet& set, const ConvBnParams& p, const DeviceInfo& device) {
+  return with_compute_type(p.dtype,
+                           [&](auto c) { return ByMoments<decltype(c)>(set, p, device, {}, nullptr).scratch_bytes(); });
 }
-size_t forward_moments_scratch(const KernelSet& set, const ConvBnParams& p, const DeviceInfo& device) {
-  return with_forward_by_moments(
-      set, p, [&](auto t) { return typename decltype(t)::type(set, p, device, {}, nullptr).scratch_bytes(); });
-}
-Status run_forward_moments(const KernelSet& set, const StageCall& call) {
-  with_forward_by_moments(set, call.params, [&](auto t) {
-    typename decltype(t)::type(set, call.params, call.device, *call.forward, call.scratch).train(call.parallel);
+template <template <class> class ByMoments>
+Status run_moments(const KernelSet& set, const StageCall& call) {
+  with_compute_type(call.params.dtype, [&](auto c) {
+    ByMoments<decltype(c)>(set, call.params, call.device, *call.forward, call.scratch).train(call.parallel);
   });
   return Status{};
 }
+#define FCB_MOMENTS_STAGE(name, ByMoments)                                                       \
+  size_t name##_scratch(const KernelSet& set, const ConvBnParams& p, const DeviceInfo& device) { \
+    return moments_scratch<ByMoments>(set, p, device);                                           \
+  }                                                                                              \
+  Status run_##name(const KernelSet& set, const StageCall& call) { return run_moments<ByMoments>(set, call); }
+
+template <class C>
+using DirectByMoments = ForwardByMoments<C, Forward<C, Convolution>, SecondMoments<C>, StatisticsByMoments<C>>;
+// Of float alone, whatever the type.
+template <class>
+using AmxByMoments = ForwardByMoments<float, Forward<float, AmxConvolution>, AmxSecondMoments, AmxStatisticsByMoments>;
+template <class>
+using ThirdsByMoments =
+    ForwardByMoments<float, Forward<float, ThirdsConvolution>, SecondMoments<float>, StatisticsByMoments<float>>;
+FCB_MOMENTS_STAGE(forward_moments, DirectByMoments)
+FCB_MOMENTS_STAGE(forward_moments_amx, AmxByMoments)
+FCB_MOMENTS_STAGE(forward_moments_thirds, ThirdsByMoments)
+#undef FCB_MOMENTS_STAGE
 
 // Of one compute type.
 #define FCB_FLOAT_STAGE(name, Algorithm)                                                                   \

@@ -3,30 +3,29 @@
 
 #include <algorithm>
 
+#include "amx_second_moments.h"
 #include "second_moments.h"
 
 namespace fusedconvbn {
 
 // Training of a 1x1 convolution that saves no z: the second moments of the inputs give its statistics beforehand.
 // Forward: of forward.cc, which works with statistics that are known, too.
-template <class C, class Forward>
+template <class C, class Forward, class Moments, class Statistics>
 class ForwardByMoments {
  public:
   ForwardByMoments(const KernelSet& set, const ConvBnParams& p, const DeviceInfo& device, const ForwardBuffers& b,
                    char* scratch)
       : p_(p),
         saved_{static_cast<C*>(b.conv_out), p.in_channels},
-        forward_(set, p, device, b, Image<C>(b.output, storage_of<C>(set, p.dtype), output_grid(p)),
-                 scratch ? scratch + StatisticsByMoments<C>::vectors_bytes(p.out_channels) : nullptr),
-        moments_(compute_kernels<C>(set), Image<C>(b.inputs, storage_of<C>(set, p.dtype), input_grid(p)),
-                 forward_windows(p), p.in_channels),
-        statistics_(set, static_cast<const C*>(b.filters), p.in_channels, p.out_channels, scratch) {
-    Arena arena(scratch ? scratch + StatisticsByMoments<C>::vectors_bytes(p.out_channels)
-                        : nullptr);  // the convolution's, when these are done
+        kept_(scratch),
+        statistics_(set, p, b.filters, &kept_),
+        rest_(scratch ? scratch + kept_.used() : nullptr),
+        forward_(set, p, device, b, Image<C>(b.output, storage_of<C>(set, p.dtype), output_grid(p)), rest_),
+        moments_(set, p, b.inputs) {
+    Arena arena(rest_);  // the convolution's, when these are done
     moments_scratch_ = moments_.carve(&arena, device.threads);
     statistics_.carve(&arena, device.threads);
-    scratch_bytes_ =
-        StatisticsByMoments<C>::vectors_bytes(p.out_channels) + std::max(arena.used(), forward_.scratch_bytes());
+    scratch_bytes_ = kept_.used() + std::max(arena.used(), forward_.scratch_bytes());
   }
 
   size_t scratch_bytes() const { return scratch_bytes_; }
@@ -45,10 +44,12 @@ class ForwardByMoments {
  private:
   const ConvBnParams& p_;
   SavedMoments<C> saved_;
+  Arena kept_;
+  Statistics statistics_;
+  char* rest_;  // of the scratch, behind what is kept
   Forward forward_;
-  SecondMoments<C> moments_;
-  StatisticsByMoments<C> statistics_;
-  typename SecondMoments<C>::Scratch moments_scratch_;
+  Moments moments_;
+  typename Moments::Scratch moments_scratch_;
   size_t scratch_bytes_;
 };
 

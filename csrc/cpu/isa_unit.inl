@@ -74,6 +74,16 @@ static constexpr void fill_activation(ComputeKernels<C>* k) {
 #if defined(__AMX_BF16__)
 constexpr ThirdsKernels kThirdsKernels = {thirds_of_rows, thirds_of_columns, thirds_of_panel, multiply_thirds,
                                           emit_all,       cut_all_left,      cut_all_right};
+
+template <int A>
+static constexpr void fill_masks(AmxKernels* k) {
+  if constexpr (A < kActivationCount) {
+    constexpr Activation a = static_cast<Activation>(A);
+    if constexpr (a == Activation::kNone || derivative_from_output(a)) k->mask[A] = mask_lines<BFloat16, a>;
+    fill_masks<A + 1>(k);
+  }
+}
+
 static constexpr AmxKernels amx_kernels() {
   AmxKernels k{};
   k.begin = amx_begin;
@@ -85,6 +95,7 @@ static constexpr AmxKernels amx_kernels() {
   k.pairs = amx_pairs_of_rows;
   k.outer = amx_outer;
   fill_gradients<0, float, BFloat16, BFloat16>(static_cast<decltype(&k.apply)>(nullptr), &k.apply);
+  fill_masks<0>(&k);
   return k;
 }
 #endif
