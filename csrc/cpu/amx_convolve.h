@@ -185,12 +185,12 @@ class AmxConvolution {
 
   // So fast that the products of a job's rows with some spans take as long.
   AmxFetch fetch_during(const Job& job, int64_t spans, const Memory& memory) const {
-    constexpr int64_t kLine = 64;  // bytes
+    constexpr int64_t kPair = 128;  // bytes
     int64_t steps = 0;
     for (int64_t i = 0; i < job.count; ++i) steps += ceil_div(job.rows[i].strip.rows(), kTileRows);
     steps *= span_ * spans * reader_.taps() * reader_.depth().chunks;
     const auto *begin = reinterpret_cast<const char*>(memory.begin), *end = reinterpret_cast<const char*>(memory.end);
-    return {begin, end, steps == 0 ? 0 : ceil_div(end - begin, kLine * steps)};
+    return {begin, end, steps == 0 ? 0 : ceil_div(end - begin, kPair * steps)};
   }
 
   // A tile is emitted while the next is computed, if the epilogue can.
