@@ -65,7 +65,7 @@ FCB_INLINE void amx_load_lower(const uint16_t* rows, int64_t row_bytes) {
 }
 
 FCB_INLINE void amx_fetch(AmxFetch* f) {
-  for (int64_t i = 0; i < f->pairs && f->at < f->end; ++i, f->at += 128) _mm_prefetch(f->at, _MM_HINT_T1);
+  for (int64_t i = 0; i < f->lines && f->at < f->end; ++i, f->at += f->distance) _mm_prefetch(f->at, _MM_HINT_T1);
 }
 
 // The next slice: rows of one line.
