@@ -272,6 +272,8 @@ def test_arrays_one_element_off_alignment(case, run):
 NON_FINITE = [
     Case(batch=2, height=9, width=11, in_channels=5, out_channels=19),
     Case(batch=2, height=9, width=11, in_channels=5, out_channels=40, kernel=(1, 1)),
+    Case(batch=2, height=9, width=11, in_channels=5, out_channels=72),
+    Case(batch=2, height=9, width=11, in_channels=5, out_channels=64, kernel=(1, 1), residual=True),
     Case(batch=2, height=9, width=11, in_channels=19, out_channels=19, groups=19),
     Case(batch=2, height=9, width=11, in_channels=5, out_channels=10, groups=5, strides=(2, 1)),
 ]

@@ -65,7 +65,7 @@ FCB_INLINE void amx_load_lower(const uint16_t* rows, int64_t row_bytes) {
 }
 
 FCB_INLINE void amx_fetch(AmxFetch* f) {
-  for (int64_t i = 0; i < f->lines && f->at < f->end; ++i, f->at += 64) _mm_prefetch(f->at, _MM_HINT_T1);
+  for (int64_t i = 0; i < f->lines && f->at < f->end; ++i, f->at += f->distance) _mm_prefetch(f->at, _MM_HINT_T1);
 }
 
 // The next slice: rows of one line.
@@ -102,25 +102,42 @@ FCB_INLINE void amx_do_aside(AmxAside* aside) {
   amx_emit_slice(e);
 }
 
-// Adds the products of 32 rows from `first` on and of chunks [begin, end) of all taps.
+FCB_INLINE void amx_load_filters(const uint16_t* filters, int64_t half) {
+  _tile_loadd(6, filters, 64);
+  _tile_loadd(7, filters + half, 64);
+}
+
+// Adds the products of 32 rows from `first` on and of chunks [begin, end) of all taps. Each tile is loaded for the next
+// step right after its last product in this one: the longest time for what comes from L2.
 template <bool Once>
 FCB_INLINE void amx_multiply_chunks(const AmxRows& in, int64_t first, int64_t begin, int64_t end,
                                     const uint16_t* filters, AmxAside* aside) {
-  const int64_t row_bytes = in.stride * 2, half = in.chunk * kAmxTile;
-  for (int64_t t = 0; t < in.taps; ++t) {
-    const uint16_t* rows = in.rows + in.tap_offset[t] + first * in.stride + begin * in.chunk;
-    for (int64_t j = begin; j < end; ++j, rows += in.chunk, filters += 2 * half) {
-      _tile_loadd(6, filters, 64);
-      amx_load_upper<Once>(rows, row_bytes);
-      _tile_dpbf16ps(0, 4, 6);
-      _tile_loadd(7, filters + half, 64);
-      _tile_dpbf16ps(1, 4, 7);
-      amx_load_lower<Once>(rows + kAmxTile * in.stride, row_bytes);
-      amx_do_aside(aside);
-      _tile_dpbf16ps(2, 5, 6);
-      _tile_dpbf16ps(3, 5, 7);
-    }
+  const int64_t row_bytes = in.stride * 2, half = in.chunk * kAmxTile, lower = kAmxTile * in.stride;
+  const uint16_t* const from = in.rows + first * in.stride + begin * in.chunk;
+  const int64_t steps = in.taps * (end - begin);
+  if (steps == 0) return;
+  const uint16_t* rows = from + in.tap_offset[0];
+  amx_load_upper<Once>(rows, row_bytes);
+  amx_load_lower<Once>(rows + lower, row_bytes);
+  amx_load_filters(filters, half);
+  for (int64_t step = 1, tap = 0, j = begin + 1; step < steps; ++step, ++j) {
+    filters += 2 * half, rows += in.chunk;
+    if (j == end) j = begin, rows = from + in.tap_offset[++tap];
+    _tile_dpbf16ps(0, 4, 6);
+    _tile_dpbf16ps(1, 4, 7);
+    amx_load_upper<Once>(rows, row_bytes);
+    amx_do_aside(aside);
+    _tile_dpbf16ps(3, 5, 7);
+    _tile_loadd(7, filters + half, 64);
+    _tile_dpbf16ps(2, 5, 6);
+    _tile_loadd(6, filters, 64);
+    amx_load_lower<Once>(rows + lower, row_bytes);
   }
+  _tile_dpbf16ps(0, 4, 6);
+  _tile_dpbf16ps(1, 4, 7);
+  amx_do_aside(aside);
+  _tile_dpbf16ps(2, 5, 6);
+  _tile_dpbf16ps(3, 5, 7);
 }
 
 // The last 32 rows end with the last row: some are computed twice rather than any read behind it. They lie in the tile

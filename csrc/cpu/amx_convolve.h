@@ -109,6 +109,7 @@ class AmxConvolution {
   static constexpr int64_t kChunk = AmxRowReader::kChunk, kUnit = sizeof(C);
   static constexpr int64_t kPanel = 32, kMaxSpan = 2;
   static constexpr int64_t kTileRows = 32;  // of a step
+  static constexpr int64_t kLine = 64;      // bytes of a cache line
 
   int64_t panels() const { return ceil_div(cols_, kPanel); }
   int64_t spans() const { return ceil_div(panels(), span_); }
@@ -156,13 +157,14 @@ class AmxConvolution {
     };
     kernels_.amx.begin(reader_.depth().chunk);
     if (filter_bytes(job.end - job.begin) <= kFilterBytes) {
-      aside.fetch = fetch_during(job, job.end - job.begin, job.next);
+      aside.fetch = fetch_during(job, job.end - job.begin, job.next, kLine);
       for_chunks(job, [&](const Rows& rows, int64_t chunk) {
         for (int64_t span = job.begin; span < job.end; ++span) run(rows, chunk, span);
       });
     } else {
       for (int64_t span = job.begin; span < job.end; ++span) {
-        aside.fetch = fetch_during(job, 1, span + 1 < job.end ? filters_of(job, span + 1) : job.next);
+        aside.fetch = span + 1 < job.end ? fetch_during(job, 1, filters_of(job, span + 1), 2 * kLine)
+                                         : fetch_during(job, 1, job.next, kLine);
         for_chunks(job, [&](const Rows& rows, int64_t chunk) { run(rows, chunk, span); });
       }
     }
@@ -183,14 +185,14 @@ class AmxConvolution {
             job.filters + std::min((span + 1) * span_, panels()) * panel_elements()};
   }
 
-  // So fast that the products of a job's rows with some spans take as long.
-  AmxFetch fetch_during(const Job& job, int64_t spans, const Memory& memory) const {
-    constexpr int64_t kLine = 64;  // bytes
+  // So fast that the products of a job's rows with some spans take as long. Of filters, which L3 holds, every other
+  // line: L2 takes its neighbour by itself, and no place is left waiting for both. From memory it often does not.
+  AmxFetch fetch_during(const Job& job, int64_t spans, const Memory& memory, int64_t distance) const {
     int64_t steps = 0;
     for (int64_t i = 0; i < job.count; ++i) steps += ceil_div(job.rows[i].strip.rows(), kTileRows);
     steps *= span_ * spans * reader_.taps() * reader_.depth().chunks;
     const auto *begin = reinterpret_cast<const char*>(memory.begin), *end = reinterpret_cast<const char*>(memory.end);
-    return {begin, end, steps == 0 ? 0 : ceil_div(end - begin, kLine * steps)};
+    return {begin, end, distance, steps == 0 ? 0 : ceil_div(end - begin, distance * steps)};
   }
 
   // A tile is emitted while the next is computed, if the epilogue can.

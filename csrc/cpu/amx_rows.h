@@ -58,7 +58,9 @@ class AmxRowReader {
     int64_t width, pitch;
     int64_t rows() const { return (lines - 1) * pitch + width; }
     int64_t chunks() const { return ceil_div(rows(), kChunk); }
-    int64_t positions_before(int64_t row) const { return row / pitch * width + std::min(row % pitch, width); }
+    int64_t positions_before(int64_t row) const {
+      return pitch == width ? row : row / pitch * width + std::min(row % pitch, width);
+    }
   };
 
   int64_t strips() const {

@@ -50,6 +50,8 @@ static void affine_in_place(const AffineBlock<float>& b) {
     if (b.stream) end_streaming();
 }
 
+#include "tile_lines.inl"
+
 template <class T>
 static void emit_sums_in_place(const AffineBlock<float>& b) {
   for (int64_t r = 0; r < b.rows; ++r)
@@ -72,7 +74,7 @@ template <int A, class T>
 static constexpr void fill_affine(InPlaceKernels<float>* k) {
   if constexpr (A < kActivationCount) {
     k->affine[A] = affine_in_place<static_cast<Activation>(A), T, T>;
-    k->affine_of_tile[A] = affine_in_place<static_cast<Activation>(A), float, T>;
+    k->affine_of_tile[A] = affine_of_tile<static_cast<Activation>(A), T>;
     fill_affine<A + 1, T>(k);
   }
 }

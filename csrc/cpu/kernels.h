@@ -145,11 +145,11 @@ struct AmxRows {
   int64_t count;  // at least 32, or there is memory behind the last row: whole tiles are read
 };
 
-// Memory that is fetched into L2 while products are computed: so many lines for each step, which is the product of 32
-// rows by 32 columns and a chunk of the depth.
+// Memory that is fetched into L2 while products are computed: so many lines, at this distance, for each step, which is
+// the product of 32 rows by 32 columns and a chunk of the depth.
 struct AmxFetch {
   const char *at, *end;
-  int64_t lines;
+  int64_t distance, lines;
 };
 
 // A tile's rows that are emitted while products of the next tile are computed, which leave the vector units idle.
