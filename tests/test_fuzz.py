@@ -38,8 +38,8 @@ class Checker:
         self.drawn = drawn
         self.problem = cache(self._problem)
 
-    def _problem(self, algorithm: str, recomputes: bool) -> Problem:
-        return Problem(replace(self.drawn.case, algorithm=algorithm), recomputes=recomputes)
+    def _problem(self, algorithm: str, start: str) -> Problem:
+        return Problem(replace(self.drawn.case, algorithm=algorithm), start=start)
 
     def _forward(self, problem: Problem, run: Run) -> raw.ForwardResult:
         plan = planned(problem.case, "forward", **run.forced)
@@ -49,7 +49,7 @@ class Checker:
         return problem.run_forward(**run.forced, packed_filters=packed)
 
     def check(self, run: Run, options: dict[str, None]) -> None:
-        problem, drawn = self.problem(run.transforms, run.recomputes), self.drawn
+        problem, drawn = self.problem(run.transforms, run.start), self.drawn
         with guarded(drawn.offset):
             if run.direction == "forward":
                 result = self._forward(problem, run)

@@ -39,7 +39,7 @@ class DepthwiseBackward {
         stager_(k_, inputs_, panels_),
         in_place_(slides_in_place(k_, inputs_, forward_windows(p), p.group_out())),
         convolution_(k_, storage_, inputs_, forward_windows(p), {p.groups, 1, p.group_out()}),
-        blocks_(set, p, buffers, Image<C>(p.training ? conv_out : nullptr, storage_, output_grid(p)),
+        blocks_(set, p, buffers, saved_image<C>(set, p, p.saved, p.training ? conv_out : nullptr),
                 p.training ? GradientBlocks<C>::blocks(p) : convolution_.blocks(), device.threads, arena, p.training) {
     make_phases();
     if (!p.training) convolution_scratch_ = convolution_.carve(arena, device.threads);

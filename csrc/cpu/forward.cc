@@ -28,6 +28,8 @@ class Forward {
         k_(compute_kernels<C>(set)),
         storage_(storage_of<C>(set, p.dtype)),
         conv_out_(conv_out),
+        rounded_(
+            saved_image<C>(set, p, Saved::kBFloat16, asked_for(p) == Saved::kBFloat16 ? buffers.conv_out : nullptr)),
         output_(buffers.output, storage_, output_grid(p)),
         residual_(buffers.residual, storage_, output_grid(p)),
         convolution_(k_, storage_, Image<C>(buffers.inputs, storage_, input_grid(p)), forward_windows(p),
@@ -207,8 +209,14 @@ class Forward {
     const Block<C> y = output_.target(t.first, t.channel, {t.data, t.ld});
     const C* mean = static_cast<const C*>(b_.batch_mean) + t.channel;
     const C* beta = static_cast<const C*>(b_.beta) + t.channel;
-    const bool stream = output_.streams(t.channel, t.cols);
-    return {z.data, z.ld, extra.data, extra.ld, y.data, y.ld, t.rows, t.cols, mean, scale_ + t.channel, beta, stream};
+    const bool stream = z.data != y.data && output_.streams(t.channel, t.cols);  // what was just read is in cache
+    AffineBlock<C> block{z.data, z.ld,   extra.data, extra.ld,           y.data, y.ld,
+                         t.rows, t.cols, mean,       scale_ + t.channel, beta,   stream};
+    if (rounded_.present()) {
+      block.rounded = reinterpret_cast<uint16_t*>(rounded_.address(t.first, t.channel));
+      block.ld_rounded = rounded_.ld();
+    }
+    return block;
   }
 
   // The same where 16-bit numbers lie in rows.
@@ -233,7 +241,7 @@ class Forward {
   ForwardBuffers b_;
   const ComputeKernels<C>& k_;
   Storage<C> storage_;
-  Image<C> conv_out_, output_, residual_;
+  Image<C> conv_out_, rounded_, output_, residual_;
   Conv<C> convolution_;
   C* scale_;
   BlockMoments<C> moments_{};
@@ -250,7 +258,7 @@ class ForwardByMoments {
                    char* scratch)
       : p_(p),
         saved_{static_cast<C*>(b.conv_out), p.in_channels},
-        forward_(set, p, device, b, Image<C>(b.output, storage_of<C>(set, p.dtype), output_grid(p)),
+        forward_(set, p, device, without_saved(b), Image<C>(b.output, storage_of<C>(set, p.dtype), output_grid(p)),
                  scratch ? scratch + StatisticsByMoments<C>::vectors_bytes(p.out_channels) : nullptr),
         moments_(compute_kernels<C>(set), Image<C>(b.inputs, storage_of<C>(set, p.dtype), input_grid(p)),
                  forward_windows(p), p.in_channels),
@@ -277,6 +285,8 @@ class ForwardByMoments {
   }
 
  private:
+  static ForwardBuffers without_saved(ForwardBuffers b) { return b.conv_out = nullptr, b; }
+
   const ConvBnParams& p_;
   SavedMoments<C> saved_;
   Forward<C, Convolution> forward_;
@@ -298,8 +308,8 @@ ForwardBuffers forward_buffers(const StageCall& call) {
 template <class C>
 Image<C> conv_out_image(const KernelSet& set, const StageCall& call) {
   if (call.backward) return conv_grad_image<C>(set, call.params, call.conv_out);
-  // Where z is not saved, it lies in the output until that takes its place.
-  const void* z = call.forward->conv_out ? call.forward->conv_out : call.forward->output;
+  // Where z is not saved as it is, it lies in the output until that takes its place.
+  const void* z = asked_for(call.params) == Saved::kConv ? call.forward->conv_out : call.forward->output;
   return Image<C>(z, storage_of<C>(set, call.params.dtype), output_grid(call.params));
 }
 
