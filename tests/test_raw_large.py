@@ -5,7 +5,7 @@ from dataclasses import replace
 import numpy as np
 import pytest
 from cases import LAYERS, Case
-from raw_problem import Problem
+from raw_problem import Problem, planned
 
 from fusedconvbn import raw
 
@@ -28,6 +28,30 @@ def test_the_algorithm_is_chosen_by_the_sizes():
     }  # fmt: skip
     by_transforms = {name for name, names in kernels.items() if any("winograd" in kernel for kernel in names)}
     assert by_transforms == {"winograd", "many_windows", "float64"}
+
+
+# Panels of filters of more than 128 KiB, which the direct kernel multiplies by parts.
+IN_PARTS = {
+    "taps": Case(height=25, width=27, in_channels=200, out_channels=72, strides=(2, 2), activation="relu"),
+    "depth": Case(height=9, width=12, in_channels=1100, out_channels=70, kernel=(1, 1), residual=True),
+    "both": Case(height=5, width=3, in_channels=600, out_channels=33, kernel=(1, 2), residual=True, activation="elu"),
+    "many_blocks": Case(batch=5, height=10, width=10, in_channels=1100, out_channels=130, kernel=(1, 1)),
+    "channels_first": Case(data_format="NCHW", height=9, width=12, in_channels=600, out_channels=70, kernel=(2, 1)),
+    "float64": Case(dtype="f64", height=9, width=12, in_channels=300, out_channels=70, kernel=(2, 1)),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("training", [False, True], ids=["infer", "train"])
+@pytest.mark.parametrize("name", IN_PARTS)
+@pytest.mark.parametrize("isa", ["generic", "avx2", "avx512"])
+def test_panels_in_parts(name, training, isa):
+    problem, kernel = Problem(replace(IN_PARTS[name], training=training)), f"forward_direct_{isa}"
+    result = problem.run_forward(kernel=kernel)
+    problem.check_forward(result)
+    packed = raw.pack_filters(planned(problem.case, "forward", kernel=kernel), problem.arguments.filters)
+    assert (
+        problem.run_forward(kernel=kernel, threads=2, packed_filters=packed).output.tobytes() == result.output.tobytes()
+    )
 
 
 @pytest.mark.parametrize(

@@ -12,6 +12,7 @@
 
 #include "arena.h"
 #include "image.h"
+#include "panel_parts.h"
 #include "span.h"
 #include "windows.h"
 
@@ -103,7 +104,8 @@ class Convolution {
         source_(source),
         in_cache_(fits_cache(source.grid())),
         table_rows_(in_cache_ ? std::max(kBlockRows, windows.positions()) : kBlockRows),
-        reader_(source, groups_ * depth_, windows, groups_ == 1, table_rows_, blocks_in_task_ * kBlockRows) {
+        reader_(source, groups_ * depth_, windows, groups_ == 1, table_rows_, blocks_in_task_ * kBlockRows),
+        parts_(reader_.taps(), reader_.depth() * depth_, kPartBytes / (kernels.gemm_columns * sizeof(C))) {
     fetches_blocks_ = !in_cache_ && reader_.gapless();
     if (!reader_.staged()) blocks_in_task_ = fetches_blocks_ ? kBlocksAhead : 1;
   }
@@ -111,7 +113,7 @@ class Convolution {
   struct Scratch {
     C* filters;  // [groups][panels][taps][depth][panel]
     C* zeros;
-    std::vector<C*> tile;   // a worker's [kBlockRows][panel]
+    std::vector<C*> tile;   // a worker's [kBlockRows][panel], or where panels have parts, [table_rows_][panel]
     std::vector<C*> panel;  // a worker's [taps][depth][panel], where each panel serves one task
     std::vector<typename WindowReader<C>::Scratch> reader;
   };
@@ -124,7 +126,7 @@ class Convolution {
     s.filters = arena->take<C>(packed_elements());
     s.zeros = arena->take<C>(reader_.zero_elements());
     for (int w = 0; w < workers; ++w) {
-      s.tile.push_back(arena->take<C>(kBlockRows * kernels_.gemm_columns));
+      s.tile.push_back(arena->take<C>((parts_.count() > 1 ? table_rows_ : kBlockRows) * kernels_.gemm_columns));
       s.panel.push_back(arena->take<C>(whole_source() ? taps() * depth_ * kernels_.gemm_columns : 0));
       s.reader.push_back(reader_.carve(arena, s.zeros));
     }
@@ -158,19 +160,28 @@ class Convolution {
     }
     parallel->run(block_tasks * panel_tasks, [&](int64_t task, int worker) {
       const int64_t block = task / panel_tasks * task_blocks, share = task % panel_tasks;
-      run_task(block, std::min(block + task_blocks, blocks()), share * panels() / panel_tasks,
-               (share + 1) * panels() / panel_tasks, filters, packed, s, worker, epilogue);
+      run_task({block, std::min(block + task_blocks, blocks())}, part(share, panel_tasks, panels()), filters,
+               {packed, s, worker, epilogue});
     });
   }
 
  private:
-  static constexpr int64_t kBlocksAhead = 16;  // of a task: only its first block is not fetched ahead
+  static constexpr int64_t kBlocksAhead = 16;       // of a task: only its first block is not fetched ahead
+  static constexpr int64_t kPartBytes = 128 << 10;  // of a part of a panel: fetched during a few dozen tiles, or more
 
   // Columns of the product that are computed at once.
   struct Panel {
     int64_t group, column, cols;  // in the group
     int64_t width;                // cols, rounded up to whole vectors
     int64_t element;              // of the packed filters
+  };
+
+  // What tasks have in common.
+  struct Run {
+    const C* packed;  // null where each panel is packed just before its use, and never leaves the caches
+    const Scratch& scratch;
+    int worker;
+    const TileEpilogue<C>& epilogue;
   };
 
   // Whether the filters and what two blocks read, their pixels and that many channels of others, exceed an L2 of 2 MiB.
@@ -222,70 +233,89 @@ class Convolution {
     }
   }
 
-  // `packed` is null where each panel is packed just before its use, and never leaves the caches.
-  void run_task(int64_t block, int64_t block_end, int64_t panel_begin, int64_t panel_end, const FilterLayout& layout,
-                const C* packed, const Scratch& s, int worker, const TileEpilogue<C>& epilogue) const {
-    const int64_t begin = block * kBlockRows, end = std::min(block_end * kBlockRows, windows_.positions());
-    const auto& scratch = s.reader[worker];
-    reader_.stage(begin, end - begin, scratch);
-    for (int64_t first = begin; first < end; first += table_rows_) {
-      const int64_t rows = std::min(table_rows_, end - first);
-      reader_.point(first, rows, scratch);
-      for (int64_t index = panel_begin; index < panel_end; ++index) {
-        const Panel panel = panel_of(index);
-        const C* const filters = packed ? packed + panel.element : s.panel[worker];
-        if (!packed) pack(layout, panel, s.panel[worker]);
-        for (int64_t done = 0; done < rows; done += kBlockRows) {
-          const int64_t count = std::min(kBlockRows, rows - done);
-          GatheredRows<C> in{scratch.rows + done,      table_rows_,         count, reader_.taps(),
-                             reader_.depth() * depth_, panel.group * depth_};
-          if (!in_cache_)
-            look_ahead({panel_begin, panel_end}, index, first + rows, packed, epilogue.reads, &in);
-          else if (packed)
-            look_ahead({index + 1, panel_end}, packed, done / kBlockRows, ceil_div(rows, kBlockRows), &in);
-          multiply(
-              in, panel, filters,
-              {s.tile[worker], panel.width, first + done, count, 0, panel.cols, (first + done) / kBlockRows, worker},
-              epilogue);
-        }
+  void run_task(const Span& blocks, const Span& panels, const FilterLayout& layout, const Run& run) const {
+    const int64_t end = std::min(blocks.end * kBlockRows, windows_.positions());
+    const auto& scratch = run.scratch.reader[run.worker];
+    reader_.stage(blocks.begin * kBlockRows, end - blocks.begin * kBlockRows, scratch);
+    for (int64_t first = blocks.begin * kBlockRows; first < end; first += table_rows_) {
+      const Span positions{first, std::min(first + table_rows_, end)};
+      reader_.point(first, positions.size(), scratch);
+      for (int64_t index = panels.begin; index < panels.end; ++index) {
+        if (!run.packed) pack(layout, panel_of(index), run.scratch.panel[run.worker]);
+        for (int64_t part = 0; part < parts_.count(); ++part) run_part(positions, panels, index, part, run);
       }
     }
     kernels_.end_streaming();
   }
 
-  // One of `parts` of the filters that come next. Two stretches at once: few pixels use filters up faster than one can
-  // fetch them.
-  void look_ahead(const Span& panels, const C* packed, int64_t number, int64_t parts, GatheredRows<C>* in) const {
-    if (panels.size() == 0) return;
-    for (int64_t i = 0; i < 2; ++i) in->ahead[i] = filters_of(panels.begin, packed, 2 * number + i, 2 * parts);
+  // A part of panel `index` for all these positions. The first one sets their sums, the last makes results of them.
+  void run_part(const Span& positions, const Span& panels, int64_t index, int64_t number, const Run& run) const {
+    const Panel panel = panel_of(index);
+    const PanelPart part = parts_[number];
+    const C* filters = run.packed ? run.packed + panel.element : run.scratch.panel[run.worker];
+    filters += part.rows.begin * panel.width;
+    for (int64_t done = 0; done < positions.size(); done += kBlockRows) {
+      const int64_t first = positions.begin + done, rows = std::min(kBlockRows, positions.size() - done);
+      C* sums = run.scratch.tile[run.worker] + (parts_.count() > 1 ? done * kernels_.gemm_columns : 0);
+      const Tile<C> tile{sums,       panel.width,        first,     rows, panel.group * cols_ + panel.column,
+                         panel.cols, first / kBlockRows, run.worker};
+      const bool last = number + 1 == parts_.count();
+      GemmOutput<C> to = last ? run.epilogue.output(tile) : GemmOutput<C>{sums};
+      to.add = number > 0;
+      GatheredRows<C> in{run.scratch.reader[run.worker].rows + part.taps.begin * table_rows_ + done,
+                         table_rows_,
+                         rows,
+                         part.taps.size(),
+                         part.depth.size(),
+                         panel.group * depth_ + part.depth.begin};
+      look_ahead(positions, done / kBlockRows, panels, index, number, run, &in);
+      kernels_.gemm(in, filters, panel.width, to);
+      if (last) run.epilogue.end(to, tile);
+    }
   }
-  // The filters that come next, and panel `index`'s share of what the block at position `first` reads.
-  void look_ahead(const Span& panels, int64_t index, int64_t first, const C* packed, const Block<C>& reads,
-                  GatheredRows<C>* in) const {
-    if (exceeds_cache(reads.ld)) in->ahead[0] = filters_of(index + 1 < panels.end ? index + 1 : panels.begin, packed);
+
+  // What comes next, while one of the blocks of these positions is multiplied by a part of a panel.
+  void look_ahead(const Span& positions, int64_t block, const Span& panels, int64_t index, int64_t number,
+                  const Run& run, GatheredRows<C>* in) const {
+    const int64_t blocks = ceil_div(positions.size(), kBlockRows);
+    if (in_cache_) {
+      if (run.packed) fetch_filters(next_filters(panels, index, number, run.packed), block, blocks, in);
+      return;
+    }
+    if (exceeds_cache(run.epilogue.reads.ld)) in->ahead[0] = next_filters(panels, index, number, run.packed);
+    const int64_t share = (index - panels.begin) * parts_.count() + number, shares = panels.size() * parts_.count();
+    fetch_pixels(positions.end, share, shares, run.epilogue.reads, in);
+  }
+
+  // A block's share. Two stretches at once: few pixels use filters up faster than one can fetch them.
+  static void fetch_filters(const Stretch<C>& next, int64_t block, int64_t blocks, GatheredRows<C>* in) {
+    for (int64_t i = 0; i < 2; ++i) {
+      const Span elements = part(2 * block + i, 2 * blocks, next.end - next.begin);
+      in->ahead[i] = {next.begin + elements.begin, next.begin + elements.end};
+    }
+  }
+
+  // A share of what the block at position `first` reads.
+  void fetch_pixels(int64_t first, int64_t number, int64_t shares, const Block<C>& reads, GatheredRows<C>* in) const {
     const int64_t count = std::min(kBlockRows, windows_.positions() - first);
     if (count <= 0) return;
     const auto share = [&](const C* data, const Span& all) -> Stretch<C> {
-      const Span elements = part(index - panels.begin, panels.size(), all.size());
+      const Span elements = part(number, shares, all.size());
       return {data + all.begin + elements.begin, data + all.begin + elements.end};
     };
     if (fetches_blocks_)
       in->ahead[1] = share(source_.read(0, 1, 0, 1, nullptr).data, reader_.new_elements(first, count));
     if (reads.data) in->ahead[2] = share(reads.data, {first * reads.ld, (first + count) * reads.ld});
   }
-  // One of `parts` of a panel's filters.
-  Stretch<C> filters_of(int64_t index, const C* packed, int64_t number = 0, int64_t parts = 1) const {
-    const Panel panel = panel_of(index);
-    const Span elements = part(number, parts, taps() * depth_ * panel.width);
-    return {packed + panel.element + elements.begin, packed + panel.element + elements.end};
-  }
 
-  void multiply(const GatheredRows<C>& in, const Panel& panel, const C* filters, Tile<C> tile,
-                const TileEpilogue<C>& epilogue) const {
-    tile.channel = panel.group * cols_ + panel.column;
-    const GemmOutput<C> to = epilogue.output(tile);
-    kernels_.gemm(in, filters, panel.width, to);
-    epilogue.end(to, tile);
+  // The part behind this one. Behind the last are the first again: the next block begins with them.
+  Stretch<C> next_filters(const Span& panels, int64_t index, int64_t number, const C* packed) const {
+    if (++number == parts_.count()) number = 0, ++index;
+    if (index == panels.end && in_cache_) return {};
+    const Panel panel = panel_of(index == panels.end ? panels.begin : index);
+    const PanelPart part = parts_[number];
+    const C* const data = packed + panel.element;
+    return {data + part.rows.begin * panel.width, data + part.rows.end * panel.width};
   }
 
   const ComputeKernels<C>& kernels_;
@@ -298,6 +328,7 @@ class Convolution {
   bool fetches_blocks_;  // a block's pixels while the one before is multiplied: they are adjacent
   int64_t table_rows_;   // positions whose pointers are at hand at once
   WindowReader<C> reader_;
+  PanelParts parts_;
 };
 
 }  // namespace fusedconvbn

@@ -40,27 +40,25 @@ FCB_INLINE void fetch_rows(const C* const* rows, int64_t offset, int64_t depth) 
 // In straight runs of kStep of the depth: the end of a short loop is one that the processor does not foresee.
 constexpr int kStep = 4;
 
-// Memory that is asked for line by line, one every so many kSteps, so that the multiplications do not wait for it. What
-// would be more than a line a kStep is not asked for.
-template <class C>
+// Memory that is asked for evenly: a line, or a part of one again, every kStep, with no branch that the processor could
+// not foresee (+4 %). What would be more than a line a kStep is not asked for.
 struct Fetch {
-  static constexpr int64_t kLine = 64 / sizeof(C);
-  const C *next, *end;
-  int64_t steps, left;
-
-  Fetch(const Stretch<C>& memory, int64_t steps_in_all) : next(memory.begin), end(memory.end) {
-    const int64_t lines = (end - next) / kLine;
-    steps = left = steps_in_all > lines ? steps_in_all / (lines + 1) : 1;
-  }
+  const char* at;
+  int64_t step;  // bytes
 };
 
+// `any`: a valid address, for no memory. A null one would be looked up in the page tables each time.
 template <class C>
-FCB_INLINE void fetch(Fetch<C>* f) {
-  if (--f->left > 0) return;
-  f->left = f->steps;
-  if (f->next >= f->end) return;
-  __builtin_prefetch(f->next, 0, 2);
-  f->next += f->kLine;
+FCB_INLINE Fetch fetch_of(const Stretch<C>& memory, int64_t steps, const C* any) {
+  constexpr int64_t kLine = 64;
+  if (memory.begin == memory.end) return {reinterpret_cast<const char*>(any), 0};
+  const int64_t bytes = (memory.end - memory.begin) * sizeof(C);
+  return {reinterpret_cast<const char*>(memory.begin), bytes > steps * kLine ? kLine : bytes / steps};
+}
+
+FCB_INLINE void fetch(Fetch* f) {
+  __builtin_prefetch(f->at, 0, 2);
+  f->at += f->step;
 }
 
 // Rows of results on their way to memory, and what is asked for that the tile's own results need there, a row every so
@@ -118,7 +116,7 @@ FCB_INLINE void move_row(RowsInTransit<C>* t) {
 // What goes on while a product is computed.
 template <class C>
 struct Meanwhile {
-  Fetch<C> ahead[3];
+  Fetch ahead[3];
   RowsInTransit<C> rows;
 };
 
@@ -135,11 +133,21 @@ FCB_INLINE void multiply_rows(const GatheredRows<C>& in, int64_t first, int64_t 
     int64_t k = 0;
     for (; k + kStep <= in.depth; k += kStep, filters += kStep * N * kLanes<C>) {
 #pragma GCC unroll 3
-      for (Fetch<C>& f : meanwhile->ahead) fetch(&f);
+      for (Fetch& f : meanwhile->ahead) fetch(&f);
       move_row<C, N>(&meanwhile->rows);
       accumulate<C, R, N, kStep>(a, k, filters, acc);
     }
     for (; k < in.depth; ++k, filters += N * kLanes<C>) accumulate<C, R, N, 1>(a, k, filters, acc);
+  }
+}
+
+template <class C, int R, int N>
+FCB_INLINE void load_tile(const C* tile, int64_t rows, Vector<C> (&acc)[R][N]) {
+#pragma GCC unroll 16
+  for (int r = 0; r < R; ++r) {
+    if (r == rows) return;
+#pragma GCC unroll 4
+    for (int n = 0; n < N; ++n) acc[r][n] = load(tile + (r * N + n) * kLanes<C>);
   }
 }
 
@@ -192,6 +200,7 @@ static __attribute__((noinline)) void gemm_tile(const GatheredRows<C>& in, int64
                                                 Meanwhile<C>* meanwhile, const GemmOutput<C>& to) {
   constexpr int R = kRows<N>;
   Vector<C> acc[R][N] = {};
+  if (to.add) load_tile<C, R, N>(to.tile + first * N * kLanes<C>, R, acc);
   meanwhile->rows.begin_tile(to, first);
   multiply_rows<C, R, N>(in, first, R, filters, meanwhile, acc);
   finish_tile<C, R, N>(acc, first, to, &meanwhile->rows);
@@ -200,10 +209,11 @@ static __attribute__((noinline)) void gemm_tile(const GatheredRows<C>& in, int64
 // The last rows, by a tile of about as many.
 template <class C, int N, int R>
 static void gemm_rest(const GatheredRows<C>& in, int64_t first, int64_t rows, const C* filters, Meanwhile<C>* meanwhile,
-                      C* tile) {
+                      C* tile, bool add) {
   if constexpr (R > 1)
-    if (rows <= R / 2) return gemm_rest<C, N, R / 2>(in, first, rows, filters, meanwhile, tile);
+    if (rows <= R / 2) return gemm_rest<C, N, R / 2>(in, first, rows, filters, meanwhile, tile, add);
   Vector<C> acc[R][N] = {};
+  if (add) load_tile<C, R, N>(tile, rows, acc);
   multiply_rows<C, R, N>(in, first, rows, filters, meanwhile, acc);
   store_tile<C, R, N>(acc, rows, tile);
 }
@@ -212,11 +222,12 @@ template <class C, int N>
 static void gemm_of(const GatheredRows<C>& in, const C* filters, const GemmOutput<C>& to) {
   constexpr int64_t R = kRows<N>, kLd = N * kLanes<C>;
   const int64_t tile_steps = in.taps * (in.depth / kStep), steps = (in.count + R - 1) / R * tile_steps;
-  Meanwhile<C> meanwhile{{{in.ahead[0], steps}, {in.ahead[1], steps}, {in.ahead[2], steps}}, {tile_steps, R}};
+  const auto ahead = [&](int i) { return fetch_of(in.ahead[i], steps > 0 ? steps : 1, filters); };
+  Meanwhile<C> meanwhile{{ahead(0), ahead(1), ahead(2)}, {tile_steps, R}};
   int64_t first = 0;
   for (; first + R <= in.count; first += R) gemm_tile<C, N>(in, first, filters, &meanwhile, to);
   const int64_t rest = in.count - first;
-  if (rest > 0) gemm_rest<C, N, kRows<N>>(in, first, rest, filters, &meanwhile, to.tile + first * kLd);
+  if (rest > 0) gemm_rest<C, N, kRows<N>>(in, first, rest, filters, &meanwhile, to.tile + first * kLd, to.add);
   while (meanwhile.rows.rows > 0) stream_row<C, N>(&meanwhile.rows);
   if (rest > 0) emit_rows(to.tile + first * kLd, kLd, first, rest, to);
 }

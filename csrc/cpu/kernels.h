@@ -109,6 +109,7 @@ struct GemmOutput {
   bool keep = true;                               // the sums are to be left there; else it is scratch
   void (*emit)(const AffineBlock<C>&) = nullptr;  // may be null
   AffineBlock<C> block{};                         // for `emit`; its z and rows are gemm's
+  bool add = false;                               // to the sums that the tile has
 };
 
 // How the activation's argument u is had again.

@@ -39,8 +39,8 @@ constexpr WinogradPrices kPackedPrices = {16,
                                           {0, 0.17, 0.21},
                                           {0, 0.060, 0.082},
                                           {0, 0.1, 0.52},
-                                          {{0.02, 0.17, 0.21}, {0.1, 0.21, 0.11}, {0.15, 0.15, 0.07}},
-                                          {0, 0.11, 0.09}};
+                                          {{0.02, 0.17, 0.21}, {0.03, 0.21, 0.11}, {0.03, 0.15, 0.07}},
+                                          {0, 0.15, 0.1}};
 // With transposed filters, whose columns are the inputs' channels.
 constexpr WinogradPrices kInputGradientPrices = {16,
                                                  6,
