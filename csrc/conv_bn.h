@@ -154,8 +154,9 @@ struct Plan {
   std::string describe() const;
 };
 
-// In elements of the data type. Empty where nothing is saved; else the output's shape, for kMoments [C + 2, C], for
-// kBFloat16 [(n + 1) / 2]: its n numbers [N,OH,OW,K], whatever the data format, two in an element.
+// In elements of the data type. Empty where nothing is saved; else the output's shape; for kMoments [C + 2, C] numbers
+// of the compute type: twice as many rows of 16-bit data, which then are parts of them; for kBFloat16 [(n + 1) / 2]:
+// its n numbers [N,OH,OW,K], whatever the data format, two in an element.
 std::vector<int64_t> conv_out_shape(const ConvBnParams& params, Saved saved);
 
 // force_kernel: the name of a row (raw.kernels() lists them), used for each stage that it serves; empty: the first row

@@ -179,7 +179,9 @@ Status run_cpu(const Plan& plan, const BackwardBuffers& buffers, void* workspace
 
 std::vector<int64_t> conv_out_shape(const ConvBnParams& params, Saved saved) {
   if (saved == Saved::kNothing) return {};
-  if (saved == Saved::kMoments) return {params.in_channels + 2, params.in_channels};
+  const auto width =
+      static_cast<int64_t>(compute_bytes(params) / data_bytes(params));  // moments are of the compute type
+  if (saved == Saved::kMoments) return {width * (params.in_channels + 2), params.in_channels};
   if (saved == Saved::kBFloat16) return {(params.pixels() * params.out_channels + 1) / 2};
   const auto shape = output_shape(params);
   return {shape.begin(), shape.end()};

@@ -165,7 +165,8 @@ def forward(
 
     In training `conv_out` is one of: the convolution, of the output's shape and dtype; its n numbers [N,OH,OW,K] less
     `batch_mean` in bfloat16, two in a float32, [(n + 1) / 2]; the second moments of the inputs, [C + 2, C] (scatter,
-    mean, what the mean lost in rounding), where backward needs no more than these; None.
+    mean, what the mean lost in rounding; of bfloat16 inputs float32 numbers in parts, [2 (C + 2), C]), where backward
+    needs no more than these; None.
 
     Results have the same bits whatever the number of threads.
     """

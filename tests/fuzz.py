@@ -91,6 +91,10 @@ def _expanding(rng: random.Random) -> Case:
     )
 
 
+def _expanding_half(rng: random.Random) -> Case:
+    return _expanding(rng)
+
+
 def _half_precision(rng: random.Random) -> Case:
     return rng.choice((_dense, _pointwise))(rng)
 
@@ -121,11 +125,12 @@ def _first_layer(rng: random.Random) -> Case:
 
 
 KINDS = {
-    _dense: 3, _pointwise: 3, _expanding: 5, _half_precision: 3, _three_by_three: 5, _grouped: 2, _depthwise: 4,
-    _first_layer: 2,
+    _dense: 3, _pointwise: 3, _expanding: 5, _expanding_half: 3, _half_precision: 3, _three_by_three: 5, _grouped: 2,
+    _depthwise: 4, _first_layer: 2,
 }  # fmt: skip
 TRAINED = {  # as networks train them: there are kernels for just that
     _expanding: {"dtype": "f32", "data_format": "NHWC", "training": True, "padding": "SAME"},
+    _expanding_half: {"dtype": "bf16", "data_format": "NHWC", "training": True, "activation": "relu"},
     _half_precision: {"dtype": "bf16", "data_format": "NHWC", "training": True},
 }
 
@@ -182,6 +187,11 @@ class Run(NamedTuple):
         """What backward starts from, as `raw_problem.Problem` names it."""
         again = self.saved in ("nothing", "moments")
         return "conv" if self.direction == "forward" else "again" if again else self.saved
+
+    @property
+    def stores_z(self) -> bool:
+        """Whether what it computes is of a rounded z, as elsewhere in training."""
+        return not any(row.endswith("moments_amx") for row in self.planned)
 
     def __str__(self) -> str:
         chosen = "" if self.kernel else " (the plan's own choice)"

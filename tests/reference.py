@@ -62,7 +62,10 @@ class Saved(NamedTuple):
 
 
 def forward(inputs, filters, gamma, beta, moving_mean, moving_variance, residual=None, **attributes: Any) -> Forward:
-    """Takes what `raw.forward` takes; `attributes` are `Case.attributes`."""
+    """Takes what `raw.forward` takes; `attributes` are `Case.attributes`, and maybe `stores_z=False`.
+
+    That is of an implementation whose statistics are not those of a stored z, but of z before it would be rounded.
+    """
     problem = _Problem(inputs, filters, gamma, beta, moving_mean, moving_variance, residual, attributes)
     statistics = problem.statistics
     z = problem.conv_out
@@ -136,6 +139,7 @@ class _Problem:
         self.nhwc = attributes["data_format"] == "NHWC"
         self.epsilon, self.momentum = attributes["epsilon"], attributes["momentum"]
         self.unbiased, self.training = attributes["unbiased_moving_variance"], attributes["training"]
+        self.stores_z = self.training and attributes.get("stores_z", True)
         self.activation = ACTIVATIONS[attributes["activation"]]
         self.inputs, self.filters = self.exact_image(inputs), self.exact(filters)
         self.gamma, self.beta = self.exact(gamma), self.exact(beta)
@@ -204,8 +208,8 @@ class _Problem:
 
     @cached_property
     def conv_out(self) -> Real:
-        """z as the output is made of it: stored in training, not in inference."""
-        return self.sums.rounded(self.dtype) if self.training else self.sums
+        """z as the output is made of it: stored in training, if at all."""
+        return self.sums.rounded(self.dtype) if self.stores_z else self.sums
 
     def conv_out_again(self) -> Real:
         """z as backward sees it: in inference recomputed, and maybe stored in between."""

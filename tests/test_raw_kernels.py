@@ -3,6 +3,7 @@
 import itertools
 from dataclasses import replace
 
+import numpy as np
 import pytest
 from cases import (
     Case,
@@ -41,8 +42,36 @@ AMX_EMITTED = [
 DEEP = Case(batch=1, height=5, width=6, in_channels=290, out_channels=525, algorithm="winograd4", training=True)
 # More windows than L2 has room for: their filters are transformed before.
 MANY = Case(batch=3, height=40, width=41, in_channels=40, out_channels=35, activation="relu")
+# Gradients of a residual past the caches, one and two cache lines of a row at a time.
+AMX_STREAMED = [replace(AMX_EMITTED[1], out_channels=channels, training=True) for channels in (672, 640)]
+# What moments serve on AMX: activations whose derivative is 0 or 1, and pixels enough for their variance.
+AMX_EXPANDING = [
+    replace(case, isa=None, dtype="bf16", activation=activation)
+    for case, activation in zip(expanding_cases(), itertools.cycle((None, "relu", "relu6")))
+    if case.strides == (1, 1) and np.prod(case.output_shape[:3]) >= 16
+]
+# Strided convolutions of few channels, whose phases are computed at once where they divide the image.
+AMX_PHASES = [
+    Case(
+        dtype="bf16", height=h, width=w, in_channels=c, out_channels=k, kernel=kernel, strides=strides, padding=padding,
+        dilations=dilations, training=True, activation="relu",
+    )
+    for h, w, c, k, kernel, strides, dilations, padding in (
+        (32, 30, 3, 64, (7, 7), (2, 2), (1, 1), "SAME"),
+        (33, 30, 3, 64, (7, 7), (2, 2), (1, 1), "SAME"),
+        (30, 42, 3, 40, (5, 3), (3, 2), (1, 1), "VALID"),
+        (16, 121, 8, 16, (3, 3), (2, 1), (1, 2), "SAME"),
+        (12, 40, 1, 33, (2, 9), (1, 4), (1, 1), ((0, 0), (8, 3))),
+        (20, 20, 2, 48, (1, 1), (4, 4), (1, 1), "SAME"),
+    )
+]  # fmt: skip
 SPECIAL_CASES = {  # by a word in the names of the rows that serve no others
-    "backward_direct_amx": [case for case in AMX_CASES + AMX_DEEP if case.training and case.data_format == "NHWC"],
+    "moments_amx": AMX_EXPANDING,
+    "backward_direct_amx": [
+        case
+        for case in AMX_CASES + AMX_DEEP + AMX_STREAMED + AMX_PHASES
+        if case.training and case.data_format == "NHWC"
+    ],
     "amx": AMX_CASES[::2] + AMX_DEEP + AMX_EMITTED,
     "winograd": [replace(case, isa=None) for case in winograd_cases()[::23]] + [DEEP, MANY],
     "depthwise": [replace(case, isa=None) for case in depthwise_cases()[::5] + sliding_cases()],
@@ -77,7 +106,7 @@ def test_each_stage_has_rows_for_each_isa_and_a_reference():
 
 @pytest.mark.parametrize(("kernel", "case"), RUNS, ids=[f"{row.name}-{case}" for row, case in RUNS])
 def test_forced_kernel(kernel, case):
-    problem = Problem(case)
+    problem = Problem(case, stores_z=not kernel.name.endswith("moments_amx"))
     if kernel.stage == "forward":
         assert planned(case, "forward", kernel=kernel.name).kernels == [kernel.name]
         result = problem.run_forward(kernel=kernel.name)

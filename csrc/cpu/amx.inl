@@ -300,9 +300,12 @@ static void amx_pairs_of_rows(const uint16_t* rows, int64_t stride, int64_t coun
     }
 }
 
-FCB_INLINE void amx_outer_piece(const uint16_t* columns, int64_t ld, const uint16_t* panel, int64_t depth) {
+// Asks for the sums that are next, `lines` of them for each step.
+FCB_INLINE void amx_outer_piece(const uint16_t* columns, int64_t ld, const uint16_t* panel, int64_t depth,
+                                int64_t lines, const char** next) {
   constexpr int64_t kPairBytes = 2 * kAmxPanel * sizeof(uint16_t);
   for (int64_t k = 0; k < depth; k += 32, columns += 32, panel += 32 * kAmxPanel) {
+    for (int64_t i = 0; i < lines; ++i, *next += 64) _mm_prefetch(*next, _MM_HINT_T0);
     _tile_loadd(6, panel, kPairBytes);
     _tile_loadd(4, columns, 2 * ld);
     _tile_dpbf16ps(0, 4, 6);
@@ -315,8 +318,11 @@ FCB_INLINE void amx_outer_piece(const uint16_t* columns, int64_t ld, const uint1
 }
 
 static void amx_outer(const AmxPieces& in, bool add, float* sums) {
+  constexpr int64_t kLines = kAmxRows * kAmxPanel * sizeof(float) / 64;
   add ? amx_load(sums, kAmxPanel) : amx_zero();
+  const char* next = reinterpret_cast<const char*>(sums + kAmxRows * kAmxPanel);
+  const int64_t steps = in.pieces * in.depth / 32, lines = steps > 0 ? kLines / steps : 0;
   for (int64_t i = 0; i < in.pieces; ++i)
-    amx_outer_piece(in.columns + i * in.columns_step, in.ld, in.panel + i * in.panel_step, in.depth);
+    amx_outer_piece(in.columns + i * in.columns_step, in.ld, in.panel + i * in.panel_step, in.depth, lines, &next);
   amx_store(sums, kAmxPanel);
 }

@@ -6,6 +6,7 @@
 // that the gradient by the filters wants, and read by both.
 #include "amx_convolve.h"
 #include "amx_dgrad.h"
+#include "amx_phases.h"
 #include "amx_wgrad.h"
 #include "gradient_blocks.h"
 #include "stages.h"
@@ -37,7 +38,9 @@ class AmxBackward {
       for (int w = 0; w < workers_; ++w) strip_dz_.push_back(arena_.take<uint16_t>(rows * dgrad_.row_elements()));
     } else {
       dz_ = arena_.take<uint16_t>(lines() * wgrad_.reader().pitch() * p.out_channels);
-      const size_t bytes = dgrad_amx_scratch(set, p, dz_image(), workers_);
+      const size_t bytes = AmxMergedPhases::suits(p)
+                               ? AmxMergedPhases(set, p, dz_image(), nullptr).scratch_bytes(workers_)
+                               : dgrad_amx_scratch(set, p, dz_image(), workers_);
       phases_scratch_ = arena_.take<char>(static_cast<int64_t>(bytes));
     }
   }
@@ -80,21 +83,23 @@ class AmxBackward {
     parallel->run(wgrad_.ranges(), [&](int64_t range, int worker) {
       const int64_t stride = dgrad_.row_elements();
       uint16_t* dz = strip_dz_[worker];
-      std::fill(dz, dz + (wgrad_.reader().max_rows() + kSlack) * stride, uint16_t{0});
+      if (stride > p_.out_channels) std::fill(dz, dz + (wgrad_.reader().max_rows() + kSlack) * stride, uint16_t{0});
       const auto make = [&](int64_t index) {
         const auto strip = wgrad_.reader().strip(index);
         apply(strip.first, strip.rows(), dz, stride, worker);
-        if (b_.d_inputs) dgrad_.run_rows(dz, strip.first, strip.rows(), dgrad_scratch_, worker, store);
+        if (b_.d_inputs)
+          dgrad_.run_rows(dz, strip.first, strip.rows(), wgrad_.reader().memory_of(strip), dgrad_scratch_, worker,
+                          store);
         return dz;
       };
-      if (b_.d_filters) return wgrad_.accumulate(range, 0, 1, stride, make, wgrad_scratch_, worker);
+      if (b_.d_filters) return wgrad_.accumulate(range, 0, 1, stride, make, b_.d_filters, wgrad_scratch_, worker);
       for (int64_t strip = wgrad_.first_strip(range); strip < wgrad_.first_strip(range + 1); ++strip) make(strip);
     });
   }
 
   void run_passes(ParallelFor* parallel) const {
     write_dz(parallel);
-    if (b_.d_inputs) run_dgrad_amx(set_, p_, dz_image(), b_, workers_, phases_scratch_, parallel);
+    if (b_.d_inputs) inputs_gradient(parallel);
     if (!b_.d_filters) return;
     const int64_t parts = wgrad_.parts(parallel->threads()), pitch = wgrad_.reader().pitch();
     parallel->run(wgrad_.ranges() * parts, [&](int64_t task, int worker) {
@@ -102,8 +107,15 @@ class AmxBackward {
         const int64_t first = wgrad_.reader().strip(strip).first, row = first / p_.out_width * pitch;
         return dz_ + (row + first % p_.out_width) * p_.out_channels;
       };
-      wgrad_.accumulate(task / parts, task % parts, parts, p_.out_channels, dz_of, wgrad_scratch_, worker);
+      wgrad_.accumulate(task / parts, task % parts, parts, p_.out_channels, dz_of, b_.d_filters, wgrad_scratch_,
+                        worker);
     });
+  }
+
+  void inputs_gradient(ParallelFor* parallel) const {
+    if (!AmxMergedPhases::suits(p_))
+      return run_dgrad_amx(set_, p_, dz_image(), b_, workers_, phases_scratch_, parallel);
+    AmxMergedPhases(set_, p_, dz_image(), b_.d_inputs).run(b_.filters, workers_, phases_scratch_, parallel);
   }
 
   // Line by line, where zeros lie between them; else in larger runs.

@@ -77,16 +77,16 @@ class AmxConvolution {
   }
 
   // The two halves of run() for a caller that has the rows: `count` positions from `first` on, in order, in rows of
-  // row_elements(). There is memory behind them for row_slack() more.
+  // row_elements(), 32 more rows of memory behind them. `next` is fetched meanwhile.
   void pack(const FilterLayout& filters, const Scratch& s, C* packed, ParallelFor* parallel) const {
     parallel->run(panels(), [&](int64_t panel, int worker) {
       pack(filters, panel, s.filter_rows[worker], reinterpret_cast<uint16_t*>(packed) + panel * panel_elements());
     });
   }
-  void run_rows(const uint16_t* rows, int64_t first, int64_t count, const Scratch& s, int worker,
-                const TileEpilogue<C>& epilogue) const {
+  void run_rows(const uint16_t* rows, int64_t first, int64_t count, const AmxRowReader::Memory& next, const Scratch& s,
+                int worker, const TileEpilogue<C>& epilogue) const {
     const Rows strip{{first, 0, 0, count, 1, 1}, rows, 0};
-    run_job({&strip, 1, 0, spans(), filters_in(s), {}, worker}, s, epilogue);
+    run_job({&strip, 1, 0, spans(), filters_in(s), next, worker}, s, epilogue);
   }
   int64_t row_elements() const { return reader_.row_elements(); }
 

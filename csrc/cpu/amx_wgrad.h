@@ -59,33 +59,54 @@ class AmxFilterGradient {
   // A range is done in one or more parts, each its share of the sums; parts may run at once.
   int64_t parts(int threads) const { return std::clamp<int64_t>(ceil_div(threads, ranges_), 1, panels()); }
 
-  // Sums up a part of a range. dz_of(strip) is a strip's dz: rows of `stride` elements, those between two lines 0.
+  // Sums up a part of a range, and stores it if there is no other range. dz_of(strip) is a strip's dz: rows of `stride`
+  // elements, those between two lines 0.
   template <class DzOf>
-  void accumulate(int64_t range, int64_t part, int64_t parts, int64_t stride, const DzOf& dz_of, const Scratch& s,
-                  int worker) const {
-    const int64_t begin = first_strip(range), end = first_strip(range + 1);
+  void accumulate(int64_t range, int64_t part, int64_t parts, int64_t stride, const DzOf& dz_of, void* d_filters,
+                  const Scratch& s, int worker) const {
+    accumulate_strips(first_strip(range), first_strip(range + 1), range, part, parts, stride, dz_of,
+                      ranges_ == 1 ? d_filters : nullptr, s, worker);
+  }
+
+  // The same of strips [begin, end), as the sums of `range` or, unless null, into d_filters.
+  template <class DzOf>
+  void accumulate_strips(int64_t begin, int64_t end, int64_t range, int64_t part, int64_t parts, int64_t stride,
+                         const DzOf& dz_of, void* d_filters, const Scratch& s, int worker) const {
     for (int64_t first = begin, pieces; first < end; first += pieces) {
       pieces = equal_strips(first, std::min(first + group_strips_, end));
       for (int64_t i = 0; i < pieces; ++i) pack(i, first + i, dz_of(first + i), stride, part, parts, s, worker);
-      multiply(range, pieces, reader_.strip(first).rows(), first > begin, part, parts, s, worker);
+      char* stored = first + pieces == end ? static_cast<char*>(d_filters) : nullptr;
+      multiply(range, pieces, reader_.strip(first).rows(), first > begin, stored, part, parts, s, worker);
     }
   }
 
-  // Adds the ranges and stores.
+  // Adds the ranges and stores, where there are several.
   void finish(void* d_filters, const Scratch& s, ParallelFor* parallel) const {
+    if (ranges_ == 1) return;
+    for_tiles(s, parallel, [&](const float* tile, int64_t tap, int64_t block, int64_t panel) {
+      store(tile, tap, block, panel, static_cast<char*>(d_filters));
+    });
+  }
+
+  static constexpr int64_t kTile = 32;
+
+  // Adds the ranges, and calls f(tile[kTile][kTile], tap, block of rows, panel) for each tile of the gradient.
+  template <class F>
+  void for_tiles(const Scratch& s, ParallelFor* parallel, F f) const {
     parallel->run(panels() * row_blocks(), [&](int64_t unit, int) {
       const int64_t elements = reader_.taps() * kTile * kTile;
       float* sums = s.sums + unit * elements;
       for (int64_t range = 1; range < ranges_; ++range)
         for (int64_t i = 0; i < elements; ++i) sums[i] += sums[range * sum_elements() + i];
       for (int64_t t = 0; t < reader_.taps(); ++t)
-        store(sums + t * kTile * kTile, t, unit % row_blocks(), unit / row_blocks(), static_cast<char*>(d_filters));
+        f(sums + t * kTile * kTile, t, unit % row_blocks(), unit / row_blocks());
     });
   }
 
- private:
-  static constexpr int64_t kTile = 32;
+  // Of a range: panel by panel, in them block of rows by block of rows.
+  int64_t sum_elements() const { return panels() * panel_sums(); }
 
+ private:
   // How many strips from `first` on have as many rows: only the last of all may have fewer.
   int64_t equal_strips(int64_t first, int64_t end) const {
     int64_t next = first + 1;
@@ -99,9 +120,11 @@ class AmxFilterGradient {
   static constexpr int64_t kMinRows = 192,
                            kMaxRows = 480;   // sums are read and written once a strip; its panels are in L1
   static constexpr int64_t kTapsRows = 256;  // of both operands in L1, which are read for each tap
+  // Of few channels taps merge, sums are few, and what strips cost is the lines that two of them read.
+  static constexpr int64_t kFewChannels = 16, kFewChannelsRows = 1024;
 
   static int64_t strip_rows(const ConvBnParams& p) {
-    if (p.taps() > 1) return kTapsRows;
+    if (p.taps() > 1) return p.in_channels <= kFewChannels ? kFewChannelsRows : kTapsRows;
     const int64_t rows = kStripBytes / (4 * (p.in_channels + p.out_channels));
     return std::clamp(rows, kMinRows, kMaxRows) / AmxRowReader::kChunk * AmxRowReader::kChunk;
   }
@@ -116,7 +139,6 @@ class AmxFilterGradient {
   int64_t panels() const { return ceil_div(p_.out_channels, kTile); }
   int64_t first_panel(int64_t part, int64_t parts) const { return part * panels() / parts; }
   int64_t panel_sums() const { return row_blocks() * reader_.taps() * kTile * kTile; }
-  int64_t sum_elements() const { return panels() * panel_sums(); }
   int64_t ld() const { return depth(reader_.max_read_rows()) + kTile; }  // no multiple of a page
 
   // Packs a strip as piece `piece` of a group.
@@ -131,9 +153,11 @@ class AmxFilterGradient {
     k_.pairs(dz + column, stride, strip.rows(), cols, w.panels + piece * piece_panels());
   }
 
-  // Adds the products of a group's first `pieces` to a range's sums, or sets them.
-  void multiply(int64_t range, int64_t pieces, int64_t rows, bool add, int64_t part, int64_t parts, const Scratch& s,
-                int worker) const {
+  // Adds the products of a group's first `pieces` to a range's sums, or sets them. Sums that are complete are stored
+  // from L1, and those of the only group are in no other memory.
+  void multiply(int64_t range, int64_t pieces, int64_t rows, bool add, char* stored, int64_t part, int64_t parts,
+                const Scratch& s, int worker) const {
+    alignas(64) float only[kTile * kTile];
     const Worker& w = s.workers[worker];
     const int64_t begin = first_panel(part, parts), end = first_panel(part + 1, parts), depth = this->depth(rows);
     float* sums = s.sums + range * sum_elements() + begin * panel_sums();
@@ -141,9 +165,11 @@ class AmxFilterGradient {
     for (int64_t panel = 0; panel < end - begin; ++panel)
       for (int64_t block = 0; block < row_blocks(); ++block)
         for (int64_t t = 0; t < reader_.taps(); ++t, sums += kTile * kTile) {
+          float* to = stored && !add ? only : sums;
           const uint16_t* columns = w.columns + block * kTile * ld() + reader_.tap_offset()[t] / reader_.row_elements();
           k_.outer({columns, ld(), piece_columns(), w.panels + panel * kTile * depth, piece_panels(), pieces, depth},
-                   add, sums);
+                   add, to);
+          if (stored) store(to, t, block, begin + panel, stored);
         }
     k_.end();
   }

@@ -35,6 +35,14 @@ bool wgrad_winograd(const ConvBnParams& p) {
                            {p.batch, p.out_height, p.out_width, p.in_channels, p.out_channels});
 }
 
+// Products on AMX: lines that fit a strip, and little padding between them.
+bool amx_applies(const ConvBnParams& p) {
+  constexpr int64_t kMaxWidth = 4096, kMaxPadding = 32, kMaxHeight = 64;
+  return p.dtype == DType::kBFloat16 && p.groups == 1 && p.out_width <= kMaxWidth &&
+         (p.filter_height - 1) * p.dilation_height <= kMaxHeight &&
+         std::max({(p.filter_width - 1) * p.dilation_width, p.pad_left, p.pad_right}) <= kMaxPadding;
+}
+
 // The second moments serve 1x1 filters whose data needs no conversion.
 bool forward_moments_applies(const ConvBnParams& p) {
   return p.training && is_pointwise(p) && p.out_channels >= 2 * p.in_channels && p.data_format == DataFormat::kNHWC &&
@@ -53,6 +61,22 @@ bool suits_moments(const ConvBnParams& p) {
   return (p.in_channels <= 64 || (p.in_channels <= 128 && p.out_channels >= 4 * p.in_channels)) &&
          p.pixels() * p.out_channels * 4 >= kMinBytes && p.pixels() >= kMinPixelsPerChannel * p.in_channels;
 }
+
+// The same for bfloat16 on AMX, where du is dy or 0 and need not be rounded. Of few pixels d_inputs would be little
+// beside its two terms, of which one is rounded.
+bool forward_moments_amx_applies(const ConvBnParams& p) {
+  constexpr int64_t kMinPixels = 16;
+  const bool keeps_or_drops =
+      p.activation == Activation::kNone || p.activation == Activation::kRelu || p.activation == Activation::kRelu6;
+  return amx_applies(p) && p.training && p.pixels() >= kMinPixels && is_pointwise(p) &&
+         p.stride_height * p.stride_width == 1 && p.out_channels >= 2 * p.in_channels &&
+         p.data_format == DataFormat::kNHWC && keeps_or_drops;
+}
+bool backward_moments_amx_applies(const ConvBnParams& p) {
+  return forward_moments_amx_applies(p) && p.saved == Saved::kMoments &&
+         (p.activation == Activation::kNone || needs_output(p) || p.has_output);
+}
+
 bool one_group(const ConvBnParams& p) { return p.groups == 1; }
 // Where the direct algorithm would fill a part of a vector, and a window's lines of phases are short.
 bool few_input_channels(const ConvBnParams& p) {
@@ -92,13 +116,6 @@ bool suits_backward_pointwise(const ConvBnParams& p) {
   return p.in_channels * p.out_channels <= kMaxFilters && p.pixels() * p.out_channels >= kMinOutput;
 }
 
-// Products on AMX: lines that fit a strip, and little padding between them.
-bool amx_applies(const ConvBnParams& p) {
-  constexpr int64_t kMaxWidth = 4096, kMaxPadding = 32, kMaxHeight = 64;
-  return p.dtype == DType::kBFloat16 && p.groups == 1 && p.out_width <= kMaxWidth &&
-         (p.filter_height - 1) * p.dilation_height <= kMaxHeight &&
-         std::max({(p.filter_width - 1) * p.dilation_width, p.pad_left, p.pad_right}) <= kMaxPadding;
-}
 // With frozen statistics the gradient of z is not rounded: the stages do that.
 bool amx_backward_applies(const ConvBnParams& p) {
   return amx_applies(p) && has_conv_out(p) && p.data_format == DataFormat::kNHWC && p.pixels() > 0;
@@ -180,6 +197,8 @@ Kernel saving_moments(Kernel row) {
 const std::vector<Kernel>& kernel_table() {
   static const std::vector<Kernel> table = {
 #if defined(__x86_64__) && !defined(FUSEDCONVBN_NO_AMX)
+      saving_moments(FCB_AMX_ROW(forward_moments_amx, kForward, forward_moments_amx_applies, suits_moments)),
+      FCB_AMX_ROW(backward_moments_amx, kBackward, backward_moments_amx_applies, any_problem),
       packing(FCB_AMX_ROW(forward_direct_amx, kForward, amx_applies, suits_amx),
               scratch_with<&kKernelsAmx, forward_direct_amx_packed>),
       FCB_AMX_ROW(backward_direct_amx, kBackward, amx_backward_applies, suits_amx_backward),

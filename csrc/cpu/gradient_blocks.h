@@ -113,8 +113,10 @@ class GradientBlocks {
                       int64_t ld_d_conv, bool owned = true) const {
     channels_.set_constants(channel, &g);
     g.d_conv = d_conv, g.ld_d_conv = ld_d_conv;
-    if (owned && d_residual_.present())
+    if (owned && d_residual_.present()) {
       g.d_residual = d_residual_.address(first, channel), g.ld_d_residual = d_residual_.ld();
+      g.stream = d_residual_.streams(channel, g.cols);
+    }
     kernel(table)(g);
   }
 

@@ -71,6 +71,15 @@ static constexpr void fill_activation(ComputeKernels<C>* k) {
 }
 
 #if defined(__AMX_BF16__)
+template <int A>
+static constexpr void fill_masks(AmxKernels* k) {
+  if constexpr (A < kActivationCount) {
+    constexpr Activation a = static_cast<Activation>(A);
+    if constexpr (a == Activation::kNone || derivative_from_output(a)) k->mask[A] = mask_lines<BFloat16, a>;
+    fill_masks<A + 1>(k);
+  }
+}
+
 static constexpr AmxKernels amx_kernels() {
   AmxKernels k{};
   k.begin = amx_begin;
@@ -82,6 +91,7 @@ static constexpr AmxKernels amx_kernels() {
   k.pairs = amx_pairs_of_rows;
   k.outer = amx_outer;
   fill_gradients<0, float, BFloat16, BFloat16>(static_cast<decltype(&k.apply)>(nullptr), &k.apply);
+  fill_masks<0>(&k);
   return k;
 }
 #endif

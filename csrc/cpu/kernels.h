@@ -135,6 +135,7 @@ struct GradientBlock {
   int64_t ld_d_conv;
   void* d_residual;  // may be null
   int64_t ld_d_residual;
+  bool stream;  // d_residual, as in AffineBlock; 16-bit numbers only
 };
 
 // Rows of bfloat16 at equal distances times packed filters. Row r of tap t begins at rows + tap_offset[t] + r * stride
@@ -189,6 +190,9 @@ struct AmxKernels {
   void (*end)();
   // As InPlaceKernels::apply, d_conv also of bfloat16.
   void (*apply[kActivationCount][3])(const GradientBlock<float>&);
+  // Of dy, and of the output in `extra` where there is an activation: adds the sums of du, and stores it as d_conv and
+  // as d_residual, of bfloat16, either of which may be null. Null for activations that need more.
+  void (*mask[kActivationCount])(const GradientBlock<float>&);
   // tile[count][32] = the sum over taps and chunks of rows * filters; whole 32 rows of `tile` are written.
   void (*multiply)(const AmxRows& rows, const uint16_t* filters, float* tile, int64_t ld, AmxAside* aside);
   // Emits the rows that are left.

@@ -58,11 +58,11 @@ FCB_INLINE void store_line(Line line, const Lanes& lanes, float* to) {
   for (int h = 0; h < 2; ++h) store_lanes(to + 16 * h, (__m512)line.half[h], lanes.half[h]);
 }
 template <class T>
-FCB_INLINE void store_line(const Line& line, const Lanes& lanes, T* to) {
+FCB_INLINE void store_line(const Line& line, const Lanes& lanes, T* to, bool stream = false) {
   __m512i both = narrow((__m512)line.half[0], (__m512)line.half[1], to);
   if constexpr (__is_same(T, BFloat16))
     both = _mm512_permutexvar_epi16(_mm512_load_si512(kLineOrder.interleaved), both);
-  _mm512_mask_storeu_epi16(to, lanes.all(), both);
+  store_32(to, both, lanes, stream);
 }
 
 // u's constants of a line of channels, and du of one of its rows.
@@ -89,7 +89,7 @@ struct LineGradient {
     const Line z = read(b.z, r, b.ld_z);
     return make_line([&](int h) { return z.half[h] - mean.half[h]; });
   }
-  Line du(int64_t r, const Line& centered) const {
+  __attribute__((always_inline)) Line du(int64_t r, const Line& centered) const {
     const Line dy = read(b.dy, r, b.ld_dy);
     if constexpr (A == Activation::kNone) {
       return dy;
@@ -106,13 +106,12 @@ struct LineGradient {
   }
 };
 
-// Calls f for each line of channels of some rows at a time, in the order of memory.
-template <class T, Activation A, Preactivation P, class F>
+// Calls f for so many channels of some rows at a time, in the order of memory.
+template <int64_t kColumns, class F>
 FCB_INLINE void for_lines(const GradientBlock<float>& b, F f) {
   constexpr int64_t kRows = 16;
   for (int64_t first = 0; first < b.rows; first += kRows)
-    for (int64_t c = 0; c < b.cols; c += 32)
-      f(LineGradient<T, A, P>(b, c), first, first + kRows < b.rows ? first + kRows : b.rows);
+    for (int64_t c = 0; c < b.cols; c += kColumns) f(c, first, first + kRows < b.rows ? first + kRows : b.rows);
 }
 
 template <class T>
@@ -124,7 +123,8 @@ FCB_INLINE void add_line(const Line& line, const Lanes& lanes, float* sums) {
 template <class T, Activation A, Preactivation P>
 static void reduce_lines(const GradientBlock<float>& block) {
   const GradientBlock<float> b = block;
-  for_lines<T, A, P>(b, [&](const LineGradient<T, A, P>& line, int64_t first, int64_t end) {
+  for_lines<32>(b, [&](int64_t c, int64_t first, int64_t end) {
+    const LineGradient<T, A, P> line(b, c);
     Line sum_du{}, sum_du_z{}, sum_z{};
     for (int64_t r = first; r < end; ++r) {
       const Line centered = line.centered(r), du = line.du(r, centered);
@@ -141,25 +141,90 @@ static void reduce_lines(const GradientBlock<float>& block) {
   });
 }
 
-// D: of the gradient of z.
+// What apply makes of a line of channels; D: of the gradient of z.
+template <class T, class D, Activation A, Preactivation P>
+struct LineOfConvGradient {
+  LineGradient<T, A, P> line;
+  Line slope, curve, offset;
+
+  LineOfConvGradient(const GradientBlock<float>& b, int64_t c)
+      : line(b, c),
+        slope(load_constants<T>(b.slope + c, line.lanes)),
+        curve(b.curve ? load_constants<T>(b.curve + c, line.lanes) : slope),
+        offset(b.curve ? load_constants<T>(b.offset + c, line.lanes) : slope) {}
+};
+
+template <class T, class D, Activation A, Preactivation P>
+FCB_INLINE void write_gradients(const LineOfConvGradient<T, D, A, P>& of, int64_t r) {
+  const LineGradient<T, A, P>& line = of.line;
+  const GradientBlock<float>& b = line.b;
+  const Line centered = line.centered(r), du = line.du(r, centered);
+  if (b.d_residual) store_line(du, line.lanes, row<T>(b.d_residual, r, b.ld_d_residual) + line.column, b.stream);
+  const Line d_conv = make_line([&](int h) {
+    const Vector<float> own = of.slope.half[h] * du.half[h];
+    return b.curve ? own + (of.curve.half[h] * centered.half[h] + of.offset.half[h]) : own;
+  });
+  store_line<T>(d_conv, line.lanes, row<D>(b.d_conv, r, b.ld_d_conv) + line.column);
+}
+
 template <class T, class D, Activation A, Preactivation P>
 static void apply_lines(const GradientBlock<float>& block) {
   const GradientBlock<float> b = block;
-  for_lines<T, A, P>(b, [&](const LineGradient<T, A, P>& line, int64_t first, int64_t end) {
-    const int64_t c = line.column;
-    const Line slope = load_constants<T>(b.slope + c, line.lanes);
-    const Line curve = b.curve ? load_constants<T>(b.curve + c, line.lanes) : slope;
-    const Line offset = b.curve ? load_constants<T>(b.offset + c, line.lanes) : slope;
-    for (int64_t r = first; r < end; ++r) {
-      const Line centered = line.centered(r), du = line.du(r, centered);
-      if (b.d_residual) store_line<T>(du, line.lanes, row<T>(b.d_residual, r, b.ld_d_residual) + c);
-      const Line d_conv = make_line([&](int h) {
-        const Vector<float> own = slope.half[h] * du.half[h];
-        return b.curve ? own + (curve.half[h] * centered.half[h] + offset.half[h]) : own;
-      });
-      store_line<T>(d_conv, line.lanes, row<D>(b.d_conv, r, b.ld_d_conv) + c);
+  using Gradient = LineOfConvGradient<T, D, A, P>;
+  if (!b.stream || b.cols % 64 != 0) {
+    for_lines<32>(b, [&](int64_t c, int64_t first, int64_t end) {
+      const Gradient line(b, c);
+      for (int64_t r = first; r < end; ++r) write_gradients(line, r);
+    });
+  } else {  // two lines at a time, which streaming stores want
+    for_lines<64>(b, [&](int64_t c, int64_t first, int64_t end) {
+      const Gradient one(b, c), two(b, c + 32);
+      for (int64_t r = first; r < end; ++r) write_gradients(one, r), write_gradients(two, r);
+    });
+  }
+  if (b.stream) end_streaming();
+}
+
+// du from the output.
+template <class T, Activation A>
+FCB_INLINE Line masked_line(const GradientBlock<float>& b, int64_t r, int64_t c, const Lanes& lanes) {
+  fetch_ahead<float, T>(b.dy, r, b.ld_dy, c);
+  const Line dy = load_line(row<T>(b.dy, r, b.ld_dy) + c, lanes);
+  if constexpr (A == Activation::kNone) {
+    return dy;
+  } else {
+    fetch_ahead<float, T>(b.extra, r, b.ld_extra, c);
+    const Line y = load_line(row<T>(b.extra, r, b.ld_extra) + c, lanes);
+    return make_line([&](int h) { return dy.half[h] * derivative_of_output<A, float>(y.half[h]); });
+  }
+}
+
+// Of so many lines of channels.
+template <class T, Activation A, int kLines>
+FCB_INLINE void mask_columns(const GradientBlock<float>& b, int64_t c, int64_t first, int64_t end) {
+  Lanes lanes[kLines];
+  Line sums[kLines];
+  for (int l = 0; l < kLines; ++l) lanes[l] = lanes_of(b.cols - c - 32 * l), sums[l] = Line{};
+  for (int64_t r = first; r < end; ++r) {
+#pragma GCC unroll 2
+    for (int l = 0; l < kLines; ++l) {
+      const int64_t at = c + 32 * l;
+      const Line du = masked_line<T, A>(b, r, at, lanes[l]);
+      for (int h = 0; h < 2; ++h) sums[l].half[h] += du.half[h];
+      if (b.d_conv) store_line(du, lanes[l], row<T>(b.d_conv, r, b.ld_d_conv) + at);
+      if (b.d_residual) store_line(du, lanes[l], row<T>(b.d_residual, r, b.ld_d_residual) + at, b.stream);
     }
+  }
+  for (int l = 0; l < kLines; ++l) add_line<T>(sums[l], lanes[l], b.sum_du + c + 32 * l);
+}
+
+template <class T, Activation A>
+static void mask_lines(const GradientBlock<float>& block) {
+  const GradientBlock<float> b = block;
+  for_lines<64>(b, [&](int64_t c, int64_t first, int64_t end) {
+    b.cols - c > 32 ? mask_columns<T, A, 2>(b, c, first, end) : mask_columns<T, A, 1>(b, c, first, end);
   });
+  if (b.stream) end_streaming();
 }
 #endif
 

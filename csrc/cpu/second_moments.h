@@ -41,15 +41,16 @@ struct SavedMoments {
 template <class C>
 class SecondMoments {
  public:
-  SecondMoments(const ComputeKernels<C>& kernels, const Image<C>& inputs, const Windows& windows, int64_t channels)
-      : k_(kernels),
-        channels_(channels),
-        pixels_(windows.positions()),
+  SecondMoments(const KernelSet& set, const ConvBnParams& p, const void* inputs)
+      : k_(compute_kernels<C>(set)),
+        channels_(p.in_channels),
+        pixels_(p.pixels()),
         blocks_(ceil_div(pixels_, kBlockRows)),
         ranges_(std::clamp<int64_t>(blocks_ / kMinBlocks, 1, kMaxRanges)),
-        product_(kernels.product[0]),  // the smallest tile: half of S is wanted
-        ld_(padded_columns<C>(channels)),
-        reader_(inputs, channels, windows, false, kBlockRows, kBlockRows) {}
+        product_(k_.product[0]),  // the smallest tile: half of S is wanted
+        ld_(padded_columns<C>(channels_)),
+        reader_(Image<C>(inputs, storage_of<C>(set, p.dtype), input_grid(p)), channels_, forward_windows(p), false,
+                kBlockRows, kBlockRows) {}
 
   struct Scratch {
     C* sums;                   // [ranges][rows()][ld]: scatter within the blocks
@@ -199,25 +200,18 @@ class MomentsTimesFilters {
 template <class C>
 class StatisticsByMoments {
  public:
-  StatisticsByMoments(const KernelSet& set, const C* filters, int64_t channels, int64_t columns, char* vectors)
-      : columns_(columns), product_(set, filters, channels, columns) {
-    Arena arena(vectors);
-    for (double** vector : {&mean_, &squares_, &terms_}) *vector = arena.take<double>(columns);
-  }
-
-  // Of the vectors, which must outlive everything else in scratch.
-  static size_t vectors_bytes(int64_t columns) {
-    Arena arena;
-    for (int vector = 0; vector < 3; ++vector) arena.take<double>(columns);
-    return arena.used();
+  // `vectors` must outlive everything else in scratch.
+  StatisticsByMoments(const KernelSet& set, const ConvBnParams& p, const void* filters, Arena* vectors)
+      : columns_(p.out_channels), product_(set, static_cast<const C*>(filters), p.in_channels, p.out_channels) {
+    for (double** vector : {&mean_, &squares_, &terms_}) *vector = vectors->take<double>(columns_);
   }
 
   void carve(Arena* arena, int workers) { scratch_ = product_.carve(arena, workers); }
 
   // False where a channel's variance is too small a part of what its terms have, added as if independent: S is of the
   // compute type, so the variance errs by about 2 eps times their ratio (measured: 2e-5 at 100, in float32).
+  static constexpr double kMaxRatio = 32;
   bool run(const SavedMoments<C>& moments, ParallelFor* parallel) const {
-    constexpr double kMaxRatio = 32;
     for (double* vector : {mean_, squares_, terms_}) std::fill(vector, vector + columns_, 0.0);
     product_.run(
         moments, scratch_, parallel,

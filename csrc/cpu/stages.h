@@ -54,6 +54,7 @@ FCB_STAGE(forward_depthwise);
 
 // The same for 1x1 filters in training, with the statistics from the second moments of the inputs; saves those, no z.
 FCB_STAGE(forward_moments);
+FCB_STAGE(forward_moments_amx);
 
 // Gradients of gamma, beta, the moving statistics and the residual, and conv_grad for the next two stages.
 FCB_STAGE(reduce_direct);
@@ -73,6 +74,7 @@ FCB_STAGE(wgrad_winograd4);
 
 // All of backward from these moments: two passes over (dy, y, inputs), neither z nor its gradient in memory.
 FCB_STAGE(backward_moments);
+FCB_STAGE(backward_moments_amx);
 
 // The whole of backward, in two passes; the gradient of z never reaches memory.
 FCB_STAGE(backward_depthwise);

@@ -1,0 +1,87 @@
+// The forward stage where the second moments of the inputs give the statistics.
+#include <algorithm>
+
+#include "amx_convolve.h"
+#include "amx_second_moments.h"
+#include "forward.h"
+#include "second_moments.h"
+#include "stages.h"
+
+namespace fusedconvbn {
+namespace {
+
+// Training of a 1x1 convolution that saves no z: the second moments of the inputs give its statistics beforehand.
+template <class C, template <class> class Conv, class Moments, class Statistics>
+class ForwardByMoments {
+ public:
+  ForwardByMoments(const KernelSet& set, const ConvBnParams& p, const DeviceInfo& device, const ForwardBuffers& b,
+                   char* scratch)
+      : p_(p),
+        saved_{static_cast<C*>(b.conv_out), p.in_channels},
+        kept_(scratch),
+        statistics_(set, p, b.filters, &kept_),
+        rest_(scratch ? scratch + kept_.used() : nullptr),
+        forward_(set, p, device, without_saved(b), Image<C>(b.output, storage_of<C>(set, p.dtype), output_grid(p)),
+                 rest_),
+        moments_(set, p, b.inputs) {
+    Arena arena(rest_);  // the convolution's, when these are done
+    moments_scratch_ = moments_.carve(&arena, device.threads);
+    statistics_.carve(&arena, device.threads);
+    scratch_bytes_ = kept_.used() + std::max(arena.used(), forward_.scratch_bytes());
+  }
+
+  size_t scratch_bytes() const { return scratch_bytes_; }
+
+  // z that varies far less than the inputs make its terms vary is computed, and measured, where the output will lie.
+  void train(ParallelFor* parallel) const {
+    if (p_.pixels() == 0) {
+      std::fill_n(saved_.data, (p_.in_channels + 2) * p_.in_channels, C(0));
+      return forward_.train(parallel);
+    }
+    moments_.run(moments_scratch_, parallel, saved_);
+    if (!statistics_.run(saved_, parallel)) return forward_.train(parallel);
+    forward_.train_with(statistics_.mean(), statistics_.squares(), parallel);
+  }
+
+ private:
+  static ForwardBuffers without_saved(ForwardBuffers b) { return b.conv_out = nullptr, b; }
+
+  const ConvBnParams& p_;
+  SavedMoments<C> saved_;
+  Arena kept_;
+  Statistics statistics_;
+  char* rest_;  // of the scratch, behind what is kept
+  Forward<C, Conv> forward_;
+  Moments moments_;
+  typename Moments::Scratch moments_scratch_;
+  size_t scratch_bytes_;
+};
+
+template <class C>
+using CommonForwardByMoments = ForwardByMoments<C, Convolution, SecondMoments<C>, StatisticsByMoments<C>>;
+using AmxForwardByMoments = ForwardByMoments<float, AmxConvolution, AmxSecondMoments, AmxStatisticsByMoments>;
+
+}  // namespace
+
+size_t forward_moments_scratch(const KernelSet& set, const ConvBnParams& p, const DeviceInfo& device) {
+  return with_compute_type(p.dtype, [&](auto c) {
+    return CommonForwardByMoments<decltype(c)>(set, p, device, {}, nullptr).scratch_bytes();
+  });
+}
+Status run_forward_moments(const KernelSet& set, const StageCall& call) {
+  with_compute_type(call.params.dtype, [&](auto c) {
+    CommonForwardByMoments<decltype(c)>(set, call.params, call.device, *call.forward, call.scratch)
+        .train(call.parallel);
+  });
+  return Status{};
+}
+
+size_t forward_moments_amx_scratch(const KernelSet& set, const ConvBnParams& p, const DeviceInfo& device) {
+  return AmxForwardByMoments(set, p, device, {}, nullptr).scratch_bytes();
+}
+Status run_forward_moments_amx(const KernelSet& set, const StageCall& call) {
+  AmxForwardByMoments(set, call.params, call.device, *call.forward, call.scratch).train(call.parallel);
+  return Status{};
+}
+
+}  // namespace fusedconvbn
