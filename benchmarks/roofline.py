@@ -31,7 +31,8 @@ def traffic(problem: Problem) -> tuple[int, int]:
         math.prod(shape) * size
         for shape in (case.input_shape(problem.batch), case.filter_shape, case.output_shape(problem.batch))
     )
-    z = {"conv": y, "bfloat16": y // size * 2, "recompute": 0}[problem.save] if problem.training else 0
+    rounded = y // 2 if problem.dtype == "float32" else y
+    z = {"conv": y, "bfloat16": rounded, "recompute": 0}[problem.save] if problem.training else 0
     added = y if case.residual else 0
     read, written = x + w + added, y + z
     if problem.mode == TRAIN_STEP:  # forward, then: dy, z, inputs, filters, and what the derivative follows from

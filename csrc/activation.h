@@ -82,4 +82,21 @@ FCB_INLINE V derivative(V u) {
   }
 }
 
+// True where activation' jumps; piece() tells apart what lies on two sides of a jump.
+FCB_INLINE constexpr bool derivative_jumps(Activation a) {
+  return a == Activation::kRelu || a == Activation::kRelu6 || a == Activation::kLeakyRelu ||
+         a == Activation::kHardSwish;
+}
+template <Activation A, class S, class V>
+FCB_INLINE auto piece(V u) {
+  const V zero{};
+  if constexpr (A == Activation::kRelu6) {
+    return (u > zero) + (u < zero + S(6));
+  } else if constexpr (A == Activation::kHardSwish) {
+    return (u > zero - S(3)) - (u < zero + S(3));
+  } else {
+    return u > zero;
+  }
+}
+
 }  // namespace fusedconvbn

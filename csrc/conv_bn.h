@@ -25,9 +25,9 @@ enum class DType { kFloat32, kFloat64, kFloat16, kBFloat16 };
 enum class DataFormat { kNHWC, kNCHW };
 enum class Algorithm { kAuto, kDirect, kWinograd2, kWinograd4 };
 enum class Save { kConv, kBFloat16, kRecompute };
-// What forward in training leaves in conv_out for backward: nothing, z, or the second moments of the inputs, from which
-// backward needs no z (cpu/second_moments.h).
-enum class Saved { kNothing, kConv, kMoments };
+// What forward in training leaves in conv_out for backward: nothing, z, the second moments of the inputs, from which
+// backward needs no z (cpu/second_moments.h), or z - batch_mean rounded to bfloat16.
+enum class Saved { kNothing, kConv, kMoments, kBFloat16 };
 enum class Isa { kGeneric, kAvx2, kAvx512, kAmx };  // each has what those before it have
 constexpr Isa kIsas[] = {Isa::kGeneric, Isa::kAvx2, Isa::kAvx512, Isa::kAmx};
 
@@ -116,8 +116,17 @@ inline bool needs_residual(const ConvBnParams& p) {
   return p.has_residual && p.activation != Activation::kNone && !derivative_from_output(p.activation);
 }
 
-// Whether backward finds z in conv_out.
-inline bool has_conv_out(const ConvBnParams& p) { return p.training && p.saved == Saved::kConv; }
+// What params.save asks of forward. Data of 16 bits is saved as it is, and so is float64, which is for its precision.
+inline Saved asked_for(const ConvBnParams& p) {
+  if (!p.training || p.save == Save::kRecompute) return Saved::kNothing;
+  return p.save == Save::kBFloat16 && p.dtype == DType::kFloat32 ? Saved::kBFloat16 : Saved::kConv;
+}
+
+// Whether backward finds z in conv_out, and whether as z - batch_mean in bfloat16.
+inline bool has_rounded_conv_out(const ConvBnParams& p) { return p.training && p.saved == Saved::kBFloat16; }
+inline bool has_conv_out(const ConvBnParams& p) {
+  return p.training && (p.saved == Saved::kConv || has_rounded_conv_out(p));
+}
 
 struct DeviceInfo {
   Isa isa = Isa::kGeneric;  // the best that may be used
@@ -145,8 +154,9 @@ struct Plan {
   std::string describe() const;
 };
 
-// Empty where nothing is saved; else the output's shape or, for kMoments, [C + 2, C] numbers of the compute type: twice
-// as many rows of 16-bit data, which then are parts of them.
+// In elements of the data type. Empty where nothing is saved; else the output's shape; for kMoments [C + 2, C] numbers
+// of the compute type: twice as many rows of 16-bit data, which then are parts of them; for kBFloat16 [(n + 1) / 2]:
+// its n numbers [N,OH,OW,K], whatever the data format, two in an element.
 std::vector<int64_t> conv_out_shape(const ConvBnParams& params, Saved saved);
 
 // force_kernel: the name of a row (raw.kernels() lists them), used for each stage that it serves; empty: the first row

@@ -25,7 +25,7 @@ size_t conv_grad_bytes(const ConvBnParams& p) { return align(output_elements(p) 
 Saved saved_by(const Kernel& forward, const ConvBnParams& p) {
   if (!p.training) return Saved::kNothing;
   if (forward.saves == Saved::kMoments) return Saved::kMoments;
-  return p.save == Save::kConv ? Saved::kConv : Saved::kNothing;
+  return asked_for(p);
 }
 
 Status forced_name(const std::string& argument, std::string* name) {
@@ -165,6 +165,8 @@ Status pack_filters(const Plan& plan, const void* filters, void* packed, void* w
 }
 
 Status run_cpu(const Plan& plan, const ForwardBuffers& buffers, void* workspace, ParallelFor* parallel) {
+  if (const size_t n = output_elements(plan.params); plan.saved == Saved::kBFloat16 && n % 2 == 1)
+    static_cast<uint16_t*>(buffers.conv_out)[n] = 0;  // the other half of the last element
   return run_forward(plan, buffers, nullptr, workspace, parallel);
 }
 
@@ -188,6 +190,7 @@ std::vector<int64_t> conv_out_shape(const ConvBnParams& params, Saved saved) {
   const auto width =
       static_cast<int64_t>(compute_bytes(params) / data_bytes(params));  // moments are of the compute type
   if (saved == Saved::kMoments) return {width * (params.in_channels + 2), params.in_channels};
+  if (saved == Saved::kBFloat16) return {(params.pixels() * params.out_channels + 1) / 2};
   const auto shape = output_shape(params);
   return {shape.begin(), shape.end()};
 }

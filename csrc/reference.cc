@@ -59,6 +59,14 @@ Function derivative_of_output_function(Activation a, std::index_sequence<A...>) 
   return table[static_cast<int>(a)];
 }
 
+using Pieces = int (*)(double);
+
+template <size_t... A>
+Pieces piece_function(Activation a, std::index_sequence<A...>) {
+  static constexpr Pieces table[] = {[](double u) { return int(piece<static_cast<Activation>(A), double>(u)); }...};
+  return table[static_cast<int>(a)];
+}
+
 using AllActivations = std::make_index_sequence<kActivationCount>;
 
 // Where element (n, h, w, c) of an image lies.
@@ -85,6 +93,11 @@ struct Problem {
   const ConvBnParams& p;
   Layout input, output;
 };
+
+// Where z of an element is saved in bfloat16: in NHWC whatever the data format.
+int64_t rounded_at(const ConvBnParams& p, int64_t n, int64_t h, int64_t w, int64_t k) {
+  return Layout(DataFormat::kNHWC, p.out_height, p.out_width, p.out_channels)(n, h, w, k);
+}
 
 // f(n, h, w) for every pixel of the output.
 template <class F>
@@ -148,6 +161,17 @@ Moments batch_moments(const Problem& problem, const void* z, int64_t k) {
   return {static_cast<double>(mean), static_cast<double>(variance / count)};
 }
 
+// x as a bfloat16: the nearest or, where activation' jumps between u of the two, that on the other side of x.
+template <class F>
+BFloat16 round_for_backward(Activation a, double x, const F& u_of) {
+  const Pieces piece_of = piece_function(a, AllActivations{});
+  const float stored = static_cast<float>(x);
+  const BFloat16 nearest = to_bfloat16(stored);
+  if (!derivative_jumps(a) || piece_of(u_of(to_float(nearest))) == piece_of(u_of(x))) return nearest;
+  const uint32_t toward_zero = float_bits(stored) >> 16;
+  return {static_cast<uint16_t>(2 * toward_zero + 1 - nearest.bits)};
+}
+
 template <class T, class Stat>
 void forward_channel(const Problem& problem, const ForwardBuffers& b, int64_t k) {
   const ConvBnParams& p = problem.p;
@@ -155,7 +179,8 @@ void forward_channel(const Problem& problem, const ForwardBuffers& b, int64_t k)
     return convolve<T>(problem, b.inputs, b.filters, n, h, w, k);
   };
   const double old_mean = load<Stat>(b.moving_mean, k), old_variance = load<Stat>(b.moving_variance, k);
-  void* conv_out = b.conv_out != nullptr ? b.conv_out : b.output;  // where z is not saved, y lies there in the end
+  const Saved saved = asked_for(p);
+  void* conv_out = saved == Saved::kConv ? b.conv_out : b.output;  // where z is not saved, y lies there in the end
   Moments used{old_mean, old_variance}, updated = used;
   if (uses_batch_statistics(p)) {
     for_each_pixel(
@@ -174,9 +199,12 @@ void forward_channel(const Problem& problem, const ForwardBuffers& b, int64_t k)
   const Function activation = activation_function(p.activation, AllActivations{});
   for_each_pixel(p, [&](int64_t n, int64_t h, int64_t w) {
     const int64_t at = problem.output(n, h, w, k);
-    const double z = p.training ? load<T>(conv_out, at) : z_at(n, h, w);
+    const double centered = (p.training ? load<T>(conv_out, at) : z_at(n, h, w)) - used.mean;
     const double residual = p.has_residual ? load<T>(b.residual, at) : 0;
-    store<T>(activation(gamma * (z - used.mean) * inv_std + beta + residual), b.output, at);
+    const auto u_of = [&](double x) { return gamma * x * inv_std + beta + residual; };
+    if (saved == Saved::kBFloat16)
+      static_cast<BFloat16*>(b.conv_out)[rounded_at(p, n, h, w, k)] = round_for_backward(p.activation, centered, u_of);
+    store<T>(activation(u_of(centered)), b.output, at);
   });
 }
 
@@ -216,10 +244,12 @@ Channel channel_of(const ConvBnParams& p, const BackwardBuffers& b, int64_t k) {
   return {gamma, beta, load<Stat>(b.moving_mean, k), 1 / std::sqrt(variance + p.epsilon)};
 }
 
-// z as forward stored it: in training it was rounded to T before anything used it.
+// z as forward stored it: in training it was rounded to T before anything used it. `mean` is what it lacks in bfloat16.
 template <class T>
-double conv_out_at(const Problem& problem, const BackwardBuffers& b, int64_t n, int64_t h, int64_t w, int64_t k) {
-  if (problem.p.training && problem.p.saved == Saved::kConv) return load<T>(b.conv_out, problem.output(n, h, w, k));
+double conv_out_at(const Problem& problem, const BackwardBuffers& b, double mean, int64_t n, int64_t h, int64_t w,
+                   int64_t k) {
+  if (has_rounded_conv_out(problem.p)) return mean + load<BFloat16>(b.conv_out, rounded_at(problem.p, n, h, w, k));
+  if (has_conv_out(problem.p)) return load<T>(b.conv_out, problem.output(n, h, w, k));
   const double z = convolve<T>(problem, b.inputs, b.filters, n, h, w, k);
   if (!problem.p.training) return z;
   T stored;
@@ -237,17 +267,29 @@ double argument_gradient(const ConvBnParams& p, const BackwardBuffers& b, const 
   return dy * derivative_function(p.activation, AllActivations{})(channel.gamma * xhat + channel.beta + residual);
 }
 
+// The mean of z - mean of channel k: not 0 where that was rounded.
+template <class T>
+double mean_error(const Problem& problem, const BackwardBuffers& b, double mean, int64_t k) {
+  if (!has_rounded_conv_out(problem.p)) return 0;
+  double sum = 0;
+  for_each_pixel(problem.p,
+                 [&](int64_t n, int64_t h, int64_t w) { sum += conv_out_at<T>(problem, b, mean, n, h, w, k) - mean; });
+  return sum / static_cast<double>(problem.p.pixels());
+}
+
 // Writes the gradients of gamma, beta, both moving statistics and the residual of channel k, and the gradient of z to
 // *dz. *xhat: scratch.
 template <class T, class Stat>
 void backward_channel(const Problem& problem, const BackwardBuffers& b, int64_t k, Scratch* xhat, Scratch* dz) {
   const ConvBnParams& p = problem.p;
   const Channel channel = channel_of<Stat>(p, b, k);
+  const double error = mean_error<T>(problem, b, channel.mean, k);
   double d_beta = 0, d_gamma = 0;
   for_each_pixel(p, [&](int64_t n, int64_t h, int64_t w) {
     const int64_t at = problem.output(n, h, w, k);
-    (*xhat)[at] = (conv_out_at<T>(problem, b, n, h, w, k) - channel.mean) * channel.inv_std;
+    (*xhat)[at] = (conv_out_at<T>(problem, b, channel.mean, n, h, w, k) - channel.mean) * channel.inv_std;
     const double du = (*dz)[at] = argument_gradient<T>(p, b, channel, (*xhat)[at], at);
+    (*xhat)[at] -= error * channel.inv_std;
     if (b.d_residual != nullptr) store<T>(du, b.d_residual, at);
     d_beta += du;
     d_gamma += du * (*xhat)[at];

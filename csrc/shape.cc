@@ -158,9 +158,9 @@ Status validate(const ConvBnParams& p) {
         "Received: " +
         std::string(p.algorithm == Algorithm::kWinograd2 ? "\"winograd2\", " : "\"winograd4\", ") + sizes + ", " +
         text(p.groups) + " groups");
-  if (p.save == Save::kBFloat16)
+  if (p.saved == Saved::kBFloat16 && p.dtype != DType::kFloat32)
     return Status::error(
-        "save must be \"conv\" or \"recompute\"; the other mode is not there yet. Received: \"bfloat16\"");
+        "conv_out must be of the output's shape or [C + 2, C] unless inputs are float32. Received: rank 1");
   return Status{};
 }
 

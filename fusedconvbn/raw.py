@@ -20,7 +20,7 @@ from fusedconvbn import _arguments, _load
 _DTYPES = ("float32", "float64", "float16", "bfloat16")  # in the order of the core's `enum class DType`
 _PADDINGS = ("VALID", "SAME", "EXPLICIT")  # of `enum class Padding`
 _ISAS = ("generic", "avx2", "avx512", "amx")
-_SAVED = ("nothing", "conv", "moments")  # of `enum class Saved`
+_SAVED = ("nothing", "conv", "moments", "bfloat16")  # of `enum class Saved`
 _MAX_THREADS = 1024
 
 
@@ -92,8 +92,8 @@ def plan(
         inputs_shape: [N,H,W,C] or [N,C,H,W], as `data_format` says.
         filters_shape: [kh,kw,C/groups,K].
         direction: "forward" or "backward".
-        saved: Backward, in training: what the forward plan's `saved` was, "conv", "moments" or "nothing". With
-            "moments", the output is taken to be at hand.
+        saved: Backward, in training: what the forward plan's `saved` was, "conv", "bfloat16", "moments" or "nothing".
+            With "moments", the output is taken to be at hand.
         isa: The best instruction set that may be used: "generic", "avx2", "avx512" or "amx"; None: the machine's best.
             The environment variable FUSEDCONVBN_ISA lowers what the machine is taken to have.
         kernel: A name that `kernels()` lists, used for the stage that it serves; None: the first of each stage that
@@ -159,13 +159,14 @@ def forward(
         strides, dilations: An int or (height, width).
         padding: "SAME", "VALID" or [(top, bottom), (left, right)].
         training: Whether mean and variance are those of the batch, and moving statistics updated.
-        save: "conv" or "recompute": whether `conv_out` may hold the convolution.
+        save: What `conv_out` is to hold of the convolution: "conv", "bfloat16" or "recompute", nothing.
         isa, kernel, threads: As in `plan`.
         packed_filters: What `pack_filters` made of `filters`, or None: they are packed by this call.
 
-    In training `conv_out` is one of: the convolution, of the output's shape and dtype; the second moments of the
-    inputs, [C + 2, C] (scatter, mean, what the mean lost in rounding; of bfloat16 inputs float32 numbers in parts,
-    [2 (C + 2), C]), where backward needs no more than these; None.
+    In training `conv_out` is one of: the convolution, of the output's shape and dtype; its n numbers [N,OH,OW,K] less
+    `batch_mean` in bfloat16, two in a float32, [(n + 1) / 2]; the second moments of the inputs, [C + 2, C] (scatter,
+    mean, what the mean lost in rounding; of bfloat16 inputs float32 numbers in parts, [2 (C + 2), C]), where backward
+    needs no more than these; None.
 
     Results have the same bits whatever the number of threads.
     """
@@ -273,7 +274,7 @@ def _params(
 
 def _saved(conv_out: Any) -> str:
     """What this array, a result of `forward`, holds: each kind has a rank of its own."""
-    return "nothing" if conv_out is None else "moments" if np.ndim(conv_out) == 2 else "conv"
+    return "nothing" if conv_out is None else {1: "bfloat16", 2: "moments"}.get(np.ndim(conv_out), "conv")
 
 
 def _plan(params: Any, backward: bool, isa: Any, kernel: Any, threads: Any) -> Any:

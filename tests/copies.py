@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 from cases import Case, arrays
 from fuzz import runs
-from raw_problem import Problem
+from raw_problem import Problem, nhwc
 
 CHANNELS = 24
 SHAPE = (2, 37, 41, CHANNELS)  # of the data, [N,H,W,C]: blocks of pixels that are not full
@@ -51,18 +51,14 @@ def case_of(kind: str, shape: tuple[int, ...] = SHAPE, **changes: Any) -> Case:
     )  # fmt: skip
 
 
-def copying(case: Case, z: np.ndarray, algorithm: str, recomputes: bool = False) -> Problem:
+def copying(case: Case, z: np.ndarray, algorithm: str, start: str = "conv") -> Problem:
     """The problem of a case whose z is channels of the NHWC array `z`: by direct algorithms to the last bit."""
     border = case.kernel[0] // 2
     image = np.pad(z, [(0, 0), (border, border), (border, border), (0, 0)], mode="edge")
     image = image if case.data_format == "NHWC" else np.moveaxis(image, 3, 1)
     case = replace(case, algorithm=algorithm)
     copied = replace(arrays(case), inputs=image.astype(case.numpy_dtype), filters=copy_filters(case))
-    return Problem(case, copied, recomputes)
-
-
-def nhwc(case: Case, image: np.ndarray) -> np.ndarray:
-    return image if case.data_format == "NHWC" else np.moveaxis(image, 1, 3)
+    return Problem(case, copied, start)
 
 
 def inner(case: Case, image: np.ndarray) -> np.ndarray:

@@ -183,9 +183,10 @@ class Run(NamedTuple):
         return max(map(algorithm_of, self.planned), default="direct")
 
     @property
-    def recomputes(self) -> bool:
-        """Whether backward computes z again."""
-        return self.direction == "backward" and self.saved != "conv"
+    def start(self) -> str:
+        """What backward starts from, as `raw_problem.Problem` names it."""
+        again = self.saved in ("nothing", "moments")
+        return "conv" if self.direction == "forward" else "again" if again else self.saved
 
     @property
     def stores_z(self) -> bool:
@@ -197,7 +198,7 @@ class Run(NamedTuple):
         return f"{self.direction} by {' -> '.join(self.planned)}{chosen}, save={self.save}, saved={self.saved}"
 
 
-SAVES = ("conv", "recompute")
+SAVES = ("conv", "recompute", "bfloat16")
 
 
 def algorithm_of(row: str) -> str:
@@ -211,12 +212,12 @@ def runs(case: Case) -> Iterator[Run]:
 
     Backward starts from each of what forward may leave.
     """
-    left: dict[tuple[str, str], None] = {}
-    for save in SAVES if case.training else SAVES[:1]:
+    left: dict[str, str] = {}
+    for save in SAVES[: 1 if not case.training else 3 if case.dtype == "f32" else 2]:
         for run in _runs(case, "forward", save, "conv"):
-            left[save, run.saved] = None
+            left.setdefault(run.saved, save)
             yield run
-    for save, saved in left:
+    for saved, save in left.items():
         yield from _runs(case, "backward", save, saved)
 
 

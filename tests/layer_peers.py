@@ -15,7 +15,7 @@ _CONVOLUTION = {
     "kernel_regularizer", "kernel_constraint", "bias_regularizer", "bias_constraint",
 }  # fmt: skip
 
-_FUSED_ONLY = {"batch_norm_trainable", "variable_transforms"}
+_FUSED_ONLY = {"batch_norm_trainable", "variable_transforms", "save"}
 
 INPUTS = (4, 9, 8, 6)
 

@@ -58,6 +58,7 @@ class Saved(NamedTuple):
     conv_out: np.ndarray
     batch_mean: np.ndarray
     inv_std: np.ndarray
+    rounded: bool = False  # coarsely, so that the mean of conv_out is another one: dz owes nothing to the difference
 
 
 def forward(inputs, filters, gamma, beta, moving_mean, moving_variance, residual=None, **attributes: Any) -> Forward:
@@ -77,6 +78,14 @@ def forward(inputs, filters, gamma, beta, moving_mean, moving_variance, residual
     )  # fmt: skip
 
 
+def output_of(saved: Saved, inputs, filters, gamma, beta, moving_mean, moving_variance, residual=None, **attributes):
+    """The output as it would be of z and the statistics that were saved, and `near_kink` of it."""
+    problem = _Problem(inputs, filters, gamma, beta, moving_mean, moving_variance, residual, attributes)
+    statistics, z = problem.saved(saved)
+    u = problem.argument(z, statistics)
+    return problem.image(problem.activate(u)), problem.order(problem.near_kink(u))
+
+
 def backward(
     output_gradient, inputs, filters, gamma, beta, moving_mean, moving_variance, residual=None, *,
     moving_mean_gradient=None, moving_variance_gradient=None, saved: Saved | None = None, **attributes: Any,
@@ -89,7 +98,9 @@ def backward(
     )
     statistics, z = problem.saved(saved)
     scale = problem.gamma * statistics.inv_std
-    xhat = (z - statistics.mean) * statistics.inv_std
+    recentred = problem.uses_batch and saved is not None and saved.rounded
+    mean = problem.exact(z.value.mean((0, 1, 2))) if recentred else statistics.mean
+    xhat = (z - mean) * statistics.inv_std
     du = problem.exact_image(output_gradient) * problem.slope(problem.argument(z, statistics))
     d_beta, d_gamma = du.sum(), (du * xhat).sum()
     if problem.uses_batch:

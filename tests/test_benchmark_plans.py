@@ -27,11 +27,17 @@ def outputs(problem: Problem) -> int:
 
 def test_kept_outputs():
     assert kept_outputs([DENSE]) == 2
+    assert kept_outputs([dataclasses.replace(DENSE, save="bfloat16")]) == 1.5
     assert kept_outputs([dataclasses.replace(DENSE, save="recompute")]) == 1
     assert kept_outputs([EXPANDING]) == 1 + 18 * 16 / outputs(EXPANDING)
     thrice = dataclasses.replace(DENSE, case=dataclasses.replace(DENSE.case, times=3))
     kept = 6 * outputs(DENSE) + outputs(EXPANDING) + 18 * 16
     assert kept_outputs([thrice, EXPANDING]) == kept / (3 * outputs(DENSE) + outputs(EXPANDING))
+
+
+@pytest.mark.parametrize("network", ["resnet50", "resnet18", "vgg16", "mobilenet_v2"])
+def test_networks_keep_1_6_outputs_a_layer_at_the_most(network):
+    assert kept_outputs([NetworkProblem(network, 224, 1.0, 16, "float32", "train-step", save="bfloat16")]) <= 1.6
 
 
 def test_kept_outputs_of_a_network():

@@ -42,6 +42,12 @@ def test_traffic_is_each_tensor_once(mode, save, read, written):
     assert traffic(_problem(mode, save=save)) == (4 * read, 4 * written)
 
 
+def test_only_float32_is_saved_in_fewer_bits():
+    for dtype in ("float64", "float16", "bfloat16"):
+        kept, rounded = (traffic(_problem("train-step", save=save, dtype=dtype)) for save in ("conv", "bfloat16"))
+        assert kept == rounded
+
+
 def test_traffic_follows_the_type_and_the_residual():
     assert traffic(_problem("inference", dtype="bfloat16")) == (2 * (X + W + Y), 2 * Y)
     assert traffic(_problem("inference", case=dataclasses.replace(CASE, residual=False))) == (4 * (X + W), 4 * Y)

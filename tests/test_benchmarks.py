@@ -150,6 +150,15 @@ def test_error_of_the_statistics_grows_with_the_pixels(result):
     assert mismatch(problem[16], "conv_output", erring, result)
 
 
+def test_gradients_from_a_rounded_z_may_err_by_the_unit_of_bfloat16(result):
+    problem = dataclasses.replace(PROBLEM, mode="train-step", training=True, save="bfloat16")
+    erring = result * (1 + 2**-8)
+    assert mismatch(problem, "d_inputs", erring, result) is None
+    assert mismatch(problem, "output", erring, result)
+    assert mismatch(dataclasses.replace(problem, save="conv"), "d_inputs", erring, result)
+    assert mismatch(problem, "d_inputs", result * (1 + 2**-6), result)
+
+
 def test_wrong_number_of_elements_is_found(result):
     assert "elements" in mismatch(PROBLEM, "output", result[1:], result)
 

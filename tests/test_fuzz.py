@@ -38,8 +38,8 @@ class Checker:
         self.drawn = drawn
         self.problem = cache(self._problem)
 
-    def _problem(self, algorithm: str, recomputes: bool, stores_z: bool) -> Problem:
-        return Problem(replace(self.drawn.case, algorithm=algorithm), recomputes=recomputes, stores_z=stores_z)
+    def _problem(self, algorithm: str, start: str, stores_z: bool) -> Problem:
+        return Problem(replace(self.drawn.case, algorithm=algorithm), start=start, stores_z=stores_z)
 
     def _forward(self, problem: Problem, run: Run) -> raw.ForwardResult:
         plan = planned(problem.case, "forward", **run.forced)
@@ -51,7 +51,7 @@ class Checker:
     def check(self, run: Run, options: dict[str, None]) -> None:
         drawn = self.drawn
         stores_z = run.stores_z or "output" in options or (run.direction == "forward" and falls_back(drawn.case))
-        problem = self.problem(run.transforms, run.recomputes, stores_z)
+        problem = self.problem(run.transforms, run.start, stores_z)
         with guarded(drawn.offset):
             if run.direction == "forward":
                 result = self._forward(problem, run)

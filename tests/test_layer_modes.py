@@ -90,6 +90,18 @@ def test_shared_layer_updates_at_every_call():
     assert_weights_close(fused, stock, 3e-5)
 
 
+@pytest.mark.parametrize("save", ["conv", "bfloat16", "recompute"])
+def test_whatever_training_keeps(save):
+    """The gradients are Keras's, where z was rounded within the unit of bfloat16."""
+    peers = make_peers(shape=(8, 17, 19, 6), activation="relu", use_bias=True, save=save)
+    output, ours = gradients(peers.fused, peers.images, peers.cotangent, True)
+    expected, theirs = gradients(peers.stock, peers.images, peers.cotangent, True)
+    assert_close(output, expected, 1e-5)
+    for name in ("inputs", "kernel", "gamma", "beta"):
+        assert_close(ours[name], theirs[name], 2**-8 if save == "bfloat16" else 1e-4, name)
+    assert_weights_close(peers.fused, peers.stock, 1e-6)
+
+
 def test_keras_does_not_jit_the_model():
     peers = make_peers()
     peers.fused.compile("sgd", "mse")

@@ -149,15 +149,15 @@ def test_constant_channel(case, run, value):
 @pytest.mark.parametrize("value", [0.0, -1234.567])
 @BACKWARD
 def test_gradient_of_a_constant_channel(case, run, value):
-    problem = constant_channel(case, run.transforms, run.recomputes, value)
+    problem = constant_channel(case, run.transforms, run.start, value)
     problem.check_backward(problem.run_backward(run.saved, **run.forced))
 
 
 @lru_cache(maxsize=16)
-def constant_channel(case: Case, algorithm: str, recomputes: bool, value: float) -> Problem:
+def constant_channel(case: Case, algorithm: str, start: str, value: float) -> Problem:
     z = normal(shape=SMALL)
     z[..., 5] = value
-    return copying(case, z, algorithm, recomputes)
+    return copying(case, z, algorithm, start)
 
 
 @pytest.mark.parametrize("unbiased", [False, True])
@@ -180,7 +180,7 @@ def single(case: Case, run: Run, unbiased: bool) -> Problem:
     if not run.stores_z:
         pytest.skip("rows by moments on AMX take 16 pixels and more")
     one = replace(case, batch=1, height=case.kernel[0], width=case.kernel[1], unbiased=unbiased)
-    return copying(one, normal(shape=(1, 1, 1, CHANNELS)), run.transforms, run.recomputes)
+    return copying(one, normal(shape=(1, 1, 1, CHANNELS)), run.transforms, run.start)
 
 
 @pytest.mark.parametrize("mean", [0, 100])
@@ -190,7 +190,7 @@ def single(case: Case, run: Run, unbiased: bool) -> Problem:
 )
 def test_gradient_of_z_is_orthogonal_to_ones_and_to_xhat(case, run, mean):
     """With epsilon 0 a shift and a scale of z change nothing. The gradient by a channel is that of all its copies."""
-    problem = with_mean(case, run.transforms, run.recomputes, mean)
+    problem = with_mean(case, run.transforms, run.start, mean)
     copies = np.eye(CHANNELS)[sources(case)]
     dz = inner(case, nhwc(case, problem.run_backward(run.saved, **run.forced).inputs).astype(np.float64))
     x = inner(case, nhwc(case, problem.arguments.inputs).astype(np.float64))
@@ -200,13 +200,15 @@ def test_gradient_of_z_is_orthogonal_to_ones_and_to_xhat(case, run, mean):
     bound = 4 * float(ml_dtypes.finfo(case.numpy_dtype).eps) * (1 + mean) * size
     assert np.abs(dz).max() > 0.1
     assert np.all(np.abs(dz.sum((0, 1, 2))) <= bound)
+    if run.saved == "bfloat16":  # of xhat as it was rounded; each rounds for itself
+        bound = 4 * 2**-8 * np.sqrt(((problem.arguments.gamma * dy) ** 2).sum((0, 1, 2)) @ copies)
     assert np.all(np.abs((dz * xhat).sum((0, 1, 2))) <= bound)
 
 
 @lru_cache(maxsize=16)
-def with_mean(case: Case, algorithm: str, recomputes: bool, mean: float) -> Problem:
+def with_mean(case: Case, algorithm: str, start: str, mean: float) -> Problem:
     """Without gradients of the moving statistics, which are not orthogonal to z."""
-    problem = copying(case, normal(mean, SMALL), algorithm, recomputes)
+    problem = copying(case, normal(mean, SMALL), algorithm, start)
     problem.upstream = (problem.upstream[0], *np.zeros((2, case.out_channels), np.float32))
     return problem
 
@@ -234,7 +236,7 @@ def each(cases: list[Case]) -> list:
 @pytest.mark.parametrize(("case", "run"), each(PARTIAL))
 def test_partial_tiles(case, run):
     """Odd sizes and channels that fill no vector and no tile, padded on one side more than on the other."""
-    problem = Problem(replace(case, algorithm=run.transforms), recomputes=run.recomputes)
+    problem = Problem(replace(case, algorithm=run.transforms), start=run.start)
     if run.direction == "forward":
         problem.check_forward(problem.run_forward(**run.forced))
     else:

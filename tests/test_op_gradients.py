@@ -2,6 +2,7 @@
 
 import itertools
 from dataclasses import replace
+from functools import partial
 
 import numpy as np
 import op_problems
@@ -95,7 +96,7 @@ def second_order(op, case):
         return results_and_gradients(function_of(op, case), values[:count], values[count:])
 
     rng = case.random("weights")
-    weights = [tf.constant(rng.standard_normal(t.shape)) for t in gradients(*sources)]
+    weights = [tf.constant(rng.standard_normal(t.shape), t.dtype) for t in gradients(*sources)]
     return results_and_gradients(gradients, sources, weights)
 
 
@@ -106,6 +107,13 @@ def test_second_order(activation, residual, training):
     case = replace(SMALL, training=training, activation=activation, residual=residual)
     actual, expected = second_order(fusedconvbn.fused_conv_bn, case), second_order(stock.fused_conv_bn, case)
     op_problems.assert_close(actual, expected, 1e-11)
+
+
+def test_second_order_where_z_is_saved_in_bfloat16():
+    """Gradients of the gradients come from stock ops, which know nothing of it."""
+    case = replace(SMALL, training=True, activation="relu", dtype="f32")
+    actual = second_order(partial(fusedconvbn.fused_conv_bn, save="bfloat16"), case)
+    op_problems.assert_close(actual, second_order(stock.fused_conv_bn, case), 2**-8)
 
 
 @pytest.mark.parametrize("case", op_problems.MODES[:3], ids=str)

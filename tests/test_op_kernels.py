@@ -37,6 +37,17 @@ def test_same_bits_as_raw(name, training, isa, monkeypatch):
     op_problems.assert_same_bits(results, results_of_raw(case, isa=isa))
 
 
+@pytest.mark.parametrize("isa", ["generic", "avx512"])
+@pytest.mark.parametrize("save", ["bfloat16", "recompute"])
+@pytest.mark.parametrize("name", PROBLEMS)
+def test_same_bits_as_raw_whatever_is_saved(name, save, isa, monkeypatch):
+    case = replace(PROBLEMS[name], training=True)
+    monkeypatch.setenv("FUSEDCONVBN_ISA", isa)
+    call = op_problems.function_of(fusedconvbn.fused_conv_bn, case, save=save)
+    results = op_problems.results_and_gradients(call, op_problems.arguments(case), op_problems.upstream(case))
+    op_problems.assert_same_bits(results, results_of_raw(case, save=save, isa=isa))
+
+
 @pytest.mark.parametrize("name", STREAMED)
 def test_streamed_tensors_are_what_the_rule_asks_for(name):
     """Size and alignment, of one of them at least (`Image::streams`)."""

@@ -1,5 +1,7 @@
 """One op, the same result in each way that TensorFlow can run it."""
 
+import math
+
 import numpy as np
 import op_problems
 import pytest
@@ -133,16 +135,19 @@ def test_gradient_computes_what_is_asked_for(wanted):
     ]
 
 
-def test_inference_keeps_nothing_for_the_gradient():
+@pytest.mark.parametrize("save", ["conv", "bfloat16", "recompute"])
+def test_what_is_kept_for_the_gradient(save):
     tensors = arguments(TRAINING)
     sizes = {}
     for training in (True, False):
         with tf.Graph().as_default(), tf.compat.v1.Session() as session:
-            output = function_of(fusedconvbn.fused_conv_bn, TRAINING, training=training)(
+            output = function_of(fusedconvbn.fused_conv_bn, TRAINING, training=training, save=save)(
                 *[tf.constant(t.numpy()) for t in tensors]
             ).output
             sizes[training] = session.run(tf.shape(output.op.outputs[-1])).tolist()
-    assert sizes == {True: list(TRAINING.output_shape), False: [0, 0, 0, 0]}
+    half = (math.prod(TRAINING.output_shape) + 1) // 2
+    kept = {"conv": list(TRAINING.output_shape), "bfloat16": [half], "recompute": [0, 0, 0, 0]}
+    assert sizes == {True: kept[save], False: [0, 0, 0, 0]}
 
 
 def test_while_loop():
@@ -176,11 +181,12 @@ def test_vectorized_map():
     assert_same_bits(list(mapped), [call(x, *tensors[1:]).output for x in batches])
 
 
+@pytest.mark.parametrize("save", ["conv", "bfloat16"])
 @pytest.mark.parametrize("case", [TRAINING, NCHW], ids=str)
-def test_compiled_by_xla(case):
+def test_compiled_by_xla(case, save):
     """Stock ops take the op's place where XLA compiles."""
     tensors, cotangents = arguments(case), op_problems.upstream(case)
-    call = function_of(fusedconvbn.fused_conv_bn, case)
+    call = function_of(fusedconvbn.fused_conv_bn, case, save=save)
     compiled = tf.function(lambda t, c: results_and_gradients(call, t, c), jit_compile=True)
     op_problems.assert_close(compiled(tensors, cotangents), eager(case), 1e-5)
     types = {o.type for o in compiled.get_concrete_function(tensors, cotangents).graph.get_operations()}

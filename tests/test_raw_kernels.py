@@ -133,6 +133,25 @@ def test_forced_kernel(kernel, case):
         assert kernel.stage == "forward"
 
 
+ROUNDED = [(row, case) for row, case in RUNS if case.training and case.dtype == "f32" and "moments" not in row.name]
+
+
+@pytest.mark.parametrize(("kernel", "case"), ROUNDED, ids=[f"{row.name}-{case}" for row, case in ROUNDED])
+def test_forced_kernel_with_z_in_bfloat16(kernel, case):
+    problem = Problem(case, start="bfloat16")
+    if kernel.stage == "forward":
+        result = problem.run_forward(kernel=kernel.name, save="bfloat16")
+        assert result.conv_out.shape == ((result.output.size + 1) // 2,)
+        problem.check_forward(result)
+    if kernel.name in planned(case, "backward", kernel=kernel.name, saved="bfloat16").kernels:
+        problem.check_backward(problem.run_backward("bfloat16", kernel=kernel.name))
+
+
+def test_each_kernel_that_reads_or_writes_z_does_in_bfloat16():
+    names = {row.name for row, _ in ROUNDED}
+    assert {row.name for row in KERNELS if "moments" not in row.name and "amx" not in row.name} == names
+
+
 def check_packed(problem, kernel, result):
     """Filters packed before change no bit."""
     plan = planned(problem.case, "forward", kernel=kernel)

@@ -26,8 +26,8 @@ class FewChannelsBackward {
         k_(compute_kernels<C>(set)),
         storage_(storage_of<C>(set, p.dtype)),
         arena_(scratch),
-        gradients_(set, p, b, Image<C>(b.conv_out, storage_, output_grid(p)), GradientBlocks<C>::blocks(p),
-                   device.threads, &arena_, true),
+        gradients_(set, p, b, saved_image<C>(set, p, p.saved, b.conv_out), GradientBlocks<C>::blocks(p), device.threads,
+                   &arena_, true),
         columns_(set, p, b, p.has_residual ? 1 : kRanges / std::max<int64_t>(1, p.batch)),  // du is written by one task
         reader_(Image<C>(b.inputs, storage_, input_grid(p)), p.in_channels, forward_windows(p), true, kBlock, kBlock),
         ranges_(std::min(kRanges, items())) {

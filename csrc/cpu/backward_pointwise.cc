@@ -23,11 +23,10 @@ class BackwardPointwise {
       : p_(p),
         b_(b),
         k_(compute_kernels<C>(set)),
-        z_(static_cast<const C*>(conv_out)),
+        z_(saved_image<C>(set, p, p.saved, conv_out)),
         d_inputs_(b.d_inputs, storage_of<C>(set, p.dtype), input_grid(p)),
         arena_(scratch),
-        blocks_(set, p, b, Image<C>(conv_out, storage_of<C>(set, p.dtype), output_grid(p)),
-                GradientBlocks<C>::blocks(p), device.threads, &arena_),
+        blocks_(set, p, b, z_, GradientBlocks<C>::blocks(p), device.threads, &arena_),
         product_(fittest_product(k_, p.in_channels, p.out_channels)),
         ld_x_(padded_columns<C>(p.in_channels)),
         ld_dz_(padded_columns<C>(p.out_channels)) {
@@ -97,8 +96,8 @@ class BackwardPointwise {
     for (int64_t index = 0; index < panels(); ++index) {
       const ColumnPanel panel = column_panel(k_, p_.in_channels, index);
       GatheredRows<C> in{w.rows, kBlockRows, block.count, 1, p_.out_channels, 0};
-      share_lines(values(b_.output_gradient) + at, panels() > 1 ? z_ + at : nullptr, elements, {index, panels()},
-                  steps(block.count, panel.width, p_.out_channels), &in);
+      share_lines(values(b_.output_gradient) + at, panels() > 1 ? values(z_.address(next, 0)) : nullptr, elements,
+                  {index, panels()}, steps(block.count, panel.width, p_.out_channels), &in);
       k_.gemm(in, packed_ + panel.column * p_.out_channels, panel.width,
               sums_to(k_, d_inputs_,
                       Tile<C>{w.tile, panel.width, block.first, block.count, panel.column, panel.cols, 0, worker}));
@@ -121,7 +120,8 @@ class BackwardPointwise {
     lines.add(values(b_.inputs) + next * p_.in_channels, rows * p_.in_channels);
     const void* extra = needs_output(p_) ? b_.output : needs_residual(p_) ? b_.residual : nullptr;
     if (extra) lines.add(values(extra) + next * p_.out_channels, rows * p_.out_channels);
-    if (panels() == 1 || !b_.d_inputs) lines.add(z_ + next * p_.out_channels, rows * p_.out_channels);
+    if (panels() == 1 || !b_.d_inputs)
+      lines.add(values(z_.address(next, 0)), rows * p_.out_channels / (has_rounded_conv_out(p_) ? 2 : 1));
     add_product(product_, {w.x, ld_x_, p_.in_channels, w.dz, ld_dz_, p_.out_channels, block.count, sums, ld_dz_},
                 &lines);
   }
@@ -137,8 +137,7 @@ class BackwardPointwise {
   const ConvBnParams& p_;
   BackwardBuffers b_;
   const ComputeKernels<C>& k_;
-  const C* z_;
-  Image<C> d_inputs_;
+  Image<C> z_, d_inputs_;
   Arena arena_;
   GradientBlocks<C> blocks_;
   const ProductKernel<C>& product_;

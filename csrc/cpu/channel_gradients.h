@@ -8,7 +8,8 @@
 // which is dz = slope du + curve (z - mean) + offset.
 //
 // The saved mean is rounded: sum (z - mean) is not quite 0, sum dz would not be either, and under a large mean of the
-// inputs that is an error of d_filters, many times larger. So that sum is taken too, and the mean corrected by it.
+// inputs that is an error of d_filters, many times larger: more so where z - mean itself was rounded. So that sum is
+// taken too, and the mean corrected by it.
 #pragma once
 
 #include <algorithm>
@@ -29,6 +30,7 @@ class ChannelGradients {
   ChannelGradients(const ConvBnParams& p, const BackwardBuffers& buffers, int64_t blocks, Arena* arena)
       : p_(p), b_(buffers), blocks_(blocks) {
     for (C** array : {&inv_std_, &scale_, &slope_, &curve_, &offset_}) *array = arena->take<C>(p.out_channels);
+    zeros_ = arena->take<C>(has_rounded_conv_out(p) ? p.out_channels : 0);
     for (C** sums : {&sum_du_, &sum_du_z_, &sum_z_}) *sums = arena->take<C>(blocks * p.out_channels);
   }
 
@@ -37,6 +39,7 @@ class ChannelGradients {
 
   // Before any block: what u needs.
   void prepare() const {
+    if (has_rounded_conv_out(p_)) std::fill_n(zeros_, p_.out_channels, C(0));
     for (int64_t c = 0; c < p_.out_channels; ++c) {
       const double inv_std = p_.training ? static_cast<double>(values(b_.inv_std)[c])
                                          : inverse_deviation(values(b_.moving_variance)[c], p_.epsilon);
@@ -47,7 +50,7 @@ class ChannelGradients {
 
   // Sets what u needs in `g`, for its columns from `channel` on.
   void set_affine(int64_t channel, GradientBlock<C>* g) const {
-    g->mean = values(p_.training ? b_.batch_mean : b_.moving_mean) + channel;
+    g->mean = (has_rounded_conv_out(p_) ? zeros_ : values(p_.training ? b_.batch_mean : b_.moving_mean)) + channel;
     g->scale = scale_ + channel, g->beta = values(b_.beta) + channel;
   }
 
@@ -122,6 +125,7 @@ class ChannelGradients {
   BackwardBuffers b_;
   int64_t blocks_;
   C *inv_std_, *scale_, *slope_, *curve_, *offset_;  // [K]
+  C* zeros_;                                         // [K], the mean of what was saved without it
   C *sum_du_, *sum_du_z_, *sum_z_;                   // [blocks][K]
 };
 

@@ -39,10 +39,11 @@ class DepthwiseBackward {
         stager_(k_, inputs_, panels_),
         in_place_(slides_in_place(k_, inputs_, forward_windows(p), p.group_out())),
         convolution_(k_, storage_, inputs_, forward_windows(p), {p.groups, 1, p.group_out()}),
-        blocks_(set, p, buffers, Image<C>(p.training ? conv_out : nullptr, storage_, output_grid(p)),
-                p.training ? GradientBlocks<C>::blocks(p) : convolution_.blocks(), device.threads, arena, p.training) {
+        blocks_(set, p, buffers, saved_image<C>(set, p, p.saved, has_conv_out(p) ? conv_out : nullptr),
+                has_conv_out(p) ? GradientBlocks<C>::blocks(p) : convolution_.blocks(), device.threads, arena,
+                has_conv_out(p)) {
     make_phases();
-    if (!p.training) convolution_scratch_ = convolution_.carve(arena, device.threads);
+    if (!has_conv_out(p)) convolution_scratch_ = convolution_.carve(arena, device.threads);
     sums_ = arena->take<C>(regions_.ranges() * panels_.count() * panel_elements());
     transposed_ = arena->take<C>(panels_.count() * panel_elements());
     zeros_ = arena->take<C>(zero_elements());
@@ -50,7 +51,7 @@ class DepthwiseBackward {
   }
 
   void run(ParallelFor* parallel) const {
-    p_.training ? blocks_.reduce(parallel) : reduce_recomputed(parallel);
+    has_conv_out(p_) ? blocks_.reduce(parallel) : reduce_recomputed(parallel);
     if (!b_.d_inputs && !b_.d_filters && !b_.d_residual) return;
     pack_panels(b_.filters, transposed_taps_, storage_, panels_, transposed_);
     std::fill_n(zeros_, zero_elements(), C(0));
@@ -96,7 +97,7 @@ class DepthwiseBackward {
     w.gradient_lines = arena->take<const C*>(group);
     w.sources = arena->take<const C*>(inputs * p_.taps());
     w.phases = arena->take<PhaseLines>(static_cast<int64_t>(phases_.size()));
-    w.z = arena->take<C>(p_.training ? 0 : regions_.gradient_ring_pixels() * kDepthwisePanel);
+    w.z = arena->take<C>(has_conv_out(p_) ? 0 : regions_.gradient_ring_pixels() * kDepthwisePanel);
     w.tile = arena->take<C>(inputs * owned_columns * kDepthwisePanel);
     w.stage = arena->take<C>(stager_.scratch_elements(regions_.input_ring_pixels()));
     return w;
@@ -144,7 +145,7 @@ class DepthwiseBackward {
     while (done.next < r.lines.inside.end || done.ready < r.lines.inputs.end) {
       const Step step = regions_.next_step(r, done);
       const bool multiplies = step.owned && b_.d_filters;
-      if (multiplies || !p_.training) read_inputs(r, step, panels, w, &done);
+      if (multiplies || !has_conv_out(p_)) read_inputs(r, step, panels, w, &done);
       for (int64_t i = step.gradients.begin; i < step.gradients.end; ++i)
         w.gradient_lines[i - step.gradients.begin] = w.gradients.line(i);
       point_phases(r, step, w);
@@ -207,10 +208,10 @@ class DepthwiseBackward {
     C *line = w.gradients.line(i), *first = line + (inside.begin - all.begin) * ld, *last = first + inside.size() * ld;
     std::fill(line, first, C(0));
     std::fill(last, line + all.size() * ld, C(0));
-    if (p_.training && blocks_.any_size() && panels_.width() == kDepthwisePanel)
+    if (has_conv_out(p_) && blocks_.any_size() && panels_.width() == kDepthwisePanel)
       return gradient_of_z(r, step, i, panels, {first, ld}, nullptr, worker);
     for (int64_t panel = panels.begin; panel < panels.end; ++panel, first += kDepthwisePanel) {
-      if (!p_.training) recompute(r, i - step.gradients.begin, panel, panel - panels.begin, w);
+      if (!has_conv_out(p_)) recompute(r, i - step.gradients.begin, panel, panel - panels.begin, w);
       gradient_of_z(r, step, i, {panel, panel + 1}, {first, ld}, w.z, worker);
     }
   }
@@ -232,7 +233,7 @@ class DepthwiseBackward {
       if (span.size() == 0) continue;
       const int64_t pixel = (r.image * p_.out_height + i) * p_.out_width + span.begin, at = span.begin - inside.begin;
       GradientBlock<C> g = blocks_.read(pixel, span.size(), channel, cols, worker);
-      if (!p_.training) g.z = z + at * kDepthwisePanel, g.ld_z = kDepthwisePanel;
+      if (!has_conv_out(p_)) g.z = z + at * kDepthwisePanel, g.ld_z = kDepthwisePanel;
       blocks_.apply(g, pixel, channel, {dz.data + at * dz.ld, dz.ld}, worker,
                     step.owned && span.begin == owned.begin && span.end == owned.end);
     }

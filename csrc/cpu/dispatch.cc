@@ -106,9 +106,10 @@ bool suits_forward_few_channels(const ConvBnParams& p) {
 
 bool backward_few_channels_applies(const ConvBnParams& p) { return one_group(p) && has_conv_out(p) && p.pixels() > 0; }
 
-// It reads z where there is one, and recomputes it with frozen statistics.
+// It reads z where there is one, else recomputes it, unrounded.
 bool backward_depthwise_applies(const ConvBnParams& p) {
-  return depthwise_applies(p) && (!p.training || has_conv_out(p));
+  const bool rounds = p.training && (p.dtype == DType::kFloat16 || p.dtype == DType::kBFloat16);
+  return depthwise_applies(p) && (has_conv_out(p) || !rounds);
 }
 
 // Where an output pixel belongs to one input pixel, and nothing needs conversion.

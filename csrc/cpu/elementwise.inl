@@ -82,9 +82,24 @@ FCB_INLINE void for_row_groups(int64_t rows, F f) {
   for (int64_t first = 0; first < rows; first += kGroup) f(first, first + kGroup < rows ? first + kGroup : rows);
 }
 
-// Of z in memory, or in cache: then these are the rows of a tile, and gemm has asked for what else they need.
+// A number as a bfloat16, in a float: the nearest one or, where activation' jumps between u of the two, that on the
+// other side of the number, which is u's. So backward, which has no other z, finds each u on its side. u_of is
+// monotonic.
+template <Activation A, class F>
+FCB_INLINE Vector<float> round_for_backward(Vector<float> x, const F& u_of) {
+  using Bits = Simd<float>::Bits;
+  const Bits bits = (Bits)x, toward_zero = bits & 0xffff0000u;
+  const Bits nearest = (bits + 0x7fffu + (bits >> 16 & 1u)) & 0xffff0000u;
+  const Vector<float> near = x == x ? (Vector<float>)nearest : x;  // of a NaN's bits the upper half may be no NaN's
+  if constexpr (!derivative_jumps(A)) return near;
+  const Vector<float> other = (Vector<float>)(toward_zero + toward_zero + 0x10000u - nearest);
+  return piece<A, float>(u_of(near)) == piece<A, float>(u_of(x)) ? near : other;
+}
+
+// Of z in memory, or in cache: then these are the rows of a tile, and gemm has asked for what else they need. Rounds:
+// with b.rounded.
 // Takes its own copy of the block, as do those below: what is stored could be the caller's.
-template <class C, Activation A, bool Stream, bool InCache>
+template <class C, Activation A, bool Stream, bool InCache, bool Rounds = false>
 FCB_INLINE void affine_block(AffineBlock<C> b) {
   constexpr bool kPastCaches = Stream && !InCache;  // then memory decides, which likes one row's few streams
   const int64_t ahead = fetch_distance<C>(b.ld_z), residual_ahead = fetch_distance<C>(b.ld_residual);
@@ -93,11 +108,20 @@ FCB_INLINE void affine_block(AffineBlock<C> b) {
       const Vector<C> mean = read(b.mean + c), scale = read(b.scale + c), beta = read(b.beta + c);
       for (int64_t r = first; r < end; ++r) {
         if constexpr (!InCache) __builtin_prefetch(row<C>(b.z, r, b.ld_z) + c + ahead);
-        Vector<C> u = (read(row<C>(b.z, r, b.ld_z) + c) - mean) * scale + beta;
+        const C* residual = nullptr;
         if (b.residual) {
-          const C* residual = row<C>(b.residual, r, b.ld_residual) + c;
+          residual = row<C>(b.residual, r, b.ld_residual) + c;
           if constexpr (kPastCaches) __builtin_prefetch(residual + residual_ahead);
-          u += read(residual);
+        }
+        const auto u_of = [&](Vector<C> centered) {
+          const Vector<C> u = centered * scale + beta;
+          return residual ? u + read(residual) : u;
+        };
+        const Vector<C> centered = read(row<C>(b.z, r, b.ld_z) + c) - mean, u = u_of(centered);
+        if constexpr (Rounds) {
+          uint16_t* to = b.rounded + r * b.ld_rounded + c;
+          __builtin_prefetch(to + (end - first) * b.ld_rounded);
+          write(to, round_for_backward<A>(centered, u_of));
         }
         C* y = row<C>(b.y, r, b.ld_y) + c;
         if constexpr (Stream) {
@@ -119,6 +143,8 @@ static void emit(const AffineBlock<C>& b) {
 
 template <class C, Activation A>
 static void affine(const AffineBlock<C>& b) {
+  if constexpr (__is_same(C, float))
+    if (b.rounded) return affine_block<C, A, false, false, true>(b);
   if (!b.stream) return affine_block<C, A, false, false>(b);
   affine_block<C, A, true, false>(b);
   end_streaming();
@@ -150,18 +176,19 @@ FCB_INLINE Vector<C> gradient_of_u(const GradientBlock<C>& b, Read read, int64_t
   }
 }
 
-template <class C, class T, Activation A, Preactivation P>
+// Z: of z.
+template <class C, class T, Activation A, Preactivation P, class Z = T>
 static void reduce(const GradientBlock<C>& block) {
   const GradientBlock<C> b = block;
-  const int64_t ahead_z = fetch_distance<T>(b.ld_z), ahead_dy = fetch_distance<T>(b.ld_dy);
+  const int64_t ahead_z = fetch_distance<Z>(b.ld_z), ahead_dy = fetch_distance<T>(b.ld_dy);
   for_row_groups(b.rows, [&](int64_t first, int64_t end) {
     for_vectors<C>(b.cols, [&](auto read, auto write, int64_t c) {
       const Vector<C> mean = read(b.mean + c), scale = read(b.scale + c), beta = read(b.beta + c);
       Vector<C> sum_du{}, sum_du_z{}, sum_z{};
       for (int64_t r = first; r < end; ++r) {
-        __builtin_prefetch(row<T>(b.z, r, b.ld_z) + c + ahead_z);
+        __builtin_prefetch(row<Z>(b.z, r, b.ld_z) + c + ahead_z);
         __builtin_prefetch(row<T>(b.dy, r, b.ld_dy) + c + ahead_dy);
-        const Vector<C> centered = read(row<T>(b.z, r, b.ld_z) + c) - mean;
+        const Vector<C> centered = read(row<Z>(b.z, r, b.ld_z) + c) - mean;
         const Vector<C> du = gradient_of_u<C, T, A, P>(b, read, r, c, centered, scale, beta);
         sum_du += du;
         sum_du_z += du * centered;
@@ -174,20 +201,20 @@ static void reduce(const GradientBlock<C>& block) {
   });
 }
 
-// T: of memory, D: of the gradient of z.
-template <class C, class T, class D, Activation A, Preactivation P>
+// T: of memory, D: of the gradient of z, Z: of z.
+template <class C, class T, class D, Activation A, Preactivation P, class Z = T>
 static void apply(const GradientBlock<C>& block) {
   const GradientBlock<C> b = block;
-  const int64_t ahead_z = fetch_distance<T>(b.ld_z), ahead_dy = fetch_distance<T>(b.ld_dy);
+  const int64_t ahead_z = fetch_distance<Z>(b.ld_z), ahead_dy = fetch_distance<T>(b.ld_dy);
   for_row_groups(b.rows, [&](int64_t first, int64_t end) {
     for_vectors<C>(b.cols, [&](auto read, auto write, int64_t c) {
       const Vector<C> mean = read(b.mean + c), scale = read(b.scale + c), beta = read(b.beta + c);
       const Vector<C> slope = read(b.slope + c), curve = b.curve ? read(b.curve + c) : slope,
                       offset = b.curve ? read(b.offset + c) : slope;
       for (int64_t r = first; r < end; ++r) {
-        __builtin_prefetch(row<T>(b.z, r, b.ld_z) + c + ahead_z);
+        __builtin_prefetch(row<Z>(b.z, r, b.ld_z) + c + ahead_z);
         __builtin_prefetch(row<T>(b.dy, r, b.ld_dy) + c + ahead_dy);
-        const Vector<C> centered = read(row<T>(b.z, r, b.ld_z) + c) - mean;
+        const Vector<C> centered = read(row<Z>(b.z, r, b.ld_z) + c) - mean;
         const Vector<C> du = gradient_of_u<C, T, A, P>(b, read, r, c, centered, scale, beta);
         if (b.d_residual) write(row<T>(b.d_residual, r, b.ld_d_residual) + c, du);
         const Vector<C> d_conv = slope * du;

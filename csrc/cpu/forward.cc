@@ -1,243 +1,15 @@
 // The forward stage.
-#include <algorithm>
-#include <cstring>
-#include <vector>
+#include "forward.h"
 
 #include "amx_convolve.h"
-#include "compute_type.h"
-#include "convolve.h"
 #include "depthwise.h"
 #include "few_channels.h"
-#include "forward_moments.h"
 #include "stages.h"
-#include "statistics.h"
 #include "thirds_convolve.h"
 #include "winograd.h"
 
 namespace fusedconvbn {
 namespace {
-
-// Conv: Convolution, Winograd2, Winograd4, FewChannelsConvolution or DepthwiseConvolution.
-template <class C, template <class> class Conv>
-class Forward {
- public:
-  // With empty buffers and a null scratch it only measures.
-  Forward(const KernelSet& set, const ConvBnParams& p, const DeviceInfo& device, const ForwardBuffers& buffers,
-          const Image<C>& conv_out, char* scratch)
-      : p_(p),
-        b_(buffers),
-        k_(compute_kernels<C>(set)),
-        storage_(storage_of<C>(set, p.dtype)),
-        conv_out_(conv_out),
-        output_(buffers.output, storage_, output_grid(p)),
-        residual_(buffers.residual, storage_, output_grid(p)),
-        convolution_(k_, storage_, Image<C>(buffers.inputs, storage_, input_grid(p)), forward_windows(p),
-                     {p.groups, p.group_in(), p.group_out()}) {
-    Arena arena(scratch);
-    scale_ = arena.take<C>(p.out_channels);
-    if (p.training) moments_ = BlockMoments<C>::carve(&arena, convolution_.blocks(), p.out_channels);
-    for (int w = 0; w < device.threads; ++w) {
-      z_.push_back(arena.take<C>(kBlockRows * columns()));
-      extra_.push_back(arena.take<C>(kBlockRows * columns()));
-    }
-    convolution_scratch_ = convolution_.carve(&arena, device.threads);
-    scratch_bytes_ = arena.used();
-  }
-
-  size_t scratch_bytes() const { return scratch_bytes_; }
-  size_t packed_bytes() const { return static_cast<size_t>(convolution_.packed_elements()) * sizeof(C); }
-
-  void pack(void* packed, ParallelFor* parallel) const {
-    convolution_.pack(filters(), convolution_scratch_, static_cast<C*>(packed), parallel);
-  }
-
-  void infer(ParallelFor* parallel) const {
-    keep_moving_statistics();
-    convolve_and_normalize(parallel);
-  }
-
-  // Training with statistics that are known before the convolution: mean and sum of squared deviations, [K] each.
-  void train_with(const double* mean, const double* squares, ParallelFor* parallel) const {
-    for (int64_t c = 0; c < p_.out_channels; ++c) learn(c, mean[c], squares[c]);
-    convolve_and_normalize(parallel);
-  }
-
-  // Without pixels there is nothing to learn: the moving statistics stay.
-  void train(ParallelFor* parallel) const {
-    if (p_.pixels() == 0) return keep_moving_statistics();
-    const auto measure = [this](const Tile<C>& t) {
-      const int64_t at = t.block * p_.out_channels + t.channel;
-      k_.moments(t.data, t.ld, t.rows, t.cols, moments_.mean + at, moments_.squares + at);
-    };
-    convolve(parallel, {[this](const Tile<C>& t) { save(t); }, measure, sums_to_conv_out()});
-    parallel->run(ceil_div(p_.out_channels, kChannelChunk), [&](int64_t chunk, int) { learn(chunk * kChannelChunk); });
-    normalize_all(parallel);
-  }
-
-  void recompute(ParallelFor* parallel) const {
-    convolve(parallel, {[this](const Tile<C>& t) {
-                          if (p_.training) round(t);
-                          conv_out_.write(t.first, t.rows, t.channel, t.cols, {t.data, t.ld});
-                        },
-                        nullptr, storage_.is_compute_type ? sums_to_conv_out() : nullptr});
-  }
-
- private:
-  using RowByRow = std::function<GemmOutput<C>(const Tile<C>&)>;
-
-  RowByRow sums_to_conv_out() const {
-    if (!conv_out_.direct()) return nullptr;
-    return [this](const Tile<C>& t) { return sums_to(k_, conv_out_, t); };
-  }
-
-  void convolve_and_normalize(ParallelFor* parallel) const {
-    TileEpilogue<C> epilogue{[this](const Tile<C>& t) { normalize({t.data, t.ld}, t); }, nullptr};
-    if (output_.direct()) {
-      epilogue.row_by_row = [this](const Tile<C>& t) {
-        return GemmOutput<C>{t.data, false, k_.emit[static_cast<int>(p_.activation)], affine_block({t.data, t.ld}, t)};
-      };
-      if (residual_.present()) epilogue.reads = residual_.read(0, 1, 0, 1, nullptr);
-    }
-    if (output_.in_place())
-      epilogue.in_place = [this](const Tile<C>& t) {
-        return GemmOutput<C>{t.data, false, in_place_of_tile(), in_place_block(t.data, t.ld, t)};
-      };
-    convolve(parallel, epilogue);
-  }
-
-  // Of a block in scratch.
-  int64_t columns() const { return std::max(kChannelChunk, k_.gemm_columns); }
-
-  FilterLayout filters() const {
-    FilterLayout filters{b_.filters, {}, p_.group_out(), p_.out_channels, 1, b_.packed_filters};
-    for (int64_t t = 0; t < p_.taps(); ++t) filters.tap_offset.push_back(t * p_.group_in() * p_.out_channels);
-    return filters;
-  }
-
-  void convolve(ParallelFor* parallel, const TileEpilogue<C>& epilogue) const {
-    convolution_.run(filters(), convolution_scratch_, parallel, epilogue);
-  }
-
-  // The statistics are those of z rounded to the data type, and so is the z that goes with them.
-  void round(const Tile<C>& t) const {
-    if (storage_.is_compute_type) return;
-    void* rounded = z_[t.worker];
-    storage_.kernels.store(t.data, t.ld, t.rows, t.cols, rounded, t.cols, 1, false);
-    storage_.kernels.load(rounded, t.cols, 1, t.rows, t.cols, t.data, t.ld);
-  }
-
-  void keep_moving_statistics() const {
-    const size_t bytes = static_cast<size_t>(p_.out_channels) * sizeof(C);
-    std::memcpy(b_.batch_mean, b_.moving_mean, bytes);
-    std::memcpy(b_.new_moving_mean, b_.moving_mean, bytes);
-    std::memcpy(b_.new_moving_variance, b_.moving_variance, bytes);
-    for (int64_t c = 0; c < p_.out_channels; ++c) set_scale(c, static_cast<const C*>(b_.moving_variance)[c]);
-  }
-
-  void set_scale(int64_t c, double variance) const {
-    const C inv_std = static_cast<C>(inverse_deviation(variance, p_.epsilon));  // as the gradient will read it
-    static_cast<C*>(b_.inv_std)[c] = inv_std;
-    scale_[c] = static_cast<const C*>(b_.gamma)[c] * inv_std;
-  }
-
-  // The statistics of one chunk of channels.
-  void learn(int64_t begin) const {
-    double mean[kChannelChunk], squares[kChannelChunk];
-    const int64_t end = std::min(begin + kChannelChunk, p_.out_channels);
-    merge_moments(
-        moments_, convolution_.blocks(), [this](int64_t block) { return convolution_.block_pixels(block); },
-        p_.out_channels, begin, end, mean, squares);
-    for (int64_t c = begin; c < end; ++c) learn(c, mean[c - begin], squares[c - begin]);
-  }
-
-  void learn(int64_t c, double mean, double squares) const {
-    const double variance = squares / static_cast<double>(p_.pixels());
-    static_cast<C*>(b_.batch_mean)[c] = static_cast<C>(mean);
-    set_scale(c, variance);
-    move(b_.moving_mean, b_.new_moving_mean, c, mean);
-    move(b_.moving_variance, b_.new_moving_variance, c, variance * moving_variance_factor(p_));
-  }
-
-  void move(const void* from, void* to, int64_t c, double value) const {
-    const double old = static_cast<const C*>(from)[c];
-    static_cast<C*>(to)[c] = static_cast<C>(p_.momentum * old + (1 - p_.momentum) * value);
-  }
-
-  // Stores z, and leaves in the tile what was stored: the statistics are of that.
-  void save(const Tile<C>& t) const {
-    if (conv_out_.in_place())
-      return conv_out_.in_place_kernels().round(t.data, t.ld, t.rows, t.cols, conv_out_.address(t.first, t.channel),
-                                                conv_out_.ld(), conv_out_.streams(t.channel, t.cols));
-    conv_out_.write(t.first, t.rows, t.channel, t.cols, {t.data, t.ld});
-    if (conv_out_.rounds()) conv_out_.copy(t.first, t.rows, t.channel, t.cols, {t.data, t.ld});
-  }
-
-  // The blocks written last are still in cache and come first.
-  void normalize_all(ParallelFor* parallel) const {
-    const int64_t width = conv_out_.direct() || conv_out_.in_place() ? p_.out_channels : columns();
-    const int64_t chunks = ceil_div(p_.out_channels, width), blocks = ceil_div(p_.pixels(), kBlockRows);
-    parallel->run(blocks * chunks, [&](int64_t task, int worker) {
-      const int64_t first = (blocks - 1 - task / chunks) * kBlockRows, channel = task % chunks * width;
-      const int64_t rows = std::min(kBlockRows, p_.pixels() - first);
-      const int64_t cols = std::min(width, p_.out_channels - channel);
-      const Tile<C> tile{z_[worker], cols, first, rows, channel, cols, 0, worker};
-      if (conv_out_.in_place())
-        output_.in_place_kernels().affine[static_cast<int>(p_.activation)](
-            in_place_block(conv_out_.address(first, 0), conv_out_.ld(), tile));
-      else
-        normalize(conv_out_.read(first, rows, channel, cols, z_[worker]), tile);
-    });
-  }
-
-  // output = activation((z - mean) * scale + beta + residual), computed in the tile where it cannot be in place.
-  void normalize(const Block<C>& z, const Tile<C>& t) const {
-    if (output_.in_place()) {
-      const AffineBlock<C> block = in_place_block(z.data, z.ld, t);
-      in_place_of_tile()(block);
-      if (block.stream) k_.end_streaming();
-      return;
-    }
-    const AffineBlock<C> block = affine_block(z, t);
-    k_.affine[static_cast<int>(p_.activation)](block);
-    output_.write(t.first, t.rows, t.channel, t.cols, {static_cast<C*>(block.y), block.ld_y});
-  }
-
-  AffineBlock<C> affine_block(const Block<C>& z, const Tile<C>& t) const {
-    Block<C> extra{nullptr, 0};
-    if (residual_.present()) extra = residual_.read(t.first, t.rows, t.channel, t.cols, extra_[t.worker]);
-    const Block<C> y = output_.target(t.first, t.channel, {t.data, t.ld});
-    const C* mean = static_cast<const C*>(b_.batch_mean) + t.channel;
-    const C* beta = static_cast<const C*>(b_.beta) + t.channel;
-    const bool stream = output_.streams(t.channel, t.cols);
-    return {z.data, z.ld, extra.data, extra.ld, y.data, y.ld, t.rows, t.cols, mean, scale_ + t.channel, beta, stream};
-  }
-
-  // The same where 16-bit numbers lie in rows.
-  AffineBlock<C> in_place_block(const void* z, int64_t ld_z, const Tile<C>& t) const {
-    const void* residual = residual_.present() ? residual_.address(t.first, t.channel) : nullptr;
-    AffineBlock<C> block{};
-    block.z = z, block.ld_z = ld_z, block.residual = residual, block.ld_residual = residual_.ld();
-    block.y = output_.address(t.first, t.channel), block.ld_y = output_.ld();
-    block.rows = t.rows, block.cols = t.cols;
-    block.mean = static_cast<const C*>(b_.batch_mean) + t.channel, block.scale = scale_ + t.channel;
-    block.beta = static_cast<const C*>(b_.beta) + t.channel;
-    block.stream = output_.streams(t.channel, t.cols);
-    return block;
-  }
-  auto in_place_of_tile() const { return output_.in_place_kernels().affine_of_tile[static_cast<int>(p_.activation)]; }
-
-  const ConvBnParams& p_;
-  ForwardBuffers b_;
-  const ComputeKernels<C>& k_;
-  Storage<C> storage_;
-  Image<C> conv_out_, output_, residual_;
-  Conv<C> convolution_;
-  C* scale_;
-  BlockMoments<C> moments_{};
-  std::vector<C*> z_, extra_;  // a worker's [kBlockRows][columns()]
-  typename Conv<C>::Scratch convolution_scratch_;
-  size_t scratch_bytes_;
-};
 
 // In a backward plan the stage recomputes z.
 ForwardBuffers forward_buffers(const StageCall& call) {
@@ -251,8 +23,8 @@ ForwardBuffers forward_buffers(const StageCall& call) {
 template <class C>
 Image<C> conv_out_image(const KernelSet& set, const StageCall& call) {
   if (call.backward) return conv_grad_image<C>(set, call.params, call.conv_out);
-  // Where z is not saved, it lies in the output until that takes its place.
-  const void* z = call.forward->conv_out ? call.forward->conv_out : call.forward->output;
+  // Where z is not saved as it is, it lies in the output until that takes its place.
+  const void* z = asked_for(call.params) == Saved::kConv ? call.forward->conv_out : call.forward->output;
   return Image<C>(z, storage_of<C>(set, call.params.dtype), output_grid(call.params));
 }
 
@@ -314,38 +86,6 @@ FCB_DEFINE_PACKING_STAGE(forward_winograd2, Winograd2)
 FCB_DEFINE_PACKING_STAGE(forward_winograd4, Winograd4)
 FCB_DEFINE_PACKING_STAGE(forward_few_channels, FewChannelsConvolution)
 FCB_DEFINE_STAGE(forward_depthwise, DepthwiseConvolution)
-
-// Those by moments; ByMoments<C> is a ForwardByMoments.
-template <template <class> class ByMoments>
-size_t moments_scratch(const KernelSet& set, const ConvBnParams& p, const DeviceInfo& device) {
-  return with_compute_type(p.dtype,
-                           [&](auto c) { return ByMoments<decltype(c)>(set, p, device, {}, nullptr).scratch_bytes(); });
-}
-template <template <class> class ByMoments>
-Status run_moments(const KernelSet& set, const StageCall& call) {
-  with_compute_type(call.params.dtype, [&](auto c) {
-    ByMoments<decltype(c)>(set, call.params, call.device, *call.forward, call.scratch).train(call.parallel);
-  });
-  return Status{};
-}
-#define FCB_MOMENTS_STAGE(name, ByMoments)                                                       \
-  size_t name##_scratch(const KernelSet& set, const ConvBnParams& p, const DeviceInfo& device) { \
-    return moments_scratch<ByMoments>(set, p, device);                                           \
-  }                                                                                              \
-  Status run_##name(const KernelSet& set, const StageCall& call) { return run_moments<ByMoments>(set, call); }
-
-template <class C>
-using DirectByMoments = ForwardByMoments<C, Forward<C, Convolution>, SecondMoments<C>, StatisticsByMoments<C>>;
-// Of float alone, whatever the type.
-template <class>
-using AmxByMoments = ForwardByMoments<float, Forward<float, AmxConvolution>, AmxSecondMoments, AmxStatisticsByMoments>;
-template <class>
-using ThirdsByMoments =
-    ForwardByMoments<float, Forward<float, ThirdsConvolution>, SecondMoments<float>, StatisticsByMoments<float>>;
-FCB_MOMENTS_STAGE(forward_moments, DirectByMoments)
-FCB_MOMENTS_STAGE(forward_moments_amx, AmxByMoments)
-FCB_MOMENTS_STAGE(forward_moments_thirds, ThirdsByMoments)
-#undef FCB_MOMENTS_STAGE
 
 // Of one compute type.
 #define FCB_FLOAT_STAGE(name, Algorithm)                                                                   \

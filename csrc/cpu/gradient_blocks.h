@@ -38,6 +38,7 @@ class GradientBlocks {
                                               : nullptr)),
         d_residual_(image(set, buffers.d_residual)),
         in_place_(in_place && dy_.in_place() && z_.in_place()),
+        rounded_(has_rounded_conv_out(p) && dy_.direct()),
         channels_(p, buffers, sum_blocks, arena) {
     for (int w = 0; w < workers; ++w) scratch_.push_back(arena->take<C>(in_place_ ? 0 : 4 * kRows * kColumns));
   }
@@ -57,7 +58,7 @@ class GradientBlocks {
   // Its part for one block; what reduce() is made of.
   void reduce_block(GradientBlock<C> g, int64_t block, int64_t channel) const {
     channels_.start_sums(block, channel, &g);
-    kernel(in_place_ ? dy_.in_place_kernels().reduce : k_.reduce)(g);
+    kernel(in_place_ ? dy_.in_place_kernels().reduce : rounded_ ? k_.reduce_rounded : k_.reduce)(g);
   }
 
   // Calls f for each block of pixels and chunk of channels, with everything read that u and du need.
@@ -77,7 +78,7 @@ class GradientBlocks {
     GradientBlock<C> g{};
     const auto read = [&](const Image<C>& image, int slot, const void** data, int64_t* ld) {
       if (!image.present()) return;
-      if (in_place_) {
+      if (in_place_ || (rounded_ && &image == &z_)) {
         *data = image.address(first, channel), *ld = image.ld();
       } else {
         const Block<C> block = image.read(first, rows, channel, cols, buffer(worker, slot));
@@ -102,7 +103,7 @@ class GradientBlocks {
     channels_.set_constants(channel, &g);
     g.d_conv = d_conv.data, g.ld_d_conv = d_conv.ld;
     if (writes) g.d_residual = d_residual.data, g.ld_d_residual = d_residual.ld;
-    kernel(k_.apply)(g);
+    kernel(rounded_ ? k_.apply_rounded : k_.apply)(g);
     if (writes) d_residual_.write(first, g.rows, channel, g.cols, d_residual);
   }
 
@@ -135,6 +136,7 @@ class GradientBlocks {
   const ComputeKernels<C>& k_;
   Image<C> dy_, z_, extra_, d_residual_;
   bool in_place_;  // 16-bit numbers that are worked on where they lie
+  bool rounded_;   // z is, though the others are of the compute type
   ChannelGradients<C> channels_;
   std::vector<C*> scratch_;  // a worker's 4 blocks [kRows][kColumns]
 };

@@ -142,4 +142,12 @@ Image<C> conv_grad_image(const KernelSet& set, const ConvBnParams& p, const void
                   image_grid(DataFormat::kNHWC, p.batch, p.out_height, p.out_width, p.out_channels));
 }
 
+// z as forward saved it for backward.
+template <class C>
+Image<C> saved_image(const KernelSet& set, const ConvBnParams& p, Saved saved, const void* data) {
+  if (saved != Saved::kBFloat16) return Image<C>(data, storage_of<C>(set, p.dtype), output_grid(p));
+  return Image<C>(data, storage_of<C>(set, DType::kBFloat16),
+                  image_grid(DataFormat::kNHWC, p.batch, p.out_height, p.out_width, p.out_channels));
+}
+
 }  // namespace fusedconvbn

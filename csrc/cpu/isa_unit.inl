@@ -45,18 +45,20 @@ namespace {
 #include "thirds.inl"  // tiles of amx.inl
 #endif
 
-template <int A, class C, class T, class D, class Table>
+// Z: of z.
+template <int A, class C, class T, class D, class Z = T, class Table>
 static constexpr void fill_gradients(Table* reduces, Table* applies) {
   if constexpr (A < kActivationCount) {
     constexpr Activation a = static_cast<Activation>(A);
     constexpr auto conv = Preactivation::kConv, both = Preactivation::kConvAndResidual, out = Preactivation::kOutput;
-    if (reduces) (*reduces)[A][0] = reduce_kernel<C, T, a, conv>(), (*reduces)[A][1] = reduce_kernel<C, T, a, both>();
-    (*applies)[A][0] = apply_kernel<C, T, D, a, conv>(), (*applies)[A][1] = apply_kernel<C, T, D, a, both>();
+    if (reduces)
+      (*reduces)[A][0] = reduce_kernel<C, T, Z, a, conv>(), (*reduces)[A][1] = reduce_kernel<C, T, Z, a, both>();
+    (*applies)[A][0] = apply_kernel<C, T, D, Z, a, conv>(), (*applies)[A][1] = apply_kernel<C, T, D, Z, a, both>();
     if constexpr (derivative_from_output(a)) {
-      if (reduces) (*reduces)[A][2] = reduce_kernel<C, T, a, out>();
-      (*applies)[A][2] = apply_kernel<C, T, D, a, out>();
+      if (reduces) (*reduces)[A][2] = reduce_kernel<C, T, Z, a, out>();
+      (*applies)[A][2] = apply_kernel<C, T, D, Z, a, out>();
     }
-    fill_gradients<A + 1, C, T, D>(reduces, applies);
+    fill_gradients<A + 1, C, T, D, Z>(reduces, applies);
   }
 }
 
@@ -141,6 +143,7 @@ static constexpr ComputeKernels<C> compute_kernels() {
   k.product[2] = product_kernel<C, 3>();
   fill_activation<0>(&k);
   fill_gradients<0, C, C, C>(&k.reduce, &k.apply);
+  if constexpr (__is_same(C, float)) fill_gradients<0, C, C, C, BFloat16>(&k.reduce_rounded, &k.apply_rounded);
 #if defined(__AMX_BF16__)
   if constexpr (__is_same(C, float)) {
     k.amx = amx_kernels();

@@ -97,6 +97,9 @@ struct AffineBlock {
   int64_t rows, cols;
   const C *mean, *scale, *beta;  // [cols]
   bool stream;                   // y past the caches; y and its rows aligned to 64 bytes, cols a multiple of 16
+  // affine of float, which streams nothing then: z - mean as backward will read it, in bfloat16. May be null.
+  uint16_t* rounded = nullptr;
+  int64_t ld_rounded = 0;
 };
 
 // Where gemm leaves its sums, and what it makes of them a few rows at a time.
@@ -341,6 +344,9 @@ struct ComputeKernels {
   void (*emit_sums)(const AffineBlock<C>&);
   void (*reduce[kActivationCount][3])(const GradientBlock<C>&);  // [activation][Preactivation]
   void (*apply[kActivationCount][3])(const GradientBlock<C>&);
+  // The same of z in bfloat16; null for double.
+  void (*reduce_rounded[kActivationCount][3])(const GradientBlock<C>&);
+  void (*apply_rounded[kActivationCount][3])(const GradientBlock<C>&);
 
   AmxKernels amx;               // null but for float on AMX
   const ThirdsKernels* thirds;  // null but for float on AMX

@@ -229,21 +229,21 @@ static void mask_lines(const GradientBlock<float>& block) {
 #endif
 
 // The kernels of elementwise.inl or, for 16-bit numbers, these.
-template <class C, class T, Activation A, Preactivation P>
+template <class C, class T, class Z, Activation A, Preactivation P>
 static constexpr auto reduce_kernel() {
 #if defined(__AVX512F__)
   if constexpr (kIsSmall<T>)
     return reduce_lines<T, A, P>;
   else
 #endif
-    return reduce<C, T, A, P>;
+    return reduce<C, T, A, P, Z>;
 }
-template <class C, class T, class D, Activation A, Preactivation P>
+template <class C, class T, class D, class Z, Activation A, Preactivation P>
 static constexpr auto apply_kernel() {
 #if defined(__AVX512F__)
   if constexpr (kIsSmall<T>)
     return apply_lines<T, D, A, P>;
   else
 #endif
-    return apply<C, T, D, A, P>;
+    return apply<C, T, D, A, P, Z>;
 }

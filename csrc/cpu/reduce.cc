@@ -9,8 +9,7 @@ namespace {
 template <class C>
 GradientBlocks<C> gradient_blocks(const KernelSet& set, const ConvBnParams& p, const DeviceInfo& device,
                                   const BackwardBuffers& buffers, const void* conv_out, Arena* arena) {
-  const Image<C> z = has_conv_out(p) ? Image<C>(conv_out, storage_of<C>(set, p.dtype), output_grid(p))
-                                     : conv_grad_image<C>(set, p, conv_out);
+  const Image<C> z = has_conv_out(p) ? saved_image<C>(set, p, p.saved, conv_out) : conv_grad_image<C>(set, p, conv_out);
   return GradientBlocks<C>(set, p, buffers, z, GradientBlocks<C>::blocks(p), device.threads, arena, true);
 }
 

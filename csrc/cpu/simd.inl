@@ -7,6 +7,8 @@ template <>
 struct Simd<float> {
   typedef float Vector __attribute__((vector_size(FCB_VECTOR_BYTES)));
   typedef int32_t Integers __attribute__((vector_size(FCB_VECTOR_BYTES)));
+  typedef uint32_t Bits __attribute__((vector_size(FCB_VECTOR_BYTES)));
+  typedef uint16_t Halves __attribute__((vector_size(FCB_VECTOR_BYTES / 2)));
 };
 template <>
 struct Simd<double> {

@@ -57,7 +57,38 @@ FCB_INLINE void store(Half* to, Vector<float> v) { store_lanes(to, (__m512)v, 0x
 FCB_INLINE void store(BFloat16* to, Vector<float> v) { store_lanes(to, (__m512)v, 0xffff); }
 FCB_INLINE void store_part(Half* to, Vector<float> v, int64_t n) { store_lanes(to, (__m512)v, first_lanes(n)); }
 FCB_INLINE void store_part(BFloat16* to, Vector<float> v, int64_t n) { store_lanes(to, (__m512)v, first_lanes(n)); }
+#else
+FCB_INLINE Vector<float> widen(Simd<float>::Halves v) {
+  return (Vector<float>)(__builtin_convertvector(v, Simd<float>::Bits) << 16);
+}
+FCB_INLINE Vector<float> load(const BFloat16* from) {
+  Simd<float>::Halves v;
+  __builtin_memcpy(&v, from, sizeof v);
+  return widen(v);
+}
+FCB_INLINE Vector<float> load_part(const BFloat16* from, int64_t n) {
+  Simd<float>::Halves v{};
+  for (int64_t i = 0; i < n; ++i) v[i] = from[i].bits;
+  return widen(v);
+}
 #endif
+
+// The upper halves of numbers: what of a bfloat16 there is.
+FCB_INLINE Simd<float>::Halves upper_halves(Vector<float> v) {
+  return __builtin_convertvector((Simd<float>::Bits)v >> 16, Simd<float>::Halves);
+}
+FCB_INLINE void store(uint16_t* to, Vector<float> v) {
+  const auto halves = upper_halves(v);
+  __builtin_memcpy(to, &halves, sizeof halves);
+}
+FCB_INLINE void store_part(uint16_t* to, Vector<float> v, int64_t n) {
+  const auto halves = upper_halves(v);
+#if defined(__AVX512F__)
+  _mm256_mask_storeu_epi16(to, first_lanes(n), (__m256i)halves);
+#else
+  for (int64_t i = 0; i < n; ++i) to[i] = halves[i];
+#endif
+}
 
 template <class T>
 constexpr bool kIsSmall = __is_same(T, Half) || __is_same(T, BFloat16);

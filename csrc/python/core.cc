@@ -85,6 +85,7 @@ const char* name_of(Saved saved) {
     case Saved::kNothing: return "nothing";
     case Saved::kConv: return "conv";
     case Saved::kMoments: return "moments";
+    case Saved::kBFloat16: return "bfloat16";
   }
   return "";
 }
@@ -222,7 +223,7 @@ void define_plan(py::module_* m) {
                              [](const Plan& plan) { return useful_threads(plan.params, plan.device.threads); })
       .def_property_readonly(
           "saved", [](const Plan& plan) { return name_of(plan.saved); },
-          "Forward: what it leaves for backward: 'nothing', 'conv' or 'moments'.")
+          "Forward: what it leaves for backward: 'nothing', 'conv', 'moments' or 'bfloat16'.")
       .def_property_readonly(
           "conv_out_shape", [](const Plan& plan) { return conv_out_shape(plan.params, plan.saved); },
           "Forward: the shape of what it leaves; empty if that is nothing.")

@@ -30,6 +30,7 @@ TensorShape saved_shape(const ConvBnParams& params, Saved saved) {
 // What forward put into this tensor: each kind has a rank of its own, or no elements.
 Saved saved_in(const Tensor& conv_out) {
   if (conv_out.dims() == 2) return Saved::kMoments;
+  if (conv_out.dims() == 1) return Saved::kBFloat16;
   return conv_out.NumElements() == 0 ? Saved::kNothing : Saved::kConv;
 }
 

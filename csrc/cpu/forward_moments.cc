@@ -1,16 +1,18 @@
-// Training of a 1x1 convolution by the second moments of its inputs (second_moments.h).
-#pragma once
-
+// The forward stage where the second moments of the inputs give the statistics.
 #include <algorithm>
 
+#include "amx_convolve.h"
 #include "amx_second_moments.h"
+#include "forward.h"
 #include "second_moments.h"
+#include "stages.h"
+#include "thirds_convolve.h"
 
 namespace fusedconvbn {
+namespace {
 
 // Training of a 1x1 convolution that saves no z: the second moments of the inputs give its statistics beforehand.
-// Forward: of forward.cc, which works with statistics that are known, too.
-template <class C, class Forward, class Moments, class Statistics>
+template <class C, template <class> class Conv, class Moments, class Statistics>
 class ForwardByMoments {
  public:
   ForwardByMoments(const KernelSet& set, const ConvBnParams& p, const DeviceInfo& device, const ForwardBuffers& b,
@@ -20,7 +22,8 @@ class ForwardByMoments {
         kept_(scratch),
         statistics_(set, p, b.filters, &kept_),
         rest_(scratch ? scratch + kept_.used() : nullptr),
-        forward_(set, p, device, b, Image<C>(b.output, storage_of<C>(set, p.dtype), output_grid(p)), rest_),
+        forward_(set, p, device, without_saved(b), Image<C>(b.output, storage_of<C>(set, p.dtype), output_grid(p)),
+                 rest_),
         moments_(set, p, b.inputs) {
     Arena arena(rest_);  // the convolution's, when these are done
     moments_scratch_ = moments_.carve(&arena, device.threads);
@@ -42,15 +45,45 @@ class ForwardByMoments {
   }
 
  private:
+  static ForwardBuffers without_saved(ForwardBuffers b) { return b.conv_out = nullptr, b; }
+
   const ConvBnParams& p_;
   SavedMoments<C> saved_;
   Arena kept_;
   Statistics statistics_;
   char* rest_;  // of the scratch, behind what is kept
-  Forward forward_;
+  Forward<C, Conv> forward_;
   Moments moments_;
   typename Moments::Scratch moments_scratch_;
   size_t scratch_bytes_;
 };
+
+template <class C>
+using DirectByMoments = ForwardByMoments<C, Convolution, SecondMoments<C>, StatisticsByMoments<C>>;
+// Of float alone, whatever the type.
+template <class>
+using AmxByMoments = ForwardByMoments<float, AmxConvolution, AmxSecondMoments, AmxStatisticsByMoments>;
+template <class>
+using ThirdsByMoments = ForwardByMoments<float, ThirdsConvolution, SecondMoments<float>, StatisticsByMoments<float>>;
+
+template <template <class> class ByMoments>
+size_t scratch_of(const KernelSet& set, const ConvBnParams& p, const DeviceInfo& device) {
+  return with_compute_type(p.dtype,
+                           [&](auto c) { return ByMoments<decltype(c)>(set, p, device, {}, nullptr).scratch_bytes(); });
+}
+
+template <template <class> class ByMoments>
+Status run_with(const KernelSet& set, const StageCall& call) {
+  with_compute_type(call.params.dtype, [&](auto c) {
+    ByMoments<decltype(c)>(set, call.params, call.device, *call.forward, call.scratch).train(call.parallel);
+  });
+  return Status{};
+}
+
+}  // namespace
+
+FCB_DEFINE_STAGE(forward_moments, DirectByMoments)
+FCB_DEFINE_STAGE(forward_moments_amx, AmxByMoments)
+FCB_DEFINE_STAGE(forward_moments_thirds, ThirdsByMoments)
 
 }  // namespace fusedconvbn
