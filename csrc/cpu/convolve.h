@@ -279,7 +279,7 @@ class Convolution {
                   const Run& run, GatheredRows<C>* in) const {
     const int64_t blocks = ceil_div(positions.size(), kBlockRows);
     if (in_cache_) {
-      if (run.packed) fetch_filters(next_filters(panels, index, number, run.packed), block, blocks, in);
+      if (run.packed) in->ahead[0] = share_of(next_filters(panels, index, number, run.packed), block, blocks);
       return;
     }
     if (exceeds_cache(run.epilogue.reads.ld)) in->ahead[0] = next_filters(panels, index, number, run.packed);
@@ -287,25 +287,22 @@ class Convolution {
     fetch_pixels(positions.end, share, shares, run.epilogue.reads, in);
   }
 
-  // A block's share. Two stretches at once: few pixels use filters up faster than one can fetch them.
-  static void fetch_filters(const Stretch<C>& next, int64_t block, int64_t blocks, GatheredRows<C>* in) {
-    for (int64_t i = 0; i < 2; ++i) {
-      const Span elements = part(2 * block + i, 2 * blocks, next.end - next.begin);
-      in->ahead[i] = {next.begin + elements.begin, next.begin + elements.end};
-    }
+  static Stretch<C> share_of(const Stretch<C>& all, int64_t number, int64_t shares) {
+    const Span elements = part(number, shares, all.end - all.begin);
+    return {all.begin + elements.begin, all.begin + elements.end};
   }
 
   // A share of what the block at position `first` reads.
   void fetch_pixels(int64_t first, int64_t number, int64_t shares, const Block<C>& reads, GatheredRows<C>* in) const {
     const int64_t count = std::min(kBlockRows, windows_.positions() - first);
     if (count <= 0) return;
-    const auto share = [&](const C* data, const Span& all) -> Stretch<C> {
-      const Span elements = part(number, shares, all.size());
-      return {data + all.begin + elements.begin, data + all.begin + elements.end};
-    };
-    if (fetches_blocks_)
-      in->ahead[1] = share(source_.read(0, 1, 0, 1, nullptr).data, reader_.new_elements(first, count));
-    if (reads.data) in->ahead[2] = share(reads.data, {first * reads.ld, (first + count) * reads.ld});
+    if (fetches_blocks_) {
+      const C* const pixels = source_.read(0, 1, 0, 1, nullptr).data;
+      const Span elements = reader_.new_elements(first, count);
+      in->ahead[1] = share_of({pixels + elements.begin, pixels + elements.end}, number, shares);
+    }
+    if (reads.data)
+      in->ahead[2] = share_of({reads.data + first * reads.ld, reads.data + (first + count) * reads.ld}, number, shares);
   }
 
   // The part behind this one. Behind the last are the first again: the next block begins with them.

@@ -41,19 +41,32 @@ FCB_INLINE void fetch_rows(const C* const* rows, int64_t offset, int64_t depth) 
 constexpr int kStep = 4;
 
 // Memory that is asked for evenly: a line, or a part of one again, every kStep, with no branch that the processor could
-// not foresee (+4 %). What would be more than a line a kStep is not asked for.
+// not foresee (+4 %).
 struct Fetch {
   const char* at;
   int64_t step;  // bytes
 };
+constexpr int kFetches = 3;
 
-// `any`: a valid address, for no memory. A null one would be looked up in the page tables each time.
+// Stretches of more than a line a kStep are asked for at several places at once, as far as there are places left. What
+// would be still more is not asked for. `any`: a valid address, for no memory; a null one would be looked up in the
+// page tables each time.
 template <class C>
-FCB_INLINE Fetch fetch_of(const Stretch<C>& memory, int64_t steps, const C* any) {
+FCB_INLINE void plan_fetches(const Stretch<C> (&stretches)[kFetches], int64_t steps, const C* any,
+                             Fetch (&fetches)[kFetches]) {
   constexpr int64_t kLine = 64;
-  if (memory.begin == memory.end) return {reinterpret_cast<const char*>(any), 0};
-  const int64_t bytes = (memory.end - memory.begin) * sizeof(C);
-  return {reinterpret_cast<const char*>(memory.begin), bytes > steps * kLine ? kLine : bytes / steps};
+  int count = 0, left = kFetches;
+  for (const Stretch<C>& s : stretches) left -= s.begin != s.end;
+  for (const Stretch<C>& s : stretches) {
+    const int64_t bytes = (s.end - s.begin) * sizeof(C);
+    if (bytes == 0) continue;
+    const int64_t wanted = (bytes + steps * kLine - 1) / (steps * kLine), places = wanted <= left ? wanted : left + 1;
+    const int64_t part = bytes / places, step = part / steps;
+    left -= places - 1;
+    for (int64_t i = 0; i < places; ++i)
+      fetches[count++] = {reinterpret_cast<const char*>(s.begin) + i * part, step < kLine ? step : kLine};
+  }
+  while (count < kFetches) fetches[count++] = {reinterpret_cast<const char*>(any), 0};
 }
 
 FCB_INLINE void fetch(Fetch* f) {
@@ -116,7 +129,7 @@ FCB_INLINE void move_row(RowsInTransit<C>* t) {
 // What goes on while a product is computed.
 template <class C>
 struct Meanwhile {
-  Fetch ahead[3];
+  Fetch ahead[kFetches];
   RowsInTransit<C> rows;
 };
 
@@ -222,8 +235,8 @@ template <class C, int N>
 static void gemm_of(const GatheredRows<C>& in, const C* filters, const GemmOutput<C>& to) {
   constexpr int64_t R = kRows<N>, kLd = N * kLanes<C>;
   const int64_t tile_steps = in.taps * (in.depth / kStep), steps = (in.count + R - 1) / R * tile_steps;
-  const auto ahead = [&](int i) { return fetch_of(in.ahead[i], steps > 0 ? steps : 1, filters); };
-  Meanwhile<C> meanwhile{{ahead(0), ahead(1), ahead(2)}, {tile_steps, R}};
+  Meanwhile<C> meanwhile{{}, {tile_steps, R}};
+  plan_fetches(in.ahead, steps > 0 ? steps : 1, filters, meanwhile.ahead);
   int64_t first = 0;
   for (; first + R <= in.count; first += R) gemm_tile<C, N>(in, first, filters, &meanwhile, to);
   const int64_t rest = in.count - first;
