@@ -93,12 +93,20 @@ Status add_stages(const std::vector<Stage>& stages, const std::string& forced, P
   return Status{};
 }
 
-// Whether one row is to do the whole of backward: it is forced, or suits the problem where nothing is.
+// The instruction set of the row that a stage would take.
+Isa best_isa(Stage stage, const ConvBnParams& params, const DeviceInfo& device) {
+  const Kernel* kernel = nullptr;
+  return choose(stage, params, device, "", &kernel).ok() ? kernel->isa : Isa::kGeneric;
+}
+
+// Whether one row is to do the whole of backward: it is forced; or, where nothing is, suits the problem, and the stage
+// that multiplies most has no row of a better instruction set.
 bool backward_in_one(const ConvBnParams& params, const DeviceInfo& device, const std::string& forced) {
   const auto& rows = kernel_table();
+  const Isa stages = params.saved == Saved::kMoments ? Isa::kGeneric : best_isa(Stage::kWgrad, params, device);
   return std::any_of(rows.begin(), rows.end(), [&](const Kernel& row) {
     if (row.stage != Stage::kBackward) return false;
-    return forced.empty() ? usable(row, params, device) && row.suits(params) : forced == row.name;
+    return forced.empty() ? usable(row, params, device) && row.suits(params) && row.isa >= stages : forced == row.name;
   });
 }
 

@@ -41,7 +41,21 @@ AMX_EMITTED = [
 DEEP = Case(batch=1, height=5, width=6, in_channels=290, out_channels=525, algorithm="winograd4", training=True)
 # More windows than L2 has room for: their filters are transformed before.
 MANY = Case(batch=3, height=40, width=41, in_channels=40, out_channels=35, activation="relu")
+# Deep and wide products in thirds, in blocks of fewer rows or pixels; strides, odd sizes, few pixels.
+THIRDS = [case for case in op_cases() if case.dtype == "f32" and case.groups == 1 and case.data_format == "NHWC"]
+THIRDS_DEEP = [
+    Case(height=11, width=13, in_channels=c, out_channels=k, kernel=(1, 1), activation="relu", training=t)
+    for c, k, t in ((680, 72, True), (72, 680, True), (70, 33, True), (650, 40, False), (33, 1, True))
+]
 SPECIAL_CASES = {  # by a word in the names of the rows that serve no others
+    "wgrad_thirds": THIRDS_DEEP
+    + [replace(case, isa=None) for case in pointwise_cases() if case.dtype == "f32" and case.isa == "avx2"],
+    "thirds": THIRDS_DEEP + THIRDS[::5],
+    "moments_amx": [replace(case, isa=None) for case in expanding_cases() if case.dtype == "f32"][::4]
+    + [
+        Case(height=h, width=13, in_channels=c, out_channels=k, kernel=(1, 1), activation="relu6", training=True)
+        for h, c, k in ((31, 64, 130), (9, 96, 200), (40, 70, 145))
+    ],
     "backward_direct_amx": [case for case in AMX_CASES + AMX_DEEP if case.training and case.data_format == "NHWC"],
     "amx": AMX_CASES[::2] + AMX_DEEP + AMX_EMITTED,
     "winograd": [replace(case, isa=None) for case in winograd_cases()[::23]] + [DEEP, MANY],

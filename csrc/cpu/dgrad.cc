@@ -11,6 +11,7 @@
 #include "compute_type.h"
 #include "convolve.h"
 #include "stages.h"
+#include "thirds_convolve.h"
 #include "winograd.h"
 
 namespace fusedconvbn {
@@ -155,6 +156,16 @@ Status run_with(const KernelSet& set, const StageCall& call) {
 FCB_DEFINE_STAGE(dgrad_direct, Convolution)
 FCB_DEFINE_STAGE(dgrad_winograd2, Winograd2)
 FCB_DEFINE_STAGE(dgrad_winograd4, Winograd4)
+
+size_t dgrad_thirds_scratch(const KernelSet& set, const ConvBnParams& p, const DeviceInfo& device) {
+  return scratch_as<float, ThirdsConvolution>(set, p, conv_grad_image<float>(set, p, nullptr), device.threads);
+}
+Status run_dgrad_thirds(const KernelSet& set, const StageCall& call) {
+  if (call.backward->d_inputs == nullptr) return Status{};
+  run_as<float, ThirdsConvolution>(set, call.params, conv_grad_image<float>(set, call.params, call.conv_grad),
+                                   *call.backward, call.device.threads, call.scratch, call.parallel);
+  return Status{};
+}
 
 size_t dgrad_amx_scratch(const KernelSet& set, const ConvBnParams& p, const Image<float>& conv_grad, int workers) {
   return scratch_as<float, AmxConvolution>(set, p, conv_grad, workers);

@@ -46,6 +46,10 @@ bool backward_moments_applies(const ConvBnParams& p) {
          (p.activation == Activation::kNone || needs_output(p) || p.has_output);
 }
 
+bool forward_float_moments_applies(const ConvBnParams& p) {
+  return p.dtype == DType::kFloat32 && forward_moments_applies(p);
+}
+
 // Where memory limits the layer: few inputs, much output, and far more pixels than channels for S to be made from.
 bool suits_moments(const ConvBnParams& p) {
   constexpr int64_t kMinBytes = 512 << 10, kMinPixelsPerChannel = 16;
@@ -53,6 +57,9 @@ bool suits_moments(const ConvBnParams& p) {
   return (p.in_channels <= 64 || (p.in_channels <= 128 && p.out_channels >= 4 * p.in_channels)) &&
          p.pixels() * p.out_channels * 4 >= kMinBytes && p.pixels() >= kMinPixelsPerChannel * p.in_channels;
 }
+// On AMX in whole tiles.
+bool suits_moments_amx(const ConvBnParams& p) { return suits_moments(p) && p.in_channels >= 64; }
+
 bool one_group(const ConvBnParams& p) { return p.groups == 1; }
 // Where the direct algorithm would fill a part of a vector, and a window's lines of phases are short.
 bool few_input_channels(const ConvBnParams& p) {
@@ -110,6 +117,25 @@ bool suits_amx(const ConvBnParams& p) {
 
 // It rounds the gradient of z.
 bool suits_amx_backward(const ConvBnParams& p) { return suits_amx(p) && !p.strict; }
+
+// Products of float32 on AMX: a block's rows cut in thirds, and a panel of the filters, fit L2.
+bool thirds_applies(const ConvBnParams& p, int64_t depth) {
+  constexpr int64_t kMaxDepth = 2048;
+  return p.dtype == DType::kFloat32 && p.groups == 1 && p.data_format == DataFormat::kNHWC &&
+         p.taps() * depth <= kMaxDepth;
+}
+bool forward_thirds_applies(const ConvBnParams& p) { return thirds_applies(p, p.in_channels); }
+bool dgrad_thirds_applies(const ConvBnParams& p) { return thirds_applies(p, p.out_channels); }
+bool wgrad_thirds_applies(const ConvBnParams& p) {
+  return thirds_applies(p, 1) && is_pointwise(p) && p.stride_height * p.stride_width == 1;
+}
+// Where whole tiles are filled, products limit, and there are enough pixels: filters take half as much memory again,
+// and in training are cut in every call.
+bool suits_thirds(const ConvBnParams& p) {
+  constexpr int64_t kMinChannels = 64, kMinFilters = 24 << 10, kMinPixels = 512;
+  return p.algorithm == Algorithm::kAuto && p.taps() == 1 && p.pixels() >= kMinPixels &&
+         std::min(p.in_channels, p.out_channels) >= kMinChannels && p.in_channels * p.out_channels >= kMinFilters;
+}
 
 size_t no_scratch(const ConvBnParams&, const DeviceInfo&) { return 0; }
 
@@ -184,6 +210,10 @@ const std::vector<Kernel>& kernel_table() {
       packing(FCB_AMX_ROW(forward_direct_amx, kForward, amx_applies, suits_amx),
               scratch_with<&kKernelsAmx, forward_direct_amx_packed>),
       FCB_AMX_ROW(backward_direct_amx, kBackward, amx_backward_applies, suits_amx_backward),
+      saving_moments(FCB_ROW(forward_moments, kForward, forward_float_moments_applies, suits_moments_amx, amx, Amx)),
+      FCB_PACKING_ROW(forward_thirds, forward_thirds_applies, suits_thirds, amx, Amx),
+      FCB_ROW(dgrad_thirds, kDgrad, dgrad_thirds_applies, suits_thirds, amx, Amx),
+      FCB_ROW(wgrad_thirds, kWgrad, wgrad_thirds_applies, suits_thirds, amx, Amx),
 #endif
 #if defined(__x86_64__)
       FCB_ROWS(avx512, Avx512),

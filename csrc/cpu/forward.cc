@@ -8,9 +8,10 @@
 #include "convolve.h"
 #include "depthwise.h"
 #include "few_channels.h"
-#include "second_moments.h"
+#include "forward_moments.h"
 #include "stages.h"
 #include "statistics.h"
+#include "thirds_convolve.h"
 #include "winograd.h"
 
 namespace fusedconvbn {
@@ -250,50 +251,9 @@ class Forward {
   size_t scratch_bytes_;
 };
 
-// Training of a 1x1 convolution that saves no z: the second moments of the inputs give its statistics beforehand.
-template <class C>
-class ForwardByMoments {
- public:
-  ForwardByMoments(const KernelSet& set, const ConvBnParams& p, const DeviceInfo& device, const ForwardBuffers& b,
-                   char* scratch)
-      : p_(p),
-        saved_{static_cast<C*>(b.conv_out), p.in_channels},
-        forward_(set, p, device, without_saved(b), Image<C>(b.output, storage_of<C>(set, p.dtype), output_grid(p)),
-                 scratch ? scratch + StatisticsByMoments<C>::vectors_bytes(p.out_channels) : nullptr),
-        moments_(compute_kernels<C>(set), Image<C>(b.inputs, storage_of<C>(set, p.dtype), input_grid(p)),
-                 forward_windows(p), p.in_channels),
-        statistics_(set, static_cast<const C*>(b.filters), p.in_channels, p.out_channels, scratch) {
-    Arena arena(scratch ? scratch + StatisticsByMoments<C>::vectors_bytes(p.out_channels)
-                        : nullptr);  // the convolution's, when these are done
-    moments_scratch_ = moments_.carve(&arena, device.threads);
-    statistics_.carve(&arena, device.threads);
-    scratch_bytes_ =
-        StatisticsByMoments<C>::vectors_bytes(p.out_channels) + std::max(arena.used(), forward_.scratch_bytes());
-  }
-
-  size_t scratch_bytes() const { return scratch_bytes_; }
-
-  // z that varies far less than the inputs make its terms vary is computed, and measured, where the output will lie.
-  void train(ParallelFor* parallel) const {
-    if (p_.pixels() == 0) {
-      std::fill_n(saved_.data, (p_.in_channels + 2) * p_.in_channels, C(0));
-      return forward_.train(parallel);
-    }
-    moments_.run(moments_scratch_, parallel, saved_);
-    if (!statistics_.run(saved_, parallel)) return forward_.train(parallel);
-    forward_.train_with(statistics_.mean(), statistics_.squares(), parallel);
-  }
-
- private:
-  static ForwardBuffers without_saved(ForwardBuffers b) { return b.conv_out = nullptr, b; }
-
-  const ConvBnParams& p_;
-  SavedMoments<C> saved_;
-  Forward<C, Convolution> forward_;
-  SecondMoments<C> moments_;
-  StatisticsByMoments<C> statistics_;
-  typename SecondMoments<C>::Scratch moments_scratch_;
-  size_t scratch_bytes_;
+template <class T>
+struct Type {
+  using type = T;
 };
 
 // In a backward plan the stage recomputes z.
@@ -372,28 +332,41 @@ FCB_DEFINE_PACKING_STAGE(forward_winograd4, Winograd4)
 FCB_DEFINE_PACKING_STAGE(forward_few_channels, FewChannelsConvolution)
 FCB_DEFINE_STAGE(forward_depthwise, DepthwiseConvolution)
 
-size_t forward_moments_scratch(const KernelSet& set, const ConvBnParams& p, const DeviceInfo& device) {
+// Passes the class to f.
+template <class F>
+auto with_forward_by_moments(const KernelSet& set, const ConvBnParams& p, F f) {
+  if (set.f32.thirds && p.dtype == DType::kFloat32)
+    return f(Type<ForwardByMoments<float, Forward<float, ThirdsConvolution>>>{});
   return with_compute_type(
-      p.dtype, [&](auto c) { return ForwardByMoments<decltype(c)>(set, p, device, {}, nullptr).scratch_bytes(); });
+      p.dtype, [&](auto c) { return f(Type<ForwardByMoments<decltype(c), Forward<decltype(c), Convolution>>>{}); });
+}
+size_t forward_moments_scratch(const KernelSet& set, const ConvBnParams& p, const DeviceInfo& device) {
+  return with_forward_by_moments(
+      set, p, [&](auto t) { return typename decltype(t)::type(set, p, device, {}, nullptr).scratch_bytes(); });
 }
 Status run_forward_moments(const KernelSet& set, const StageCall& call) {
-  with_compute_type(call.params.dtype, [&](auto c) {
-    ForwardByMoments<decltype(c)>(set, call.params, call.device, *call.forward, call.scratch).train(call.parallel);
+  with_forward_by_moments(set, call.params, [&](auto t) {
+    typename decltype(t)::type(set, call.params, call.device, *call.forward, call.scratch).train(call.parallel);
   });
   return Status{};
 }
 
-size_t forward_direct_amx_scratch(const KernelSet& set, const ConvBnParams& p, const DeviceInfo& device) {
-  return Forward<float, AmxConvolution>(set, p, device, {}, conv_grad_image<float>(set, p, nullptr), nullptr)
-      .scratch_bytes();
-}
-size_t forward_direct_amx_packed(const KernelSet& set, const ConvBnParams& p, const DeviceInfo& device) {
-  return Forward<float, AmxConvolution>(set, p, device, {}, conv_grad_image<float>(set, p, nullptr), nullptr)
-      .packed_bytes();
-}
-Status run_forward_direct_amx(const KernelSet& set, const StageCall& call) {
-  run_or_pack<float, AmxConvolution>(set, call);
-  return Status{};
-}
+// Of one compute type.
+#define FCB_FLOAT_STAGE(name, Algorithm)                                                                   \
+  size_t name##_scratch(const KernelSet& set, const ConvBnParams& p, const DeviceInfo& device) {           \
+    return Forward<float, Algorithm>(set, p, device, {}, conv_grad_image<float>(set, p, nullptr), nullptr) \
+        .scratch_bytes();                                                                                  \
+  }                                                                                                        \
+  size_t name##_packed(const KernelSet& set, const ConvBnParams& p, const DeviceInfo& device) {            \
+    return Forward<float, Algorithm>(set, p, device, {}, conv_grad_image<float>(set, p, nullptr), nullptr) \
+        .packed_bytes();                                                                                   \
+  }                                                                                                        \
+  Status run_##name(const KernelSet& set, const StageCall& call) {                                         \
+    run_or_pack<float, Algorithm>(set, call);                                                              \
+    return Status{};                                                                                       \
+  }
+FCB_FLOAT_STAGE(forward_direct_amx, AmxConvolution)
+FCB_FLOAT_STAGE(forward_thirds, ThirdsConvolution)
+#undef FCB_FLOAT_STAGE
 
 }  // namespace fusedconvbn

@@ -19,6 +19,7 @@ namespace {
 }  // namespace fusedconvbn
 
 #include "kernels.h"
+#include "thirds.h"
 
 namespace fusedconvbn {
 namespace {
@@ -40,6 +41,8 @@ namespace {
 #include "winograd.inl"
 #if defined(__AMX_BF16__)
 #include "amx.inl"
+
+#include "thirds.inl"  // tiles of amx.inl
 #endif
 
 // Z: of z.
@@ -71,6 +74,8 @@ static constexpr void fill_activation(ComputeKernels<C>* k) {
 }
 
 #if defined(__AMX_BF16__)
+constexpr ThirdsKernels kThirdsKernels = {thirds_of_rows, thirds_of_columns, thirds_of_panel, multiply_thirds,
+                                          emit_all,       cut_all_left,      cut_all_right};
 static constexpr AmxKernels amx_kernels() {
   AmxKernels k{};
   k.begin = amx_begin;
@@ -129,7 +134,10 @@ static constexpr ComputeKernels<C> compute_kernels() {
   fill_gradients<0, C, C, C>(&k.reduce, &k.apply);
   if constexpr (__is_same(C, float)) fill_gradients<0, C, C, C, BFloat16>(&k.reduce_rounded, &k.apply_rounded);
 #if defined(__AMX_BF16__)
-  if constexpr (__is_same(C, float)) k.amx = amx_kernels();
+  if constexpr (__is_same(C, float)) {
+    k.amx = amx_kernels();
+    k.thirds = &kThirdsKernels;
+  }
 #endif
   return k;
 }

@@ -270,6 +270,8 @@ struct ProductKernel {
   void (*add)(const C* a, int64_t lda, const C* b, int64_t ldb, int64_t depth, C* sums, int64_t ld, Ahead<C>* ahead);
 };
 
+struct ThirdsKernels;  // thirds.h
+
 template <class C>
 struct ComputeKernels {
   int64_t panel;         // columns of a packed filter panel and of a tile
@@ -342,7 +344,8 @@ struct ComputeKernels {
   void (*reduce_rounded[kActivationCount][3])(const GradientBlock<C>&);
   void (*apply_rounded[kActivationCount][3])(const GradientBlock<C>&);
 
-  AmxKernels amx;  // null but for float on AMX
+  AmxKernels amx;               // null but for float on AMX
+  const ThirdsKernels* thirds;  // null but for float on AMX
 };
 
 // What is computed element by element on blocks of 16-bit numbers that lie in memory with their channels consecutive.

@@ -49,6 +49,7 @@ FCB_PACKING_STAGE(forward_direct);
 FCB_PACKING_STAGE(forward_winograd2);
 FCB_PACKING_STAGE(forward_winograd4);
 FCB_PACKING_STAGE(forward_direct_amx);
+FCB_PACKING_STAGE(forward_thirds);
 FCB_PACKING_STAGE(forward_few_channels);
 FCB_STAGE(forward_depthwise);
 
@@ -60,6 +61,7 @@ FCB_STAGE(reduce_direct);
 
 // The gradient by the inputs: for each phase of the stride a convolution of conv_grad with the filters transposed.
 FCB_STAGE(dgrad_direct);
+FCB_STAGE(dgrad_thirds);
 FCB_STAGE(dgrad_winograd2);
 FCB_STAGE(dgrad_winograd4);
 
@@ -68,6 +70,7 @@ FCB_STAGE(dgrad_columns);
 
 // The gradient by the filters: products of input and conv_grad panels, over fixed ranges of pixels.
 FCB_STAGE(wgrad_direct);
+FCB_STAGE(wgrad_thirds);
 FCB_STAGE(wgrad_winograd2);
 FCB_STAGE(wgrad_winograd4);
 
