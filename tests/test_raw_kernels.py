@@ -149,7 +149,7 @@ def test_forced_kernel_with_z_in_bfloat16(kernel, case):
 
 def test_each_kernel_that_reads_or_writes_z_does_in_bfloat16():
     names = {row.name for row, _ in ROUNDED}
-    assert {row.name for row in KERNELS if "moments" not in row.name and "amx" not in row.name} == names
+    assert {row.name for row in KERNELS if "moments" not in row.name and "amx" not in row.name} <= names
 
 
 def check_packed(problem, kernel, result):
