@@ -22,7 +22,7 @@ inline int64_t right_elements(int64_t chunks) { return kThirdPlanes * kThirdsCol
 inline AmxFetch fetch_in(int64_t steps, const void* begin, const void* end) {
   constexpr int64_t kLine = 64, kProducts = 6;  // bytes; of a chunk, with some lines each
   const auto *from = static_cast<const char*>(begin), *to = static_cast<const char*>(end);
-  return {from, to, steps > 0 ? ceil_div(to - from, kLine * kProducts * steps) : 0};
+  return {from, to, kLine, steps > 0 ? ceil_div(to - from, kLine * kProducts * steps) : 0};
 }
 
 // An operand to be cut in so many steps.
