@@ -145,7 +145,7 @@ bool dgrad_thirds_applies(const ConvBnParams& p) { return thirds_applies(p, p.ou
 bool wgrad_thirds_applies(const ConvBnParams& p) {
   return thirds_applies(p, 1) && is_pointwise(p) && p.stride_height * p.stride_width == 1;
 }
-// Where whole tiles are filled, products limit, and there are enough pixels: filters take half as much memory again,
+// Where whole tiles are filled, products limit, and there are enough pixels: packed filters take twice the memory,
 // and in training are cut in every call.
 bool suits_thirds(const ConvBnParams& p) {
   constexpr int64_t kMinChannels = 64, kMinFilters = 24 << 10, kMinPixels = 512;
