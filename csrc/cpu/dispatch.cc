@@ -74,9 +74,9 @@ bool forward_moments_amx_applies(const ConvBnParams& p) {
   constexpr int64_t kMinPixels = 16;
   const bool keeps_or_drops =
       p.activation == Activation::kNone || p.activation == Activation::kRelu || p.activation == Activation::kRelu6;
-  return amx_applies(p) && p.training && p.pixels() >= kMinPixels && is_pointwise(p) &&
-         p.stride_height * p.stride_width == 1 && p.out_channels >= 2 * p.in_channels &&
-         p.data_format == DataFormat::kNHWC && keeps_or_drops;
+  return amx_applies(p) && p.training && p.pixels() >= kMinPixels && is_pointwise(p) && p.stride_height == 1 &&
+         p.stride_width == 1 && p.out_channels >= 2 * p.in_channels && p.data_format == DataFormat::kNHWC &&
+         keeps_or_drops;
 }
 bool backward_moments_amx_applies(const ConvBnParams& p) {
   return forward_moments_amx_applies(p) && p.saved == Saved::kMoments &&
@@ -114,7 +114,7 @@ bool backward_depthwise_applies(const ConvBnParams& p) {
 
 // Where an output pixel belongs to one input pixel, and nothing needs conversion.
 bool backward_pointwise_applies(const ConvBnParams& p) {
-  return has_conv_out(p) && is_pointwise(p) && p.stride_height * p.stride_width == 1 &&
+  return has_conv_out(p) && is_pointwise(p) && p.stride_height == 1 && p.stride_width == 1 &&
          p.data_format == DataFormat::kNHWC && (p.dtype == DType::kFloat32 || p.dtype == DType::kFloat64);
 }
 // Where its sums and the filters are few beside the blocks in L2, and dy and z many.
@@ -143,7 +143,7 @@ bool thirds_applies(const ConvBnParams& p, int64_t depth) {
 bool forward_thirds_applies(const ConvBnParams& p) { return thirds_applies(p, p.in_channels); }
 bool dgrad_thirds_applies(const ConvBnParams& p) { return thirds_applies(p, p.out_channels); }
 bool wgrad_thirds_applies(const ConvBnParams& p) {
-  return thirds_applies(p, 1) && is_pointwise(p) && p.stride_height * p.stride_width == 1;
+  return thirds_applies(p, 1) && is_pointwise(p) && p.stride_height == 1 && p.stride_width == 1;
 }
 // Where whole tiles are filled, products limit, and there are enough pixels: packed filters take twice the memory,
 // and in training are cut in every call.
