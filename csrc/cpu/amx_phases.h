@@ -39,6 +39,7 @@ class AmxMergedPhases {
  public:
   static bool suits(const ConvBnParams& p) {
     constexpr int64_t kColumns = 32;  // of a panel
+    if (std::max(p.stride_height, p.stride_width) > kColumns) return false;
     const int64_t phases = p.stride_height * p.stride_width;
     return phases > 1 && phases * p.in_channels <= kColumns && p.in_height % p.stride_height == 0 &&
            p.in_width % p.stride_width == 0;
