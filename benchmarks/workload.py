@@ -144,14 +144,21 @@ def _step(
 def compiled(implementation: Implementation, body: Callable[..., list[tf.Tensor]], tensors: Tensors) -> Call:
     """`body` of `tensors` as one tf.function: a flat list of everything that the mode computes.
 
-    The function has captured the tensors: as arguments each would cost a call 10 us, in Python.
+    The function captures the tensors: as arguments each would cost a call 10 us, in Python.
     """
     function = tf.function(body, jit_compile=implementation.jit or None, autograph=False)
     function.get_concrete_function(*tensors)  # traces
     chosen = _freeze(function, tensors) if implementation.frozen else function
-    call = tf.function(lambda: chosen(*tensors), autograph=False)
-    call.get_concrete_function()
-    return call
+    arguments = tensors if becomes_constant(tensors) else []
+    call = tf.function(lambda *given: chosen(*(given or tensors)), autograph=False)
+    call.get_concrete_function(*arguments)
+    return lambda: call(*arguments)
+
+
+def becomes_constant(tensors: Tensors) -> bool:
+    """Whether a function that captures them takes some for constants, of which TensorFlow computes the results once."""
+    most_elements = 128
+    return any(tensor.shape.num_elements() <= most_elements for tensor in tf.nest.flatten(tensors))
 
 
 def _freeze(function: Any, tensors: Tensors) -> Callable[..., list[tf.Tensor]]:

@@ -378,3 +378,14 @@ def test_wrong_result_is_never_timed(tmp_path, monkeypatch, capsys):
     assert results["raw"]["status"] == OK
     assert "ratio" not in results["raw"]
     assert "WRONG" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("elements", [1, 128, 129, 4096])
+def test_what_a_function_would_take_for_a_constant_is_an_argument(elements):
+    import tensorflow as tf
+
+    from benchmarks.workload import becomes_constant
+
+    large, tensor = tf.random.normal([4096]), tf.random.normal([elements])
+    captures = tf.function(lambda: tf.tanh(tensor), autograph=False).get_concrete_function().graph.get_operations()
+    assert becomes_constant([[large], [], [tensor]]) == (captures[0].type == "Const")
