@@ -99,14 +99,20 @@ Isa best_isa(Stage stage, const ConvBnParams& params, const DeviceInfo& device) 
   return choose(stage, params, device, "", &kernel).ok() ? kernel->isa : Isa::kGeneric;
 }
 
-// Whether one row is to do the whole of backward: it is forced; or, where nothing is, suits the problem, and the stage
-// that multiplies most has no row of a better instruction set.
+// Whether a row that suits is to do the whole of backward: the stage that multiplies most has no row of a better
+// instruction set, or this one outdoes it all the same.
+bool beats_stages(const Kernel& row, const ConvBnParams& params, Isa stages) {
+  return row.isa >= stages || (row.outdoes_thirds != nullptr && row.outdoes_thirds(params));
+}
+
+// Whether one row is to do it: it is forced; or, where nothing is, suits the problem and beats the stages.
 bool backward_in_one(const ConvBnParams& params, const DeviceInfo& device, const std::string& forced) {
   const auto& rows = kernel_table();
   const Isa stages = params.saved == Saved::kMoments ? Isa::kGeneric : best_isa(Stage::kWgrad, params, device);
   return std::any_of(rows.begin(), rows.end(), [&](const Kernel& row) {
     if (row.stage != Stage::kBackward) return false;
-    return forced.empty() ? usable(row, params, device) && row.suits(params) && row.isa >= stages : forced == row.name;
+    if (!forced.empty()) return forced == row.name;
+    return usable(row, params, device) && row.suits(params) && beats_stages(row, params, stages);
   });
 }
 

@@ -7,6 +7,7 @@
 #include "kernels.h"
 #include "second_moments.h"
 #include "stages.h"
+#include "thirds_choice.h"
 #include "winograd_choice.h"
 
 namespace fusedconvbn {
@@ -65,8 +66,10 @@ bool suits_moments(const ConvBnParams& p) {
   return (p.in_channels <= 64 || (p.in_channels <= 128 && p.out_channels >= 4 * p.in_channels)) &&
          p.pixels() * p.out_channels * 4 >= kMinBytes && p.pixels() >= kMinPixelsPerChannel * p.in_channels;
 }
-// With products in thirds on AMX, in whole tiles.
-bool suits_moments_thirds(const ConvBnParams& p) { return suits_moments(p) && p.in_channels >= 64; }
+// Where AMX has nothing faster.
+bool suits_moments_beside_thirds(const ConvBnParams& p) { return suits_moments(p) && moments_outdo_thirds(p); }
+// With products in thirds, in whole tiles.
+bool suits_moments_thirds(const ConvBnParams& p) { return suits_moments_beside_thirds(p) && p.in_channels >= 64; }
 
 // The same for bfloat16 on AMX, where du is dy or 0 and need not be rounded. Of few pixels d_inputs would be little
 // beside its two terms, of which one is rounded.
@@ -145,12 +148,24 @@ bool dgrad_thirds_applies(const ConvBnParams& p) { return thirds_applies(p, p.ou
 bool wgrad_thirds_applies(const ConvBnParams& p) {
   return thirds_applies(p, 1) && is_pointwise(p) && p.stride_height == 1 && p.stride_width == 1;
 }
-// Where whole tiles are filled, products limit, and there are enough pixels: packed filters take twice the memory,
-// and in training are cut in every call.
-bool suits_thirds(const ConvBnParams& p) {
-  constexpr int64_t kMinChannels = 64, kMinFilters = 24 << 10, kMinPixels = 512;
-  return p.algorithm == Algorithm::kAuto && p.taps() == 1 && p.pixels() >= kMinPixels &&
-         std::min(p.in_channels, p.out_channels) >= kMinChannels && p.in_channels * p.out_channels >= kMinFilters;
+// Where nothing but the direct algorithm competes, and is slower.
+bool suits_forward_thirds(const ConvBnParams& p) {
+  const bool by_moments = forward_moments_applies(p) && suits_moments_beside_thirds(p);
+  const bool by_winograd = winograd_applies(p) && (forward_winograd<2>(p) || forward_winograd<4>(p));
+  if (p.algorithm != Algorithm::kAuto || by_moments || by_winograd) return false;
+  return thirds_are_faster(
+      p.training ? kTrainingThirds : kPackedThirds,
+      {p.pixels(), 1, p.taps(), p.in_channels, p.out_channels, p.pixels() * p.out_channels, p.has_residual});
+}
+bool suits_dgrad_thirds(const ConvBnParams& p) {
+  const bool by_winograd = winograd_applies(p) && (dgrad_winograd<2>(p) || dgrad_winograd<4>(p));
+  if (p.algorithm != Algorithm::kAuto || by_winograd) return false;
+  const int64_t phases = std::min(p.taps(), p.stride_height * p.stride_width);
+  return thirds_are_faster(kInputGradientThirds, {p.pixels(), phases, p.taps(), p.out_channels, p.in_channels,
+                                                  p.batch * p.in_height * p.in_width * p.in_channels, false});
+}
+bool suits_wgrad_thirds(const ConvBnParams& p) {
+  return p.algorithm == Algorithm::kAuto && thirds_are_faster_by_filters(p.pixels(), p.in_channels, p.out_channels);
 }
 
 size_t no_scratch(const ConvBnParams&, const DeviceInfo&) { return 0; }
@@ -173,6 +188,11 @@ Status run_with(const StageCall& call) {
 
 Kernel packing(Kernel row, size_t (*packed_bytes)(const ConvBnParams&, const DeviceInfo&)) {
   row.packed_bytes = packed_bytes;
+  return row;
+}
+
+Kernel outdoing_thirds(Kernel row) {
+  row.outdoes_thirds = one_row_outdoes_thirds;
   return row;
 }
 
@@ -211,7 +231,8 @@ Kernel saving_moments(Kernel row) {
       FCB_ROW(wgrad_direct, kWgrad, any_problem, any_problem, isa, Isa_),                                       \
       FCB_ROW(backward_few_channels, kBackward, backward_few_channels_applies, few_source_channels, isa, Isa_), \
       FCB_ROW(backward_depthwise, kBackward, backward_depthwise_applies, any_problem, isa, Isa_),               \
-      FCB_ROW(backward_pointwise, kBackward, backward_pointwise_applies, suits_backward_pointwise, isa, Isa_)
+      outdoing_thirds(                                                                                          \
+          FCB_ROW(backward_pointwise, kBackward, backward_pointwise_applies, suits_backward_pointwise, isa, Isa_))
 
 // Their kernels are those of AMX: the name says it once.
 #define FCB_AMX_ROW(name, stage, applies, suits)                                                \
@@ -230,9 +251,9 @@ const std::vector<Kernel>& kernel_table() {
       FCB_AMX_ROW(backward_direct_amx, kBackward, amx_backward_applies, suits_amx_backward),
       saving_moments(
           FCB_ROW(forward_moments_thirds, kForward, forward_float_moments_applies, suits_moments_thirds, amx, Amx)),
-      FCB_PACKING_ROW(forward_thirds, forward_thirds_applies, suits_thirds, amx, Amx),
-      FCB_ROW(dgrad_thirds, kDgrad, dgrad_thirds_applies, suits_thirds, amx, Amx),
-      FCB_ROW(wgrad_thirds, kWgrad, wgrad_thirds_applies, suits_thirds, amx, Amx),
+      FCB_PACKING_ROW(forward_thirds, forward_thirds_applies, suits_forward_thirds, amx, Amx),
+      FCB_ROW(dgrad_thirds, kDgrad, dgrad_thirds_applies, suits_dgrad_thirds, amx, Amx),
+      FCB_ROW(wgrad_thirds, kWgrad, wgrad_thirds_applies, suits_wgrad_thirds, amx, Amx),
 #endif
 #if defined(__x86_64__)
       FCB_ROWS(avx512, Avx512),

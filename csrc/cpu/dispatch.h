@@ -38,6 +38,8 @@ struct Kernel {
   // Forward: of the filters as run() packs them; null: it does not, or not to keep. They depend on the filters' shape,
   // groups and dtype alone.
   size_t (*packed_bytes)(const ConvBnParams&, const DeviceInfo&) = nullptr;
+  // Of kBackward: is to be chosen even where stages multiply in thirds, on AMX. null: never.
+  bool (*outdoes_thirds)(const ConvBnParams&) = nullptr;
 };
 
 // Every kernel of the library; within a stage the preferred one first, the reference last.

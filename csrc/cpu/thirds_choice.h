@@ -1,0 +1,124 @@
+// Whether AMX convolves float32 faster in thirds (thirds.inl) than AVX-512 does directly: an estimate of each one's
+// time.
+#pragma once
+
+#include <algorithm>
+#include <cstdint>
+
+#include "../conv_bn.h"
+#include "image.h"
+#include "thirds.h"
+
+namespace fusedconvbn {
+
+// Prices in ns of one thread, fitted to random layers timed by either algorithm, above all to the ratio of the two;
+// docs/performance.md says what the choice loses on layers that were not among them.
+struct ConvolutionPrices {
+  double product;   // of an element of a window and a column of the filters
+  double far;       // more for it, where the operands of thirds exceed L2
+  double window;    // of an element of a window: cut, once; or loaded, for each 64 columns
+  double output;    // of an element of the result
+  double residual;  // more for it
+  double filter;    // of an element of the filters: packed, or read where that was done before
+  // More for it, where that was done before and thirds of the filters fill L2. Layers that are timed over and over find
+  // them in L3, networks of such layers do not: these are the times of 8 and 4 bytes at 22 GB/s.
+  double far_filter;
+};
+struct ThirdsPrices {
+  ConvolutionPrices thirds, direct;
+};
+
+constexpr ThirdsPrices kTrainingThirds = {{0.0056, 0.0024, 0.24, 0.64, 0, 0.34, 0},
+                                          {0.0074, 0, 0.16, 0.63, 0, 0.14, 0}};
+constexpr ThirdsPrices kPackedThirds = {{0.0056, 0.0023, 0.23, 0.23, 0.27, 0.02, 0.36},
+                                        {0.0075, 0, 0.16, 0.19, 0.17, 0, 0.18}};
+// With transposed filters, whose columns are the inputs' channels.
+constexpr ThirdsPrices kInputGradientThirds = {{0.006, 0.0021, 0.35, 0.33, 0, 0.56, 0},
+                                               {0.0052, 0, 0.35, 0.34, 0, 0.21, 0}};
+
+struct ThirdsProblem {
+  int64_t positions;          // of windows
+  int64_t phases;             // of a stride, which share the taps
+  int64_t taps, depth, cols;  // of the filters
+  int64_t outputs;            // elements
+  bool residual;
+};
+
+constexpr int64_t kThirdsTile = 32;                                // rows, columns, depth
+constexpr int64_t kThirdsBytes = kThirdPlanes * sizeof(uint16_t);  // of an element
+
+inline int64_t whole(int64_t size, int64_t unit) { return ceil_div(size, unit) * unit; }
+inline int64_t whole_tiles(int64_t size) { return whole(size, kThirdsTile); }
+inline double product_of(int64_t a, int64_t b) { return static_cast<double>(a) * static_cast<double>(b); }
+
+// Bytes of filters in thirds, and of them with the windows of two blocks, as ThirdsConvolution has them in L2.
+inline int64_t thirds_of_filters(const ThirdsProblem& p) {
+  return kThirdsBytes * p.taps * whole_tiles(p.depth) * whole_tiles(p.cols);
+}
+inline int64_t thirds_in_cache(const ThirdsProblem& p) {
+  constexpr int64_t kRows = 96, kFewRows = 32, kManyDepths = 640, kFewFilters = 5 << 18;
+  const int64_t depth = p.taps * whole_tiles(p.depth), filters = thirds_of_filters(p);
+  const int64_t rows = depth > kManyDepths && filters <= kFewFilters ? kFewRows : kRows;
+  return (filters + 2 * kThirdsBytes * depth * rows) / p.phases;
+}
+
+// Of sizes that are rounded up; each element of a window is touched so many times.
+inline double convolution_cost(const ConvolutionPrices& prices, const ThirdsProblem& p, int64_t positions,
+                               int64_t depth, int64_t cols, int64_t touched) {
+  constexpr int64_t kL2 = 2 << 20;
+  const double filters = product_of(p.taps * depth, cols);
+  const double product = prices.product + (thirds_in_cache(p) > kL2 + kL2 / 8 ? prices.far : 0);
+  const double filter = prices.filter + (thirds_of_filters(p) >= kL2 ? prices.far_filter : 0);
+  return filters * (filter + product * static_cast<double>(positions)) +
+         prices.window * product_of(p.positions, p.taps * depth) * static_cast<double>(touched) +
+         (prices.output + (p.residual ? prices.residual : 0)) * static_cast<double>(p.outputs);
+}
+
+// Where the depth is one tile's, nothing hides that windows are cut and results emitted.
+inline bool thirds_are_faster(const ThirdsPrices& prices, const ThirdsProblem& p) {
+  constexpr int64_t kLanes = 16, kSpan = 64, kMinColumns = 16;
+  constexpr double kMargin = 1.03;  // for twice the memory of filters
+  if (p.taps * p.depth <= kThirdsTile || std::min(p.depth, p.cols) < kMinColumns) return false;
+  const double thirds =
+      convolution_cost(prices.thirds, p, whole_tiles(p.positions), whole_tiles(p.depth), whole_tiles(p.cols), 1);
+  const double direct =
+      convolution_cost(prices.direct, p, p.positions, p.depth, whole(p.cols, kLanes), ceil_div(p.cols, kSpan));
+  return thirds * kMargin < direct;
+}
+
+// The gradient by the filters of a 1x1 convolution, in ns.
+struct FilterGradientPrices {
+  double product;          // of a pair of channels at a pixel
+  double input, gradient;  // of a channel at a pixel, of the inputs and of z
+  double sum;              // of a pair of channels
+};
+constexpr FilterGradientPrices kFilterGradientThirds = {0.0083, 0.13, 0.46, 0.19},
+                               kFilterGradientDirect = {0.0112, 0.19, 0.51, 0.094};
+
+inline double filter_gradient_cost(const FilterGradientPrices& prices, int64_t pixels, int64_t inputs,
+                                   int64_t outputs) {
+  const double pairs = product_of(inputs, outputs);
+  const double channels = prices.input * static_cast<double>(inputs) + prices.gradient * static_cast<double>(outputs);
+  return (prices.product * pairs + channels) * static_cast<double>(pixels) + prices.sum * pairs;
+}
+
+inline bool thirds_are_faster_by_filters(int64_t pixels, int64_t inputs, int64_t outputs) {
+  constexpr int64_t kMinChannels = 16;
+  if (std::min(inputs, outputs) < kMinChannels) return false;
+  return filter_gradient_cost(kFilterGradientThirds, pixels, whole_tiles(inputs), whole_tiles(outputs)) <
+         filter_gradient_cost(kFilterGradientDirect, pixels, inputs, whole_tiles(outputs));
+}
+
+// What else trains 1x1 convolutions spares memory z or its gradient, and multiplies in float32. Prices in ns: of what
+// is spared, for an element in L3 and beyond; of a product.
+inline bool spares_more_than_thirds(const ConvBnParams& p, double near, double far) {
+  constexpr double kProduct = 0.0125;
+  constexpr int64_t kNear = 10 << 20;  // bytes
+  const double spared = 4 * p.pixels() * p.out_channels > kNear ? far : near;
+  return kProduct * static_cast<double>(p.in_channels) < spared;
+}
+// The whole of backward in one row; all by moments.
+inline bool one_row_outdoes_thirds(const ConvBnParams& p) { return spares_more_than_thirds(p, 1.1, 1.8); }
+inline bool moments_outdo_thirds(const ConvBnParams& p) { return spares_more_than_thirds(p, 1.4, 1.8); }
+
+}  // namespace fusedconvbn
