@@ -113,12 +113,12 @@ inline bool thirds_are_faster_by_filters(int64_t pixels, int64_t inputs, int64_t
 // is spared, for an element in L3 and beyond; of a product.
 inline bool spares_more_than_thirds(const ConvBnParams& p, double near, double far) {
   constexpr double kProduct = 0.0125;
-  constexpr int64_t kNear = 10 << 20;  // bytes
-  const double spared = 4 * p.pixels() * p.out_channels > kNear ? far : near;
+  constexpr int64_t kNear = 20 << 20;  // bytes of inputs and z
+  const double spared = 4 * p.pixels() * (p.in_channels + p.out_channels) > kNear ? far : near;
   return kProduct * static_cast<double>(p.in_channels) < spared;
 }
 // The whole of backward in one row; all by moments.
-inline bool one_row_outdoes_thirds(const ConvBnParams& p) { return spares_more_than_thirds(p, 1.1, 1.8); }
+inline bool one_row_outdoes_thirds(const ConvBnParams& p) { return spares_more_than_thirds(p, 1.1, 1.81); }
 inline bool moments_outdo_thirds(const ConvBnParams& p) { return spares_more_than_thirds(p, 1.4, 1.8); }
 
 }  // namespace fusedconvbn
