@@ -91,6 +91,55 @@ def test_algorithm(inputs, filters, attributes, expected, direction):
     assert algorithms.items() >= wanted.items()
 
 
+AMX = pytest.mark.skipif(
+    not any(row.available and "thirds" in row.name for row in raw.kernels()), reason="this machine has no AMX"
+)
+
+
+@AMX
+@pytest.mark.parametrize(
+    ("pixels", "channels", "outputs", "expected"),
+    [
+        (3136, 256, 256, True),  # products limit
+        (3136, 256, 16, False),  # half of each tile would be empty
+        (3136, 16, 256, False),
+        (441, 512, 512, True),
+        (196, 256, 1024, False),  # filters that networks keep beyond L2, for few pixels
+        (196, 128, 256, True),
+        (49, 2048, 512, False),
+    ],
+)
+def test_inference_in_thirds(pixels, channels, outputs, expected):
+    [kernel] = raw.plan((1, pixels, 1, channels), (1, 1, channels, outputs)).kernels
+    assert ("thirds" in kernel) == expected
+
+
+@AMX
+@pytest.mark.parametrize(
+    ("pixels", "channels", "outputs", "expected"),
+    [
+        (3136, 256, 64, ["reduce", "dgrad", "wgrad"]),
+        (3136, 64, 128, ["backward"]),  # the gradient of z is more than products in thirds save
+        (50176, 128, 128, ["backward"]),
+        (50176, 256, 128, ["reduce", "dgrad", "wgrad"]),
+    ],
+)
+def test_backward_in_one_row_or_in_thirds(pixels, channels, outputs, expected):
+    shapes = (1, pixels, 1, channels), (1, 1, channels, outputs)
+    kernels = raw.plan(*shapes, training=True, direction="backward").kernels
+    assert [name.split("_")[0] for name in kernels] == expected
+    assert ("wgrad_thirds_amx" in kernels) == (len(expected) > 1)
+    assert "thirds" not in str(raw.plan(*shapes, training=True, direction="backward", isa="avx512"))
+    assert "thirds" not in str(raw.plan(*shapes, training=True, direction="backward", algorithm="direct"))
+
+
+@AMX
+@pytest.mark.parametrize(("pixels", "moments"), [(3136, False), (50176, True)])
+def test_moments_or_thirds(pixels, moments):
+    [kernel] = raw.plan((1, pixels, 1, 128), (1, 1, 128, 512), training=True).kernels
+    assert kernel == ("forward_moments_thirds_amx" if moments else "forward_thirds_amx")
+
+
 @pytest.mark.parametrize(("channels", "expected"), [(3, "columns"), (15, "columns"), (16, "direct")])
 def test_few_input_channels(channels, expected):
     kernels = raw.plan((2, 14, 14, channels), (5, 5, channels, 40), direction="backward").kernels

@@ -68,8 +68,14 @@ bool suits_moments(const ConvBnParams& p) {
 }
 // Where AMX has nothing faster.
 bool suits_moments_beside_thirds(const ConvBnParams& p) { return suits_moments(p) && moments_outdo_thirds(p); }
-// With products in thirds, in whole tiles.
-bool suits_moments_thirds(const ConvBnParams& p) { return suits_moments_beside_thirds(p) && p.in_channels >= 64; }
+
+bool forward_thirds_are_faster(const ThirdsPrices& prices, const ConvBnParams& p) {
+  return thirds_are_faster(
+      prices, {p.pixels(), 1, p.taps(), p.in_channels, p.out_channels, p.pixels() * p.out_channels, p.has_residual});
+}
+bool suits_moments_thirds(const ConvBnParams& p) {
+  return suits_moments_beside_thirds(p) && forward_thirds_are_faster(kPackedThirds, p);
+}
 
 // The same for bfloat16 on AMX, where du is dy or 0 and need not be rounded. Of few pixels d_inputs would be little
 // beside its two terms, of which one is rounded.
@@ -153,9 +159,7 @@ bool suits_forward_thirds(const ConvBnParams& p) {
   const bool by_moments = forward_moments_applies(p) && suits_moments_beside_thirds(p);
   const bool by_winograd = winograd_applies(p) && (forward_winograd<2>(p) || forward_winograd<4>(p));
   if (p.algorithm != Algorithm::kAuto || by_moments || by_winograd) return false;
-  return thirds_are_faster(
-      p.training ? kTrainingThirds : kPackedThirds,
-      {p.pixels(), 1, p.taps(), p.in_channels, p.out_channels, p.pixels() * p.out_channels, p.has_residual});
+  return forward_thirds_are_faster(p.training ? kTrainingThirds : kPackedThirds, p);
 }
 bool suits_dgrad_thirds(const ConvBnParams& p) {
   const bool by_winograd = winograd_applies(p) && (dgrad_winograd<2>(p) || dgrad_winograd<4>(p));

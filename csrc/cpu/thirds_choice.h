@@ -18,23 +18,25 @@ struct ConvolutionPrices {
   double far;       // more for it, where the operands of thirds exceed L2
   double window;    // of an element of a window: cut, once; or loaded, for each 64 columns
   double output;    // of an element of the result
+  double broken;    // more for it, where memory takes rows panel by panel and two panels share a line
   double residual;  // more for it
   double filter;    // of an element of the filters: packed, or read where that was done before
   // More for it, where that was done before and thirds of the filters fill L2. Layers that are timed over and over find
-  // them in L3, networks of such layers do not: these are the times of 8 and 4 bytes at 22 GB/s.
+  // them in L3, networks of such layers do not: these are the times of 8 and 4 bytes at its 30 GB/s.
   double far_filter;
 };
 struct ThirdsPrices {
   ConvolutionPrices thirds, direct;
 };
 
-constexpr ThirdsPrices kTrainingThirds = {{0.0056, 0.0024, 0.24, 0.64, 0, 0.34, 0},
-                                          {0.0074, 0, 0.16, 0.63, 0, 0.14, 0}};
-constexpr ThirdsPrices kPackedThirds = {{0.0056, 0.0023, 0.23, 0.23, 0.27, 0.02, 0.36},
-                                        {0.0075, 0, 0.16, 0.19, 0.17, 0, 0.18}};
+constexpr ThirdsPrices kTrainingThirds = {{0.0056, 0.0024, 0.24, 0.64, 0, 0, 0.34, 0},
+                                          {0.0074, 0, 0.16, 0.63, 0.25, 0, 0.14, 0}};
+// With filters packed before; and by moments, whose second pass takes about as long.
+constexpr ThirdsPrices kPackedThirds = {{0.0056, 0.0023, 0.23, 0.23, 0, 0.27, 0.02, 0.28},
+                                        {0.0075, 0, 0.16, 0.19, 0.25, 0.17, 0, 0.14}};
 // With transposed filters, whose columns are the inputs' channels.
-constexpr ThirdsPrices kInputGradientThirds = {{0.006, 0.0021, 0.35, 0.33, 0, 0.56, 0},
-                                               {0.0052, 0, 0.35, 0.34, 0, 0.21, 0}};
+constexpr ThirdsPrices kInputGradientThirds = {{0.006, 0.0021, 0.35, 0.33, 0, 0, 0.5, 0},
+                                               {0.0052, 0, 0.35, 0.34, 0.25, 0, 0.21, 0}};
 
 struct ThirdsProblem {
   int64_t positions;          // of windows
@@ -62,6 +64,13 @@ inline int64_t thirds_in_cache(const ThirdsProblem& p) {
   return (filters + 2 * kThirdsBytes * depth * rows) / p.phases;
 }
 
+// Of an element of the result.
+inline double output_price(const ConvolutionPrices& prices, const ThirdsProblem& p) {
+  constexpr int64_t kPanel = 64, kLine = 16, kCaches = 4 << 20;  // elements
+  const bool broken = p.cols > kPanel && p.cols % kLine != 0 && p.outputs > kCaches;
+  return prices.output + (broken ? prices.broken : 0) + (p.residual ? prices.residual : 0);
+}
+
 // Of sizes that are rounded up; each element of a window is touched so many times.
 inline double convolution_cost(const ConvolutionPrices& prices, const ThirdsProblem& p, int64_t positions,
                                int64_t depth, int64_t cols, int64_t touched) {
@@ -71,19 +80,21 @@ inline double convolution_cost(const ConvolutionPrices& prices, const ThirdsProb
   const double filter = prices.filter + (thirds_of_filters(p) >= kL2 ? prices.far_filter : 0);
   return filters * (filter + product * static_cast<double>(positions)) +
          prices.window * product_of(p.positions, p.taps * depth) * static_cast<double>(touched) +
-         (prices.output + (p.residual ? prices.residual : 0)) * static_cast<double>(p.outputs);
+         output_price(prices, p) * static_cast<double>(p.outputs);
 }
 
-// Where the depth is one tile's, nothing hides that windows are cut and results emitted.
+// By a margin: their filters take twice the memory. With a depth of one tile they also vary: nothing hides then that
+// windows are cut and results emitted.
 inline bool thirds_are_faster(const ThirdsPrices& prices, const ThirdsProblem& p) {
-  constexpr int64_t kLanes = 16, kSpan = 64, kMinColumns = 16;
-  constexpr double kMargin = 1.03;  // for twice the memory of filters
-  if (p.taps * p.depth <= kThirdsTile || std::min(p.depth, p.cols) < kMinColumns) return false;
+  constexpr int64_t kLanes = 16, kSpan = 64, kMinChannels = 16;
+  constexpr double kMargin = 1.03, kMarginOfOne = 1.15;
+  if (std::min(p.depth, p.cols) < kMinChannels) return false;
+  const double margin = p.taps * p.depth <= kThirdsTile ? kMarginOfOne : kMargin;
   const double thirds =
       convolution_cost(prices.thirds, p, whole_tiles(p.positions), whole_tiles(p.depth), whole_tiles(p.cols), 1);
   const double direct =
       convolution_cost(prices.direct, p, p.positions, p.depth, whole(p.cols, kLanes), ceil_div(p.cols, kSpan));
-  return thirds * kMargin < direct;
+  return thirds * margin < direct;
 }
 
 // The gradient by the filters of a 1x1 convolution, in ns.
