@@ -124,7 +124,7 @@ inline bool thirds_are_faster_by_filters(int64_t pixels, int64_t inputs, int64_t
 // is spared, for an element in L3 and beyond; of a product.
 inline bool spares_more_than_thirds(const ConvBnParams& p, double near, double far) {
   constexpr double kProduct = 0.0125;
-  constexpr int64_t kNear = 20 << 20;  // bytes of inputs and z
+  constexpr int64_t kNear = 11'000'000;  // bytes of inputs and z
   const double spared = 4 * p.pixels() * (p.in_channels + p.out_channels) > kNear ? far : near;
   return kProduct * static_cast<double>(p.in_channels) < spared;
 }
