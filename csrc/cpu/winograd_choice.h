@@ -53,7 +53,7 @@ constexpr WinogradPrices kInputGradientPrices = {16,
 // Sums of elements of filters are transformed in cache.
 constexpr WinogradPrices kFilterGradientPrices = {32,
                                                   0,
-                                                  {0.0177, 0.0169, 0.0174},
+                                                  {0.014, 0.0169, 0.0174},
                                                   {0, 0.13, 0.12},
                                                   {0, 0.13, 0.12},
                                                   {0, 0, 0},
