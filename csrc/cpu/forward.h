@@ -25,7 +25,7 @@ class Forward {
         conv_out_(conv_out),
         rounded_(
             saved_image<C>(set, p, Saved::kBFloat16, asked_for(p) == Saved::kBFloat16 ? buffers.conv_out : nullptr)),
-        output_(buffers.output, storage_, output_grid(p)),
+        output_(buffers.output, storage_, output_grid(p), p.training ? kLeftInCache : kLeftInInference),
         residual_(buffers.residual, storage_, output_grid(p)),
         convolution_(k_, storage_, Image<C>(buffers.inputs, storage_, input_grid(p)), forward_windows(p),
                      {p.groups, p.group_in(), p.group_out()}) {
