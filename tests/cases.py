@@ -195,6 +195,7 @@ def arrays(case: Case) -> Arrays:
 LAYERS = {
     "stem": Case(batch=2, height=66, width=67, kernel=(7, 7), strides=(2, 2), out_channels=64, activation="relu"),
     "expand": Case(batch=2, height=29, width=31, kernel=(1, 1), in_channels=16, out_channels=208, residual=True),
+    "panels": Case(batch=2, height=20, width=21, kernel=(1, 1), in_channels=24, out_channels=144, activation="relu6"),
     "reduce": Case(batch=3, height=14, width=15, kernel=(1, 1), in_channels=515, out_channels=130, activation="silu"),
     "winograd": Case(batch=2, height=29, width=31, in_channels=40, out_channels=72, residual=True, activation="relu"),
     "many_windows": Case(height=49, width=47, in_channels=64, out_channels=528),

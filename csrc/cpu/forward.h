@@ -3,6 +3,7 @@
 
 #include <algorithm>
 #include <cstring>
+#include <limits>
 #include <vector>
 
 #include "compute_type.h"
@@ -90,7 +91,9 @@ class Forward {
     TileEpilogue<C> epilogue{[this](const Tile<C>& t) { normalize({t.data, t.ld}, t); }, nullptr};
     if (output_.direct()) {
       epilogue.row_by_row = [this](const Tile<C>& t) {
-        return GemmOutput<C>{t.data, false, k_.emit[static_cast<int>(p_.activation)], affine_block({t.data, t.ld}, t)};
+        GemmOutput<C> to{t.data, false, k_.emit[static_cast<int>(p_.activation)], affine_block({t.data, t.ld}, t)};
+        set_clamp(&to);
+        return to;
       };
       if (residual_.present()) epilogue.reads = residual_.read(0, 1, 0, 1, nullptr);
     }
@@ -99,6 +102,13 @@ class Forward {
         return GemmOutput<C>{t.data, false, in_place_of_tile(), in_place_block(t.data, t.ld, t)};
       };
     convolve(parallel, epilogue);
+  }
+
+  void set_clamp(GemmOutput<C>* to) const {
+    constexpr C kInfinity = std::numeric_limits<C>::infinity();
+    const bool none = p_.activation == Activation::kNone, six = p_.activation == Activation::kRelu6;
+    to->clamps = (none || six || p_.activation == Activation::kRelu) && !residual_.present();
+    to->low = none ? -kInfinity : C(0), to->high = six ? C(6) : kInfinity;
   }
 
   // Of a block in scratch.
