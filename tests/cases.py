@@ -207,8 +207,7 @@ LAYERS = {
     "float64": Case(dtype="f64", batch=2, height=31, width=29, in_channels=33, out_channels=65, padding="VALID"),
     "wide": Case(batch=2, height=21, width=25, kernel=(1, 1), in_channels=284, out_channels=525, activation="relu6"),
 }  # fmt: skip
-# Inputs or outputs of more than 8 MiB, in rows of whole cache lines: these, their gradients and z are written past the
-# caches where they begin at a cache line.
+# Inputs or outputs above 2 MiB, in rows of whole lines: where aligned, these, gradients and z go past the caches.
 STREAMED = {
     "direct": Case(batch=2, height=59, width=61, kernel=(1, 1), in_channels=16, out_channels=304, residual=True,
                    activation="relu"),
