@@ -195,6 +195,7 @@ def arrays(case: Case) -> Arrays:
 LAYERS = {
     "stem": Case(batch=2, height=66, width=67, kernel=(7, 7), strides=(2, 2), out_channels=64, activation="relu"),
     "expand": Case(batch=2, height=29, width=31, kernel=(1, 1), in_channels=16, out_channels=208, residual=True),
+    "panels": Case(batch=2, height=20, width=21, kernel=(1, 1), in_channels=24, out_channels=144, activation="relu6"),
     "reduce": Case(batch=3, height=14, width=15, kernel=(1, 1), in_channels=515, out_channels=130, activation="silu"),
     "winograd": Case(batch=2, height=29, width=31, in_channels=40, out_channels=72, residual=True, activation="relu"),
     "many_windows": Case(height=49, width=47, in_channels=64, out_channels=528),
@@ -206,8 +207,7 @@ LAYERS = {
     "float64": Case(dtype="f64", batch=2, height=31, width=29, in_channels=33, out_channels=65, padding="VALID"),
     "wide": Case(batch=2, height=21, width=25, kernel=(1, 1), in_channels=284, out_channels=525, activation="relu6"),
 }  # fmt: skip
-# Inputs or outputs of more than 8 MiB, in rows of whole cache lines: these, their gradients and z are written past the
-# caches where they begin at a cache line.
+# Inputs or outputs above 2 MiB, in rows of whole lines: where aligned, these, gradients and z go past the caches.
 STREAMED = {
     "direct": Case(batch=2, height=59, width=61, kernel=(1, 1), in_channels=16, out_channels=304, residual=True,
                    activation="relu"),

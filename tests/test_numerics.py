@@ -23,6 +23,19 @@ def test_non_finite_inputs_in_inference(activation, isa, dtype):
         problem.check_forward(problem.run_forward(isa=isa))
 
 
+@pytest.mark.parametrize("isa", ["generic", "avx2", "avx512"])
+@pytest.mark.parametrize("activation", [None, "relu", "relu6"])
+def test_non_finite_inputs_in_whole_tiles(activation, isa):
+    """Where results are made of the sums in registers."""
+    case = Case(batch=2, height=9, width=11, kernel=(1, 1), in_channels=5, out_channels=144, activation=activation)
+    problem = Problem(case)
+    inputs = problem.arguments.inputs
+    inputs[0, 0, 0, 0], inputs[0, 4, 5, 1], inputs[1, 3, 10, 4], inputs[1, 4, 4, 2] = np.nan, np.inf, -np.inf, np.nan
+    with np.errstate(all="ignore"):
+        assert np.isnan(problem.forward.output.value).sum() == 2 * 144
+        problem.check_forward(problem.run_forward(kernel=f"forward_direct_{isa}"))
+
+
 @pytest.mark.parametrize("activation", ACTIVATIONS)
 def test_activations_of_nan_infinity_and_zero_are_tensorflows(activation):
     tf = pytest.importorskip("tensorflow")

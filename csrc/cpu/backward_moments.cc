@@ -51,6 +51,9 @@ class BackwardByMoments {
     channels_.prepare();
     if (b_.d_inputs) prepare_inputs_gradient(parallel);
     parallel->run(ranges_, [&](int64_t range, int worker) { run_range(range, workers_[worker]); });
+    parallel->run(p_.in_channels, [&](int64_t row, int) {
+      add_ranges(ranges_, sum_elements(), p_.out_channels, sums_ + row * ld_du_);
+    });
     parallel->run(ceil_div(p_.out_channels, kChannelChunk), [&](int64_t chunk, int) { finish(chunk * kChannelChunk); });
     if (b_.d_filters) filters_gradient(parallel);
     if (b_.d_inputs) complete_inputs_gradient(parallel);
@@ -110,8 +113,8 @@ class BackwardByMoments {
     C* sums = sums_ + range * sum_elements();
     std::fill(sums, sums + sum_elements(), C(0));
     std::fill_n(sum_du_ + range * p_.out_channels, p_.out_channels, 0.0);
-    std::fill(w.du, w.du + kBlockRows * ld_du_, C(0));  // the columns beyond K and C stay 0
-    std::fill(w.x, w.x + kBlockRows * ld_x_, C(0));
+    clear_padding(w.du, kBlockRows, p_.out_channels);
+    clear_padding(w.x, kBlockRows, p_.in_channels);
     for (int64_t r = 0; r < kBlockRows; ++r) w.du_rows[r] = w.du + r * ld_du_;
     const int64_t end = (range + 1) * blocks() / ranges_;
     for (int64_t block = range * blocks() / ranges_; block < end; ++block) {
@@ -161,7 +164,7 @@ class BackwardByMoments {
     k_.end_streaming();
   }
 
-  // For a chunk of channels: G of all ranges, the gradients of the vectors, the constants of dz.
+  // For a chunk of channels: G of the centered inputs, the gradients of the vectors, the constants of dz.
   void finish(int64_t begin) const {
     const int64_t end = std::min(begin + kChannelChunk, p_.out_channels);
     double w_g[kChannelChunk] = {}, d_beta[kChannelChunk] = {};
@@ -169,8 +172,6 @@ class BackwardByMoments {
       for (int64_t k = begin; k < end; ++k) d_beta[k - begin] += sum_du_[range * p_.out_channels + k];
     for (int64_t c = 0; c < p_.in_channels; ++c) {
       C* g = sums_ + c * ld_du_;
-      for (int64_t range = 1; range < ranges_; ++range)
-        for (int64_t k = begin; k < end; ++k) g[k] += g[range * sum_elements() + k];
       for (int64_t k = begin; k < end; ++k) {
         g[k] = static_cast<C>(g[k] - saved_.mean_rest()[c] * d_beta[k - begin]);
         w_g[k - begin] += static_cast<double>(values(b_.filters)[c * p_.out_channels + k]) * g[k];

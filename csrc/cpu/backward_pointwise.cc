@@ -77,8 +77,8 @@ class BackwardPointwise {
     const Worker& w = workers_[worker];
     C* sums = sums_ + range * sum_elements();
     std::fill(sums, sums + sum_elements(), C(0));
-    std::fill(w.x, w.x + kBlockRows * ld_x_, C(0));  // the columns beyond C and K stay 0
-    std::fill(w.dz, w.dz + kBlockRows * ld_dz_, C(0));
+    clear_padding(w.x, kBlockRows, p_.in_channels);
+    clear_padding(w.dz, kBlockRows, p_.out_channels);
     for (int64_t r = 0; r < kBlockRows; ++r) w.rows[r] = w.dz + r * ld_dz_;
     const int64_t end = std::min((range + 1) * blocks() / ranges_ * kBlockRows, p_.pixels());
     for (int64_t first = range * blocks() / ranges_ * kBlockRows, count; first < end; first += count) {
@@ -129,8 +129,7 @@ class BackwardPointwise {
   // A row of the gradient by the filters, of all ranges.
   void finish(int64_t row) const {
     C* sums = sums_ + row * ld_dz_;
-    for (int64_t range = 1; range < ranges_; ++range)
-      for (int64_t k = 0; k < p_.out_channels; ++k) sums[k] += sums[range * sum_elements() + k];
+    add_ranges(ranges_, sum_elements(), p_.out_channels, sums);
     std::copy(sums, sums + p_.out_channels, static_cast<C*>(b_.d_filters) + row * p_.out_channels);
   }
 

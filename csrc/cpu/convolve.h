@@ -13,6 +13,7 @@
 #include "arena.h"
 #include "image.h"
 #include "panel_parts.h"
+#include "products.h"
 #include "span.h"
 #include "windows.h"
 
@@ -212,9 +213,8 @@ class Convolution {
   Panel panel_of(int64_t index) const {
     Panel p;
     p.group = index / panels_in_group();
-    p.column = index % panels_in_group() * kernels_.gemm_columns;
-    p.cols = std::min(kernels_.gemm_columns, cols_ - p.column);
-    p.width = whole_vectors(p.cols);
+    const ColumnPanel columns = column_panel(kernels_, cols_, index % panels_in_group());
+    p.column = columns.column, p.cols = columns.cols, p.width = columns.width;
     p.element = p.group * group_elements() + taps() * depth_ * p.column;
     return p;
   }

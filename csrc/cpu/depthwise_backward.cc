@@ -132,12 +132,19 @@ class DepthwiseBackward {
   void run_range(int64_t range, const Span& panels, const Worker& w, int worker) const {
     C* sums = sums_ + (range * panels_.count() + panels.begin) * panel_elements();
     std::fill(sums, sums + panels.size() * panel_elements(), C(0));
-    std::fill_n(w.gradients.data, w.gradients.elements(), C(0));  // channels beyond the last stay so
+    clear(w.gradients);
     if (!in_place_) w.inputs.zero_last_line();
     const Span share = part(range, regions_.ranges(), regions_.count());
     for (int64_t index = share.begin; index < share.end; ++index)
       run_region(regions_.region(index, b_.d_inputs != nullptr), panels, w, worker, sums);
     k_.end_streaming();
+  }
+
+  // The line that stays zeros; and channels beyond a panel's last, which stay so too.
+  void clear(const LineRing<C>& ring) const {
+    const bool whole = panels_.width() == kDepthwisePanel && panels_.channels % kDepthwisePanel == 0;
+    if (whole) return ring.zero_last_line();
+    std::fill_n(ring.data, ring.elements(), C(0));
   }
 
   void run_region(const Region& r, const Span& panels, const Worker& w, int worker, C* sums) const {

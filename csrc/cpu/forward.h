@@ -3,6 +3,7 @@
 
 #include <algorithm>
 #include <cstring>
+#include <limits>
 #include <vector>
 
 #include "compute_type.h"
@@ -25,7 +26,7 @@ class Forward {
         conv_out_(conv_out),
         rounded_(
             saved_image<C>(set, p, Saved::kBFloat16, asked_for(p) == Saved::kBFloat16 ? buffers.conv_out : nullptr)),
-        output_(buffers.output, storage_, output_grid(p)),
+        output_(buffers.output, storage_, output_grid(p), p.training ? kLeftInCache : kLeftInInference),
         residual_(buffers.residual, storage_, output_grid(p)),
         convolution_(k_, storage_, Image<C>(buffers.inputs, storage_, input_grid(p)), forward_windows(p),
                      {p.groups, p.group_in(), p.group_out()}) {
@@ -90,7 +91,9 @@ class Forward {
     TileEpilogue<C> epilogue{[this](const Tile<C>& t) { normalize({t.data, t.ld}, t); }, nullptr};
     if (output_.direct()) {
       epilogue.row_by_row = [this](const Tile<C>& t) {
-        return GemmOutput<C>{t.data, false, k_.emit[static_cast<int>(p_.activation)], affine_block({t.data, t.ld}, t)};
+        GemmOutput<C> to{t.data, false, k_.emit[static_cast<int>(p_.activation)], affine_block({t.data, t.ld}, t)};
+        set_clamp(&to);
+        return to;
       };
       if (residual_.present()) epilogue.reads = residual_.read(0, 1, 0, 1, nullptr);
     }
@@ -99,6 +102,13 @@ class Forward {
         return GemmOutput<C>{t.data, false, in_place_of_tile(), in_place_block(t.data, t.ld, t)};
       };
     convolve(parallel, epilogue);
+  }
+
+  void set_clamp(GemmOutput<C>* to) const {
+    constexpr C kInfinity = std::numeric_limits<C>::infinity();
+    const bool none = p_.activation == Activation::kNone, six = p_.activation == Activation::kRelu6;
+    to->clamps = (none || six || p_.activation == Activation::kRelu) && !residual_.present();
+    to->low = none ? -kInfinity : C(0), to->high = six ? C(6) : kInfinity;
   }
 
   // Of a block in scratch.

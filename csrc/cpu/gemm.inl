@@ -189,19 +189,45 @@ FCB_INLINE void emit_rows(const C* tile, int64_t ld, int64_t first, int64_t rows
   if (to.emit) to.emit(rows_of(to, first, rows, tile, ld));
 }
 
-// Results that are to be streamed stay in the tile while the next one is computed.
+// acc = y, as GemmOutput::clamps says.
 template <class C, int R, int N>
-FCB_INLINE void finish_tile(const Vector<C> (&acc)[R][N], int64_t first, const GemmOutput<C>& to,
-                            RowsInTransit<C>* rows) {
+FCB_INLINE void clamp_tile(const GemmOutput<C>& to, Vector<C> (&acc)[R][N]) {
+  const Vector<C> low = broadcast(to.low), high = broadcast(to.high);
+#pragma GCC unroll 4
+  for (int n = 0; n < N; ++n) {
+    const Vector<C> mean = load(to.block.mean + n * kLanes<C>), scale = load(to.block.scale + n * kLanes<C>),
+                    beta = load(to.block.beta + n * kLanes<C>);
+#pragma GCC unroll 16
+    for (int r = 0; r < R; ++r) acc[r][n] = smaller(high, larger(low, (acc[r][n] - mean) * scale + beta));
+  }
+}
+
+template <class C, int R, int N>
+FCB_INLINE void store_rows(const Vector<C> (&acc)[R][N], C* y, int64_t ld) {
+#pragma GCC unroll 16
+  for (int r = 0; r < R; ++r, y += ld)
+#pragma GCC unroll 4
+    for (int n = 0; n < N; ++n) store(y + n * kLanes<C>, acc[r][n]);
+}
+
+// Results that are to be streamed stay in the tile while the next one is computed; others go from the registers to
+// where they belong, if `emit` need not be called for them.
+template <class C, int R, int N>
+FCB_INLINE void finish_tile(Vector<C> (&acc)[R][N], int64_t first, const GemmOutput<C>& to, RowsInTransit<C>* rows) {
   constexpr int64_t kLd = N * kLanes<C>;
   while (rows->rows > 0) stream_row<C, N>(rows);
   C* tile = to.tile + (to.keep ? first * kLd : 0);
+  const bool whole = to.block.cols == kLd, clamps = to.clamps && whole && !to.keep;
+  const bool done = clamps || to.emit == emit_sums<C>;
+  if (clamps) clamp_tile<C, R, N>(to, acc);
+  if (done && whole && !to.keep && !to.block.stream)
+    return store_rows<C, R, N>(acc, row<C>(to.block.y, first, to.block.ld_y), to.block.ld_y);
   store_tile<C, R, N>(acc, R, tile);
   if (!to.emit) return;
   AffineBlock<C> b = rows_of(to, first, R, tile, kLd);
   if (b.stream) {
     rows->sums = tile, rows->rows = R, rows->to = static_cast<C*>(b.y), rows->ld_to = b.ld_y;
-    if (to.emit == emit_sums<C>) return;
+    if (done) return;
     b.y = tile, b.ld_y = kLd, b.stream = false;
   }
   to.emit(b);

@@ -53,13 +53,18 @@ struct Block {
   int64_t ld;
 };
 
+// Results of up to so many bytes are left in the caches: an L2 of 2 MiB. In inference some of L3 too, for there the
+// next layer reads all of them, and little else is read before.
+constexpr int64_t kLeftInCache = 2 << 20, kLeftInInference = 4 << 20;
+
 template <class C>
 class Image {
  public:
-  Image(const void* data, const Storage<C>& storage, const Grid& grid)
+  Image(const void* data, const Storage<C>& storage, const Grid& grid, int64_t left_in_cache = kLeftInCache)
       : data_(static_cast<char*>(const_cast<void*>(data))),
         storage_(storage),
         grid_(grid),
+        left_in_cache_(left_in_cache),
         rows_(grid.channel_stride == 1 && grid.uniform()),
         direct_(storage.is_compute_type && rows_) {}
 
@@ -78,11 +83,11 @@ class Image {
 
   // Whether blocks written in place should go past the caches: where the image will not stay in them anyway.
   bool streams(int64_t channel, int64_t cols) const {
-    constexpr int64_t kInCache = 4 << 20, kLine = 64;  // bytes: an L2 of 2 MiB and some of L3
+    constexpr int64_t kLine = 64;  // bytes
     const auto aligned = [](int64_t bytes) { return bytes % kLine == 0; };
     const int64_t bytes = storage_.element_bytes;
     return ((storage_.is_compute_type && grid_.channel_stride == 1) || in_place()) &&
-           grid_.pixels() * grid_.pixel_stride * bytes > kInCache && aligned(reinterpret_cast<intptr_t>(data_)) &&
+           grid_.pixels() * grid_.pixel_stride * bytes > left_in_cache_ && aligned(reinterpret_cast<intptr_t>(data_)) &&
            aligned(grid_.pixel_stride * bytes) && aligned(grid_.line_stride * bytes) &&
            aligned(grid_.image_stride * bytes) && aligned(channel * bytes) && aligned(cols * bytes);
   }
@@ -132,6 +137,7 @@ class Image {
   char* data_;
   Storage<C> storage_;
   Grid grid_;
+  int64_t left_in_cache_;
   bool rows_, direct_;  // pixels are rows of channels; and that in the compute type
 };
 

@@ -110,6 +110,10 @@ struct GemmOutput {
   void (*emit)(const AffineBlock<C>&) = nullptr;  // may be null
   AffineBlock<C> block{};                         // for `emit`; its z and rows are gemm's
   bool add = false;                               // to the sums that the tile has
+  // Whether `emit` is y = min(max((z - mean) * scale + beta, low), high), NaN where that is NaN: then whole tiles need
+  // no `emit`.
+  bool clamps = false;
+  C low = 0, high = 0;
 };
 
 // How the activation's argument u is had again.

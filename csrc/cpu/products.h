@@ -19,6 +19,20 @@ int64_t padded_columns(int64_t channels) {
   return (ceil_div(channels + kBeyond, kLine) | 1) * kLine;
 }
 
+// Zeros what products read of such a block beyond its channels.
+template <class C>
+void clear_padding(C* block, int64_t rows, int64_t channels) {
+  const int64_t ld = padded_columns<C>(channels);
+  for (int64_t r = 0; r < rows; ++r) std::fill(block + r * ld + channels, block + (r + 1) * ld, C(0));
+}
+
+// A row of all ranges' sums, which lie `distance` apart: added, in their order, to the first one's.
+template <class C>
+void add_ranges(int64_t ranges, int64_t distance, int64_t columns, C* sums) {
+  for (int64_t range = 1; range < ranges; ++range)
+    for (int64_t k = 0; k < columns; ++k) sums[k] += sums[range * distance + k];
+}
+
 // Columns of a convolution with 1x1 filters that gemm computes at once: nearly equal panels.
 struct ColumnPanel {
   int64_t column, cols, width;  // width: whole vectors

@@ -86,7 +86,7 @@ class SecondMoments {
     C* sums = s.sums + range * sum_elements();
     C* centered = s.centered[worker];
     std::fill(sums, sums + sum_elements(), C(0));
-    std::fill(centered, centered + kBlockRows * ld_, C(0));
+    clear_padding(centered, kBlockRows, channels_);
     for (int64_t block = range * blocks_ / ranges_; block < (range + 1) * blocks_ / ranges_; ++block) {
       const int64_t count = block_rows(block);
       reader_.point(block * kBlockRows, count, s.reader[worker]);
@@ -127,9 +127,7 @@ class SecondMoments {
   void finish(const Scratch& s, int64_t row, const SavedMoments<C>& result) const {
     const int64_t end = std::min(row + product_.rows, channels_), column = first_column(row);
     for (int64_t r = row; r < end; ++r)
-      for (int64_t range = 1; range < ranges_; ++range)
-        for (int64_t c = column; c < channels_; ++c)
-          s.sums[r * ld_ + c] += s.sums[range * sum_elements() + r * ld_ + c];
+      add_ranges(ranges_, sum_elements(), channels_ - column, s.sums + r * ld_ + column);
     add_products(s.means, blocks_, row, s.sums);
     for (int64_t r = row; r < end; ++r)
       for (int64_t c = r; c < channels_; ++c) result.scatter(r)[c] = result.scatter(c)[r] = s.sums[r * ld_ + c];

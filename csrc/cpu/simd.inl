@@ -86,6 +86,22 @@ FCB_INLINE Vector<C> broadcast(C x) {
   return x - Vector<C>{};
 }
 
+// a > b ? a : b and a < b ? a : b, in an instruction if there is one: b where either is NaN.
+template <class V>
+FCB_INLINE V larger(V a, V b) {
+#if defined(__AVX512F__)
+  if constexpr (sizeof(V) == 64 && sizeof(a[0]) == 4) return (V)_mm512_max_ps((__m512)a, (__m512)b);
+#endif
+  return a > b ? a : b;
+}
+template <class V>
+FCB_INLINE V smaller(V a, V b) {
+#if defined(__AVX512F__)
+  if constexpr (sizeof(V) == 64 && sizeof(a[0]) == 4) return (V)_mm512_min_ps((__m512)a, (__m512)b);
+#endif
+  return a < b ? a : b;
+}
+
 // to[c][r] = from[r][c] for kLanes rows and columns.
 template <class C>
 FCB_INLINE void transpose_square(const C* from, int64_t ld_from, C* to, int64_t ld_to) {
