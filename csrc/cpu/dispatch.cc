@@ -114,6 +114,11 @@ bool suits_forward_few_channels(const ConvBnParams& p) {
 }
 
 bool backward_few_channels_applies(const ConvBnParams& p) { return one_group(p) && has_conv_out(p) && p.pixels() > 0; }
+// And the gradient of z, which stages hand on in memory, exceeds L2.
+bool suits_backward_few_channels(const ConvBnParams& p) {
+  constexpr int64_t kMinOutput = 512 << 10;  // elements; 2 MiB
+  return few_source_channels(p) && p.pixels() * p.out_channels >= kMinOutput;
+}
 
 // It reads z where there is one, else recomputes it, unrounded.
 bool backward_depthwise_applies(const ConvBnParams& p) {
@@ -217,25 +222,26 @@ Kernel saving_moments(Kernel row) {
 // Of forward, with packed filters that may be kept.
 #define FCB_PACKING_ROW(name, supports, suits, isa, Isa_) \
   packing(FCB_ROW(name, kForward, supports, suits, isa, Isa_), scratch_with<&kKernels##Isa_, name##_packed>)
-#define FCB_ROWS(isa, Isa_)                                                                                     \
-  saving_moments(FCB_ROW(forward_moments, kForward, forward_moments_applies, suits_moments, isa, Isa_)),        \
-      FCB_ROW(backward_moments, kBackward, backward_moments_applies, any_problem, isa, Isa_),                   \
-      FCB_PACKING_ROW(forward_winograd4, winograd_applies, forward_winograd<4>, isa, Isa_),                     \
-      FCB_PACKING_ROW(forward_winograd2, winograd_applies, forward_winograd<2>, isa, Isa_),                     \
-      FCB_ROW(forward_depthwise, kForward, depthwise_applies, any_problem, isa, Isa_),                          \
-      FCB_PACKING_ROW(forward_few_channels, one_group, suits_forward_few_channels, isa, Isa_),                  \
-      FCB_PACKING_ROW(forward_direct, any_problem, any_problem, isa, Isa_),                                     \
-      FCB_ROW(reduce_direct, kReduce, any_problem, any_problem, isa, Isa_),                                     \
-      FCB_ROW(dgrad_winograd4, kDgrad, winograd_applies, dgrad_winograd<4>, isa, Isa_),                         \
-      FCB_ROW(dgrad_winograd2, kDgrad, winograd_applies, dgrad_winograd<2>, isa, Isa_),                         \
-      FCB_ROW(dgrad_columns, kDgrad, one_group, few_input_channels, isa, Isa_),                                 \
-      FCB_ROW(dgrad_direct, kDgrad, any_problem, any_problem, isa, Isa_),                                       \
-      FCB_ROW(wgrad_winograd4, kWgrad, winograd_applies, wgrad_winograd<4>, isa, Isa_),                         \
-      FCB_ROW(wgrad_winograd2, kWgrad, winograd_applies, wgrad_winograd<2>, isa, Isa_),                         \
-      FCB_ROW(wgrad_direct, kWgrad, any_problem, any_problem, isa, Isa_),                                       \
-      FCB_ROW(backward_few_channels, kBackward, backward_few_channels_applies, few_source_channels, isa, Isa_), \
-      FCB_ROW(backward_depthwise, kBackward, backward_depthwise_applies, any_problem, isa, Isa_),               \
-      outdoing_thirds(                                                                                          \
+#define FCB_ROWS(isa, Isa_)                                                                                      \
+  saving_moments(FCB_ROW(forward_moments, kForward, forward_moments_applies, suits_moments, isa, Isa_)),         \
+      FCB_ROW(backward_moments, kBackward, backward_moments_applies, any_problem, isa, Isa_),                    \
+      FCB_PACKING_ROW(forward_winograd4, winograd_applies, forward_winograd<4>, isa, Isa_),                      \
+      FCB_PACKING_ROW(forward_winograd2, winograd_applies, forward_winograd<2>, isa, Isa_),                      \
+      FCB_ROW(forward_depthwise, kForward, depthwise_applies, any_problem, isa, Isa_),                           \
+      FCB_PACKING_ROW(forward_few_channels, one_group, suits_forward_few_channels, isa, Isa_),                   \
+      FCB_PACKING_ROW(forward_direct, any_problem, any_problem, isa, Isa_),                                      \
+      FCB_ROW(reduce_direct, kReduce, any_problem, any_problem, isa, Isa_),                                      \
+      FCB_ROW(dgrad_winograd4, kDgrad, winograd_applies, dgrad_winograd<4>, isa, Isa_),                          \
+      FCB_ROW(dgrad_winograd2, kDgrad, winograd_applies, dgrad_winograd<2>, isa, Isa_),                          \
+      FCB_ROW(dgrad_columns, kDgrad, one_group, few_input_channels, isa, Isa_),                                  \
+      FCB_ROW(dgrad_direct, kDgrad, any_problem, any_problem, isa, Isa_),                                        \
+      FCB_ROW(wgrad_winograd4, kWgrad, winograd_applies, wgrad_winograd<4>, isa, Isa_),                          \
+      FCB_ROW(wgrad_winograd2, kWgrad, winograd_applies, wgrad_winograd<2>, isa, Isa_),                          \
+      FCB_ROW(wgrad_direct, kWgrad, any_problem, any_problem, isa, Isa_),                                        \
+      FCB_ROW(backward_few_channels, kBackward, backward_few_channels_applies, suits_backward_few_channels, isa, \
+              Isa_),                                                                                             \
+      FCB_ROW(backward_depthwise, kBackward, backward_depthwise_applies, any_problem, isa, Isa_),                \
+      outdoing_thirds(                                                                                           \
           FCB_ROW(backward_pointwise, kBackward, backward_pointwise_applies, suits_backward_pointwise, isa, Isa_))
 
 // Their kernels are those of AMX: the name says it once.
