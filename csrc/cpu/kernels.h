@@ -110,6 +110,7 @@ struct GemmOutput {
   void (*emit)(const AffineBlock<C>&) = nullptr;  // may be null
   AffineBlock<C> block{};                         // for `emit`; its z and rows are gemm's
   bool add = false;                               // to the sums that the tile has
+  int activation = -1;                            // whose affine_of_tile `emit` is, if it is one
 };
 
 // How the activation's argument u is had again.
@@ -162,9 +163,11 @@ struct AmxEmission {
   const char* ahead;         // the residual of the tile that is being computed, or null: rows of it are fetched
   int64_t rows, row;         // that are left; of the next in the tile
   int64_t line, width, gap;  // rows left of a line, rows of a line, rows of the tile between two
-  int64_t slice, steps;      // rows emitted at once, and how many steps apart
-  int64_t wait;              // steps up to the next slice
+  int64_t slice, steps;      // rows emitted at once, and how many steps, or products, apart
+  int64_t wait;              // of these up to the next slice
 };
+
+struct AmxLineBlocks;  // amx_lines.h
 
 // What is done besides products.
 struct AmxAside {
@@ -195,6 +198,10 @@ struct AmxKernels {
   void (*mask[kActivationCount])(const GradientBlock<float>&);
   // tile[count][32] = the sum over taps and chunks of rows * filters; whole 32 rows of `tile` are written.
   void (*multiply)(const AmxRows& rows, const uint16_t* filters, float* tile, int64_t ld, AmxAside* aside);
+  // The same block by block. Each is left to be emitted during the products of the next, line by line, as
+  // affine_of_tile of this activation does; so is what is left when this is called. Null for activations that take
+  // longer.
+  void (*multiply_lines[kActivationCount])(AmxLineBlocks* blocks, AmxAside* aside);
   // Emits the rows that are left.
   void (*emit)(AmxEmission* emission);
   // Packs a tap: element k of its depth has the columns at rows[k], or is 0 where rows[k] is null; cols <= 32, the
