@@ -172,7 +172,7 @@ class AmxConvolution {
         for_chunks(job, height, [&](const Rows& rows, int64_t row) { run(rows, row, span, span + 1); });
       }
     }
-    kernels_.amx.emit(&aside.emission);
+    finish(&lines, &aside);
     kernels_.amx.end();
     if (epilogue.in_place) kernels_.end_streaming();
   }
@@ -197,7 +197,7 @@ class AmxConvolution {
     lines.to = epilogue.in_place({tile, columns(), 0, 0, 0, std::min(columns(), cols_), 0, job.worker});
     if (lines.to.activation < 0) return lines;
     lines.multiply = kernels_.amx.multiply_lines[lines.to.activation];
-    lines.blocks.emission.emit = lines.to.emit, lines.blocks.emission.block = lines.to.block;
+    lines.blocks.emission.block = lines.to.block;
     lines.blocks.distance = panel_elements(), lines.blocks.width = span_;
     lines.blocks.tile[0] = tile, lines.blocks.tile[1] = tile + kTileRows * columns();
     return lines;
@@ -227,6 +227,12 @@ class AmxConvolution {
     b.mean = all.mean + channel, b.scale = all.scale + channel, b.beta = all.beta + channel;
     b.y = static_cast<BFloat16*>(all.y) + position * b.ld_y + channel;
     if (b.residual) b.residual = static_cast<const BFloat16*>(all.residual) + position * b.ld_residual + channel;
+  }
+
+  void finish(Lines* lines, AmxAside* aside) const {
+    if (!lines->multiply) return kernels_.amx.emit(&aside->emission);
+    lines->blocks.panels = 0;
+    lines->multiply(&lines->blocks, aside);
   }
 
   int64_t tap_chunks() const { return reader_.taps() * reader_.depth().chunks; }

@@ -110,18 +110,21 @@ static void amx_multiply_block(const AmxLineBlocks& b, int64_t panel, int64_t en
        : amx_multiply_panels<false>(b, panel, end, &aside->fetch, Emitter(aside->emission));
 }
 
-template <Activation A>
-FCB_INLINE void amx_multiply_block_of(const AmxLineBlocks& b, int64_t panel, int64_t end, AmxAside* aside) {
-  const AmxEmission& e = aside->emission;
+template <class T>
+struct AmxType {
+  using Type = T;
+};
+
+// Calls f with the type of what emits the lines that are left.
+template <Activation A, class F>
+FCB_INLINE void amx_with_emitter(const AmxEmission& e, F f) {
   const bool one = e.block.cols == kAmxPanel;
   if (e.rows == 0)
-    amx_multiply_block<AmxNothing>(b, panel, end, aside);
+    f(AmxType<AmxNothing>());
   else if (e.block.residual)
-    one ? amx_multiply_block<AmxLines<A, true, 1>>(b, panel, end, aside)
-        : amx_multiply_block<AmxLines<A, true, 2>>(b, panel, end, aside);
+    one ? f(AmxType<AmxLines<A, true, 1>>()) : f(AmxType<AmxLines<A, true, 2>>());
   else
-    one ? amx_multiply_block<AmxLines<A, false, 1>>(b, panel, end, aside)
-        : amx_multiply_block<AmxLines<A, false, 2>>(b, panel, end, aside);
+    one ? f(AmxType<AmxLines<A, false, 1>>()) : f(AmxType<AmxLines<A, false, 2>>());
 }
 
 // So that lines last as long as the products of the next block.
@@ -142,8 +145,18 @@ FCB_INLINE void amx_left_over(const AmxLineBlocks& blocks, int64_t panel, int64_
   b.mean = all.mean + channel, b.scale = all.scale + channel, b.beta = all.beta + channel;
 }
 
+// By the same instructions as the others: which block is a thread's last must not be seen.
+template <Activation A>
+static void amx_finish_lines(AmxAside* aside) {
+  AmxEmission& e = aside->emission;
+  e.ahead = static_cast<const char*>(e.block.residual);  // nothing comes next
+  amx_with_emitter<A>(e, [&](auto emitter) { typename decltype(emitter)::Type(e).finish(); });
+  e.rows = 0;
+}
+
 template <Activation A>
 static void amx_multiply_lines(AmxLineBlocks* blocks, AmxAside* aside) {
+  if (blocks->panels == 0) return amx_finish_lines<A>(aside);
   const int64_t products = 4 * blocks->width * blocks->rows.taps * blocks->rows.chunks;
   const AffineBlock<float>& all = blocks->emission.block;
   amx_spread(products, &blocks->emission);
@@ -151,7 +164,9 @@ static void amx_multiply_lines(AmxLineBlocks* blocks, AmxAside* aside) {
     end = panel + blocks->width < blocks->panels ? panel + blocks->width : blocks->panels;
     const auto* const residual = static_cast<const BFloat16*>(all.residual);
     aside->emission.ahead = residual ? reinterpret_cast<const char*>(residual + panel * kAmxPanel) : nullptr;
-    amx_multiply_block_of<A>(*blocks, panel, end, aside);
+    amx_with_emitter<A>(aside->emission, [&](auto emitter) {
+      amx_multiply_block<typename decltype(emitter)::Type>(*blocks, panel, end, aside);
+    });
     if (panel == 0) aside->emission = blocks->emission;
     amx_left_over(*blocks, panel, end, &aside->emission);
     float* const last = blocks->tile[0];
