@@ -7,3 +7,4 @@
 #else
 #define FCB_INLINE static inline __attribute__((always_inline))
 #endif
+#define FCB_INLINE_MEMBER inline __attribute__((always_inline))  // of a class of internal linkage

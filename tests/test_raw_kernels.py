@@ -38,6 +38,28 @@ AMX_EMITTED = [
         residual=True,
     ),
 ]  # fmt: skip
+# Blocks of 32 rows that are emitted line by line: fewer rows, rows computed twice, rows between lines, a last panel
+# alone, filters in turn for all rows or all filters for a block.
+AMX_LINES = [
+    Case(
+        dtype="bf16", batch=n, height=h, width=w, in_channels=c, out_channels=k, kernel=kernel, strides=strides,
+        activation=activation, residual=residual,
+    )
+    for n, h, w, c, k, kernel, strides, activation, residual in (
+        (1, 5, 5, 40, 96, (1, 1), (1, 1), "relu", False),
+        (1, 7, 7, 64, 128, (1, 1), (1, 1), "relu", True),
+        (2, 8, 8, 30, 32, (1, 1), (1, 1), None, True),
+        (3, 9, 7, 20, 96, (1, 1), (2, 1), "relu6", False),
+        (1, 7, 7, 256, 2080, (1, 1), (1, 1), "relu", True),
+        (2, 14, 14, 48, 96, (3, 3), (1, 1), "relu6", True),
+        (1, 9, 13, 33, 64, (3, 3), (1, 1), None, False),
+        (2, 40, 1, 16, 32, (3, 3), (1, 1), "relu", False),
+        (1, 2, 70, 16, 32, (3, 2), (1, 1), "relu", True),
+        (1, 20, 21, 24, 64, (3, 3), (2, 2), "relu", False),
+        (1, 34, 41, 3, 64, (7, 7), (2, 2), "relu", False),
+        (1, 6, 7, 256, 256, (3, 3), (1, 1), "relu", False),
+    )
+]  # fmt: skip
 # Sums in several passes, and more filters than a pass over the planes takes.
 DEEP = Case(batch=1, height=5, width=6, in_channels=290, out_channels=525, algorithm="winograd4", training=True)
 # More windows than L2 has room for: their filters are transformed before.
@@ -86,7 +108,7 @@ SPECIAL_CASES = {  # by a word in the names of the rows that serve no others
         for case in AMX_CASES + AMX_DEEP + AMX_STREAMED + AMX_PHASES
         if case.training and case.data_format == "NHWC"
     ],
-    "amx": AMX_CASES[::2] + AMX_DEEP + AMX_EMITTED,
+    "amx": AMX_CASES[::2] + AMX_DEEP + AMX_EMITTED + AMX_LINES,
     "winograd": [replace(case, isa=None) for case in winograd_cases()[::23]] + [DEEP, MANY],
     "depthwise": [replace(case, isa=None) for case in depthwise_cases()[::5] + sliding_cases()],
     "backward_few_channels": [case for case in FEW_CHANNELS_CASES if case.training][::3],

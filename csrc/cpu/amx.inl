@@ -94,13 +94,20 @@ FCB_INLINE void amx_emit_before(AmxEmission* e, int64_t end) {
   while (e->rows > 0 && e->row < end) amx_emit_slice(e);
 }
 
-FCB_INLINE void amx_do_aside(AmxAside* aside) {
-  amx_fetch(&aside->fetch);
-  AmxEmission* const e = &aside->emission;
-  if (e->rows == 0 || --e->wait > 0) return;
-  e->wait = e->steps;
-  amx_emit_slice(e);
-}
+// What the products of a step leave time for: slot() is called after each of its four.
+class AmxSlices {
+ public:
+  explicit AmxSlices(AmxEmission* e) : e_(e) {}
+  FCB_INLINE_MEMBER void slot(int product) {
+    if (product != 1 || e_->rows == 0 || --e_->wait > 0) return;
+    e_->wait = e_->steps;
+    amx_emit_slice(e_);
+  }
+  FCB_INLINE_MEMBER void emit_before(int64_t end) { amx_emit_before(e_, end); }
+
+ private:
+  AmxEmission* e_;
+};
 
 FCB_INLINE void amx_load_filters(const uint16_t* filters, int64_t half) {
   _tile_loadd(6, filters, 64);
@@ -109,9 +116,9 @@ FCB_INLINE void amx_load_filters(const uint16_t* filters, int64_t half) {
 
 // Adds the products of 32 rows from `first` on and of chunks [begin, end) of all taps. Each tile is loaded for the next
 // step right after its last product in this one: the longest time for what comes from L2.
-template <bool Once>
+template <bool Once, class Emitter>
 FCB_INLINE void amx_multiply_chunks(const AmxRows& in, int64_t first, int64_t begin, int64_t end,
-                                    const uint16_t* filters, AmxAside* aside) {
+                                    const uint16_t* filters, AmxFetch* fetch, Emitter* emitter) {
   const int64_t row_bytes = in.stride * 2, half = in.chunk * kAmxTile, lower = kAmxTile * in.stride;
   const uint16_t* const from = in.rows + first * in.stride + begin * in.chunk;
   const int64_t steps = in.taps * (end - begin);
@@ -124,20 +131,28 @@ FCB_INLINE void amx_multiply_chunks(const AmxRows& in, int64_t first, int64_t be
     filters += 2 * half, rows += in.chunk;
     if (j == end) j = begin, rows = from + in.tap_offset[++tap];
     _tile_dpbf16ps(0, 4, 6);
+    emitter->slot(0);
     _tile_dpbf16ps(1, 4, 7);
     amx_load_upper<Once>(rows, row_bytes);
-    amx_do_aside(aside);
+    amx_fetch(fetch);
+    emitter->slot(1);
     _tile_dpbf16ps(3, 5, 7);
     _tile_loadd(7, filters + half, 64);
+    emitter->slot(2);
     _tile_dpbf16ps(2, 5, 6);
     _tile_loadd(6, filters, 64);
     amx_load_lower<Once>(rows + lower, row_bytes);
+    emitter->slot(3);
   }
   _tile_dpbf16ps(0, 4, 6);
+  emitter->slot(0);
   _tile_dpbf16ps(1, 4, 7);
-  amx_do_aside(aside);
+  amx_fetch(fetch);
+  emitter->slot(1);
   _tile_dpbf16ps(2, 5, 6);
+  emitter->slot(2);
   _tile_dpbf16ps(3, 5, 7);
+  emitter->slot(3);
 }
 
 // The last 32 rows end with the last row: some are computed twice rather than any read behind it. They lie in the tile
@@ -153,25 +168,33 @@ static void amx_close_up(const AmxRows& in, float* tile, int64_t ld) {
 }
 
 // Sums in memory, parts of a single tap's depth one after the other: a part's filters are in L1 for all rows.
-static void amx_multiply(const AmxRows& in, const uint16_t* filters, float* tile, int64_t ld, AmxAside* aside) {
+template <bool Once, class Emitter>
+FCB_INLINE void amx_multiply_with(const AmxRows& in, const uint16_t* filters, float* tile, int64_t ld, AmxFetch* fetch,
+                                  Emitter* emitter) {
   constexpr int64_t kPartChunks = 18;  // 36 KiB of filters
-  const int64_t parts = in.taps == 1 ? (in.chunks + kPartChunks - 1) / kPartChunks : 1;
+  const int64_t parts = Once ? (in.chunks + kPartChunks - 1) / kPartChunks : 1;
   for (int64_t p = 0; p < parts; ++p) {
     const int64_t begin = p * in.chunks / parts, end = (p + 1) * in.chunks / parts;
     for (int64_t r = 0; r < in.count; r += kAmxRows) {
-      const int64_t first = amx_first_row(in, r);
       p > 0 ? amx_load(tile + r * ld, ld) : amx_zero();
-      if (in.taps == 1)
-        amx_multiply_chunks<true>(in, first, begin, end, filters, aside);
-      else
-        amx_multiply_chunks<false>(in, first, begin, end, filters, aside);
-      amx_emit_before(&aside->emission, r + kAmxRows);
+      amx_multiply_chunks<Once>(in, amx_first_row(in, r), begin, end, filters, fetch, emitter);
+      emitter->emit_before(r + kAmxRows);
       amx_store(tile + r * ld, ld);
     }
     filters += (end - begin) * in.chunk * kAmxPanel;
   }
+}
+
+static void amx_multiply(const AmxRows& in, const uint16_t* filters, float* tile, int64_t ld, AmxAside* aside) {
+  AmxSlices slices(&aside->emission);
+  if (in.taps == 1)
+    amx_multiply_with<true>(in, filters, tile, ld, &aside->fetch, &slices);
+  else
+    amx_multiply_with<false>(in, filters, tile, ld, &aside->fetch, &slices);
   amx_close_up(in, tile, ld);
 }
+
+#include "amx_lines.inl"
 
 // 16 columns of two rows, as pairs.
 FCB_INLINE __m512i amx_pairs(const uint16_t* even, const uint16_t* odd, __mmask16 columns) {

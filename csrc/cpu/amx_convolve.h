@@ -5,6 +5,8 @@
 #include <cstring>
 #include <vector>
 
+#include "../half.h"
+#include "amx_lines.h"
 #include "amx_rows.h"
 #include "convolve.h"
 
@@ -21,7 +23,7 @@ class AmxConvolution {
         filter_taps_(static_cast<int64_t>(windows.taps.size())),
         reader_(source.memory(), source.grid(), channels.depth, windows) {
     // Outputs are best stored two cache lines at a time; but where products are deep, half as many leave L1 to filters.
-    span_ = reader_.taps() * reader_.depth().chunks <= kShallow ? kMaxSpan : 1;
+    span_ = tap_chunks() <= kShallow ? kMaxSpan : 1;
     // Filters that fit no cache are read once for a group of strips.
     if (2 * panels() * panel_elements() > kFilterBytes)
       group_ = std::clamp<int64_t>(kGroupBytes / (2 * reader_.max_read_rows() * reader_.row_elements()), 1, kMaxGroup);
@@ -152,31 +154,93 @@ class AmxConvolution {
   // for all chunks, and the next span's.
   void run_job(const Job& job, const Scratch& s, const TileEpilogue<C>& epilogue) const {
     AmxAside aside{};
-    const auto run = [&](const Rows& rows, int64_t chunk, int64_t span) {
-      run_tile(rows, chunk, span, job, s.tile[job.worker], &aside, epilogue);
+    Lines lines = lines_of(job, s.tile[job.worker], epilogue);
+    const auto run = [&](const Rows& rows, int64_t row, int64_t begin, int64_t end) {
+      if (lines.multiply) return run_lines(rows, row, begin, end, job, &lines, &aside);
+      for (int64_t span = begin; span < end; ++span)
+        run_tile(rows, row / kChunk, span, job, s.tile[job.worker], &aside, epilogue);
     };
+    const int64_t height = lines.multiply ? kTileRows : kChunk;
     kernels_.amx.begin(reader_.depth().chunk);
     if (filter_bytes(job.end - job.begin) <= kFilterBytes) {
       aside.fetch = fetch_during(job, job.end - job.begin, job.next, kLine);
-      for_chunks(job, [&](const Rows& rows, int64_t chunk) {
-        for (int64_t span = job.begin; span < job.end; ++span) run(rows, chunk, span);
-      });
+      for_chunks(job, height, [&](const Rows& rows, int64_t row) { run(rows, row, job.begin, job.end); });
     } else {
       for (int64_t span = job.begin; span < job.end; ++span) {
         aside.fetch = span + 1 < job.end ? fetch_during(job, 1, filters_of(job, span + 1), 2 * kLine)
                                          : fetch_during(job, 1, job.next, kLine);
-        for_chunks(job, [&](const Rows& rows, int64_t chunk) { run(rows, chunk, span); });
+        for_chunks(job, height, [&](const Rows& rows, int64_t row) { run(rows, row, span, span + 1); });
       }
     }
-    kernels_.amx.emit(&aside.emission);
+    finish(&lines, &aside);
     kernels_.amx.end();
     if (epilogue.in_place) kernels_.end_streaming();
   }
 
+  // Blocks of 32 rows, each emitted line by line during the next.
+  struct Lines {
+    void (*multiply)(AmxLineBlocks*, AmxAside*);  // null: by tiles
+    GemmOutput<C> to;                             // of the first position and channel
+    AmxLineBlocks blocks;
+  };
+
+  // Rows of a single tap stay in L1 while filters pass: for many columns, and few enough rows' bytes.
+  bool suits_lines() const {
+    constexpr int64_t kMaxChunks = 8;  // 16 KiB of rows
+    const bool single = reader_.taps() == 1 && reader_.depth().chunks <= kMaxChunks && cols_ >= depth_;
+    return (single || reader_.taps() > 1) && cols_ % kPanel == 0;
+  }
+
+  Lines lines_of(const Job& job, C* tile, const TileEpilogue<C>& epilogue) const {
+    Lines lines{};
+    if (!epilogue.in_place || epilogue.finish || !suits_lines()) return lines;
+    lines.to = epilogue.in_place({tile, columns(), 0, 0, 0, std::min(columns(), cols_), 0, job.worker});
+    if (lines.to.activation < 0) return lines;
+    lines.multiply = kernels_.amx.multiply_lines[lines.to.activation];
+    lines.blocks.emission.block = lines.to.block;
+    lines.blocks.distance = panel_elements(), lines.blocks.width = span_;
+    lines.blocks.tile[0] = tile, lines.blocks.tile[1] = tile + kTileRows * columns();
+    return lines;
+  }
+
+  void run_lines(const Rows& rows, int64_t row, int64_t begin, int64_t end, const Job& job, Lines* lines,
+                 AmxAside* aside) const {
+    const int64_t first = first_row(row, std::min(row + kTileRows, rows.strip.rows()));
+    AmxLineBlocks& b = lines->blocks;
+    const int64_t panel = begin * span_, stride = reader_.row_elements();
+    b.rows = {rows.data + first * stride, stride,   reader_.tap_offset().data(), reader_.taps(), reader_.depth().chunks,
+              reader_.depth().chunk,      kTileRows};
+    b.filters = job.filters + panel * panel_elements();
+    b.panels = std::min(end * span_, panels()) - panel;
+    set_emission(rows.strip, row, row - first, panel * kPanel, lines->to.block, &b.emission);
+    lines->multiply(&b, aside);
+  }
+
+  // Of `row` and those behind it, which lie `twice` rows into a block.
+  static void set_emission(const AmxRowReader::Strip& strip, int64_t row, int64_t twice, int64_t channel,
+                           const AffineBlock<C>& all, AmxEmission* e) {
+    const int64_t before = strip.positions_before(row), position = strip.first + before;
+    e->rows = strip.positions_before(std::min(row + kTileRows, strip.rows())) - before;
+    e->row = twice;
+    set_width(strip, row, e);
+    AffineBlock<C>& b = e->block;
+    b.mean = all.mean + channel, b.scale = all.scale + channel, b.beta = all.beta + channel;
+    b.y = static_cast<BFloat16*>(all.y) + position * b.ld_y + channel;
+    if (b.residual) b.residual = static_cast<const BFloat16*>(all.residual) + position * b.ld_residual + channel;
+  }
+
+  void finish(Lines* lines, AmxAside* aside) const {
+    if (!lines->multiply) return kernels_.amx.emit(&aside->emission);
+    lines->blocks.panels = 0;
+    lines->multiply(&lines->blocks, aside);
+  }
+
+  int64_t tap_chunks() const { return reader_.taps() * reader_.depth().chunks; }
+
   template <class F>
-  static void for_chunks(const Job& job, F f) {
+  static void for_chunks(const Job& job, int64_t height, F f) {
     for (int64_t i = 0; i < job.count; ++i)
-      for (int64_t chunk = 0; chunk < job.rows[i].strip.chunks(); ++chunk) f(job.rows[i], chunk);
+      for (int64_t row = 0; row < job.rows[i].strip.rows(); row += height) f(job.rows[i], row);
   }
 
   int64_t filter_bytes(int64_t spans) const { return 2 * span_ * spans * panel_elements(); }
@@ -195,21 +259,28 @@ class AmxConvolution {
     return {begin, end, distance, steps == 0 ? 0 : ceil_div(end - begin, distance * steps)};
   }
 
+  // Few rows behind others of their strip are computed with some of those: none is read behind the strip.
+  static int64_t first_row(int64_t row, int64_t end) {
+    return row > 0 && end - row < kTileRows ? end - kTileRows : row;
+  }
+
   // A tile is emitted while the next is computed, if the epilogue can.
   void run_tile(const Rows& rows, int64_t chunk, int64_t span, const Job& job, C* data, AmxAside* aside,
                 const TileEpilogue<C>& epilogue) const {
     const AmxRowReader::Strip& strip = rows.strip;
     const int64_t row = chunk * kChunk, end = std::min(row + kChunk, strip.rows()), stride = reader_.row_elements();
+    const int64_t first = first_row(row, end), twice = row - first;
     const int64_t ld = columns(), channel = span * ld, cols = std::min(ld, cols_ - channel);
     const int64_t before = strip.positions_before(row), count = strip.positions_before(end) - before;
-    const Tile<C> tile{data, ld, strip.first + before, count, channel, cols, rows.first_chunk + chunk, job.worker};
+    const Tile<C> tile{data + twice * ld, ld,   strip.first + before,     count,
+                       channel,           cols, rows.first_chunk + chunk, job.worker};
     AmxEmission emission{};
-    if (epilogue.in_place) emission = emission_of(tile, epilogue.in_place(tile), strip, row);
+    if (epilogue.in_place) emission = emission_of(tile, epilogue.in_place(tile), strip, row, twice);
     aside->emission.ahead = static_cast<const char*>(emission.block.residual);
     for (int64_t panel = span * span_; panel < std::min((span + 1) * span_, panels()); ++panel)
-      kernels_.amx.multiply({rows.data + row * stride, stride, reader_.tap_offset().data(), reader_.taps(),
-                             reader_.depth().chunks, reader_.depth().chunk, end - row},
-                            job.filters + panel * panel_elements(), tile.data + panel % span_ * kPanel, ld, aside);
+      kernels_.amx.multiply({rows.data + first * stride, stride, reader_.tap_offset().data(), reader_.taps(),
+                             reader_.depth().chunks, reader_.depth().chunk, end - first},
+                            job.filters + panel * panel_elements(), data + panel % span_ * kPanel, ld, aside);
     kernels_.amx.emit(&aside->emission);
     aside->emission = emission;
     if (epilogue.in_place) return;
@@ -219,22 +290,28 @@ class AmxConvolution {
   }
 
   // 32 rows of the tile take new sums when their products are done: until then they are emitted, slice by slice.
-  AmxEmission emission_of(const Tile<C>& tile, const GemmOutput<C>& to, const AmxRowReader::Strip& strip,
-                          int64_t row) const {
+  AmxEmission emission_of(const Tile<C>& tile, const GemmOutput<C>& to, const AmxRowReader::Strip& strip, int64_t row,
+                          int64_t twice) const {
     constexpr int64_t kSlices = 4, kPart = 16;  // fewer would come in bursts; chunks of a single tap, about
-    const int64_t depth = reader_.taps() * reader_.depth().chunks;
-    const int64_t steps = reader_.taps() == 1 ? std::min(depth, kPart) : depth;
+    const int64_t steps = reader_.taps() == 1 ? std::min(tap_chunks(), kPart) : tap_chunks();
     const int64_t slices = std::clamp<int64_t>(steps, 1, kSlices);
+    AmxEmission e{};
+    e.emit = to.emit, e.block = to.block, e.rows = tile.rows;
+    e.slice = kTileRows / slices, e.steps = e.wait = steps / slices;
+    set_width(strip, row, &e);
+    e.block.z = tile.data + e.row * tile.ld, e.block.ld_z = tile.ld;
+    e.row += twice;
+    return e;
+  }
+
+  // Of e->rows positions from `row` on.
+  static void set_width(const AmxRowReader::Strip& strip, int64_t row, AmxEmission* e) {
     const bool flat = strip.pitch == strip.width;
     const int64_t column = flat ? 0 : row % strip.pitch;
-    AmxEmission e{};
-    e.emit = to.emit, e.block = to.block;
-    e.rows = tile.rows, e.width = flat ? tile.rows : strip.width, e.gap = strip.pitch - strip.width;
-    e.slice = kTileRows / slices, e.steps = e.wait = steps / slices;
-    if (column >= e.width && !flat) e.row = strip.pitch - column;
-    e.line = std::min(e.rows, e.row > 0 ? e.width : e.width - column);
-    e.block.z = tile.data + e.row * tile.ld, e.block.ld_z = tile.ld;
-    return e;
+    e->width = flat ? e->rows : strip.width, e->gap = strip.pitch - strip.width;
+    const bool between = !flat && column >= e->width;
+    if (between) e->row += strip.pitch - column;
+    e->line = std::min(e->rows, between ? e->width : e->width - column);
   }
 
   // The rows between lines are dropped.

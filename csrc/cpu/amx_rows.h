@@ -130,11 +130,10 @@ class AmxRowReader {
     return read_rows(strip(0)) * unit_ + depth_.elements();  // merged rows overlap
   }
 
-  // The strip's rows, staged unless they can be read in place: of at least 32 rows, that whole tiles may be read.
+  // The strip's rows, staged unless they can be read in place: at least 32, for whole tiles that end with the last.
   const uint16_t* read(const Strip& strip, uint16_t* staged) const {
     if (taps() == 0) return staged;
-    const int64_t rest = strip.rows() % kChunk;
-    if (in_place_ && (rest == 0 || rest >= kSlack)) return source_ + strip.first * unit_;
+    if (in_place_ && strip.rows() >= kSlack) return source_ + strip.first * unit_;
     if (flat_)
       stage_positions(strip, staged);
     else
@@ -259,12 +258,15 @@ class AmxRowReader {
   // 3 channels as 4, a word a pixel: nothing is read behind the last.
   static void stage_colors(const uint16_t* from, int64_t distance, int64_t count, uint16_t* to) {
     constexpr uint64_t kColors = (uint64_t{1} << 48) - 1;
-    for (int64_t i = 0; i < count; ++i, from += distance, to += 4) {
-      uint64_t pixel = 0;
-      std::memcpy(&pixel, from, i + 1 < count ? 8 : 6);
+    uint64_t pixel = 0;
+    for (int64_t i = 0; i + 1 < count; ++i, from += distance, to += 4) {
+      std::memcpy(&pixel, from, sizeof pixel);
       pixel &= kColors;
-      std::memcpy(to, &pixel, 8);
+      std::memcpy(to, &pixel, sizeof pixel);
     }
+    pixel = 0;
+    if (count > 0) std::memcpy(&pixel, from, 3 * sizeof *from);
+    if (count > 0) std::memcpy(to, &pixel, sizeof pixel);
   }
 
   void stage_positions(const Strip& strip, uint16_t* to) const {

@@ -11,6 +11,17 @@ FCB_INLINE T* row(void* block, int64_t r, int64_t ld) {
   return static_cast<T*>(block) + r * ld;
 }
 
+#if defined(__AVX512F__)
+// A relu of one instruction; of NaN it is NaN, as the other.
+template <Activation A>
+FCB_INLINE __m512 activate_lanes(__m512 u) {
+  if constexpr (A == Activation::kRelu)
+    return _mm512_max_ps(_mm512_setzero_ps(), u);
+  else
+    return (__m512)activate<A, float>((Vector<float>)u);
+}
+#endif
+
 // Asks for 16-bit numbers that are read some 8 KiB later, in blocks of whole rows.
 template <class C, class T>
 FCB_INLINE void fetch_ahead(const void* block, int64_t r, int64_t ld, int64_t c) {

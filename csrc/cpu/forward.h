@@ -99,7 +99,8 @@ class Forward {
     }
     if (output_.in_place())
       epilogue.in_place = [this](const Tile<C>& t) {
-        return GemmOutput<C>{t.data, false, in_place_of_tile(), in_place_block(t.data, t.ld, t)};
+        return GemmOutput<C>{
+            t.data, false, in_place_of_tile(), in_place_block(t.data, t.ld, t), false, static_cast<int>(p_.activation)};
       };
     convolve(parallel, epilogue);
   }

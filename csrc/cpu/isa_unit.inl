@@ -18,6 +18,7 @@ namespace {
 }  // namespace
 }  // namespace fusedconvbn
 
+#include "amx_lines.h"
 #include "kernels.h"
 #include "thirds.h"
 
@@ -91,6 +92,9 @@ static constexpr AmxKernels amx_kernels() {
   k.begin = amx_begin;
   k.end = amx_end;
   k.multiply = amx_multiply;
+  k.multiply_lines[static_cast<int>(Activation::kNone)] = amx_multiply_lines<Activation::kNone>;
+  k.multiply_lines[static_cast<int>(Activation::kRelu)] = amx_multiply_lines<Activation::kRelu>;
+  k.multiply_lines[static_cast<int>(Activation::kRelu6)] = amx_multiply_lines<Activation::kRelu6>;
   k.emit = amx_emit;
   k.pack = amx_pack;
   k.transpose = amx_transpose;

@@ -9,6 +9,7 @@
 #include <stdint.h>
 
 #include "../activation.h"
+#include "plane_kernels.h"
 
 namespace fusedconvbn {
 
@@ -114,6 +115,7 @@ struct GemmOutput {
   // no `emit`.
   bool clamps = false;
   C low = 0, high = 0;
+  int activation = -1;                            // whose affine_of_tile `emit` is, if it is one
 };
 
 // How the activation's argument u is had again.
@@ -166,9 +168,11 @@ struct AmxEmission {
   const char* ahead;         // the residual of the tile that is being computed, or null: rows of it are fetched
   int64_t rows, row;         // that are left; of the next in the tile
   int64_t line, width, gap;  // rows left of a line, rows of a line, rows of the tile between two
-  int64_t slice, steps;      // rows emitted at once, and how many steps apart
-  int64_t wait;              // steps up to the next slice
+  int64_t slice, steps;      // rows emitted at once, and how many steps, or products, apart
+  int64_t wait;              // of these up to the next slice
 };
+
+struct AmxLineBlocks;  // amx_lines.h
 
 // What is done besides products.
 struct AmxAside {
@@ -199,6 +203,10 @@ struct AmxKernels {
   void (*mask[kActivationCount])(const GradientBlock<float>&);
   // tile[count][32] = the sum over taps and chunks of rows * filters; whole 32 rows of `tile` are written.
   void (*multiply)(const AmxRows& rows, const uint16_t* filters, float* tile, int64_t ld, AmxAside* aside);
+  // The same block by block. Each is left to be emitted during the products of the next, line by line, as
+  // affine_of_tile of this activation does; so is what is left when this is called. Null for activations that take
+  // longer.
+  void (*multiply_lines[kActivationCount])(AmxLineBlocks* blocks, AmxAside* aside);
   // Emits the rows that are left.
   void (*emit)(AmxEmission* emission);
   // Packs a tap: element k of its depth has the columns at rows[k], or is 0 where rows[k] is null; cols <= 32, the
@@ -229,46 +237,6 @@ struct MaskBlock {
   C* d_residual;  // may be null; = du
   int64_t ld_d_residual;
   C* sum;  // [cols] += sum of du over the rows
-};
-
-// Rows of operands of products of planes lie in blocks of so many elements: an operand [depth / kPlaneDepth][rows]
-// [kPlaneDepth].
-constexpr int64_t kPlaneDepth = 64;
-
-// Matrix products of many planes; c is [plane][rows][panel], the others as the kernel says. Distances in elements.
-template <class C>
-struct Planes {
-  int64_t planes, rows, depth;
-  const C* a;
-  int64_t lda, plane_a;
-  const C* b;
-  int64_t ldb, plane_b;
-  C* c;
-  int64_t plane_c;
-  bool add;  // to what c holds
-  // multiply_planes: what will be read next, `ahead_row` elements of it for each row of b; plane_b apart for each
-  // plane.
-  const C* ahead = nullptr;
-  int64_t ahead_row = 0;
-};
-
-// Where the transforms of windows go: channel c of row r of a plane at r * ld + c / kPlaneDepth * block +
-// c % kPlaneDepth.
-template <class C>
-struct PlaneLayout {
-  C* planes;
-  int64_t ld, block, plane;
-};
-
-// The transforms of Winograd's F(MxM, 3x3), winograd.inl: (M+2)^2 planes of `plane` elements.
-template <class C>
-struct WinogradKernels {
-  void (*window)(const GatheredRows<C>& rows, const PlaneLayout<C>& to);
-  void (*gradient)(const GatheredRows<C>& rows, const PlaneLayout<C>& to);
-  // filters[9 taps, `tap` elements apart][depth][ld], of which a panel; planes[depth][panel].
-  void (*filter)(const C* filters, int64_t tap, int64_t ld, int64_t depth, C* planes, int64_t plane, bool streams);
-  void (*filter_gradient)(const C* planes, int64_t plane, int64_t rows, C* filters);
-  void (*output)(const C* planes, int64_t plane, int64_t count, int64_t pixels, int64_t lines, C* rows);
 };
 
 // sums[rows][columns] += a' b, of `depth` rows of a and b; `ahead` may be null.

@@ -1,15 +1,6 @@
 // A tile's sums as 16-bit numbers in memory, whole lines of 64 channels at a time: nothing is masked, and what stays
 // the same is known, for these instructions compete with the products that they are mixed with (amx.inl).
 
-// A relu of one instruction; of NaN it is NaN, as the other.
-template <Activation A>
-FCB_INLINE __m512 activate_lanes(__m512 u) {
-  if constexpr (A == Activation::kRelu)
-    return _mm512_max_ps(_mm512_setzero_ps(), u);
-  else
-    return (__m512)activate<A, float>((Vector<float>)u);
-}
-
 template <Activation A, class T, bool Residual>
 static void affine_lines(const AffineBlock<float>& b, int64_t c) {
   constexpr int kVectors = 4;
