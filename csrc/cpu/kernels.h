@@ -115,7 +115,7 @@ struct GemmOutput {
   // no `emit`.
   bool clamps = false;
   C low = 0, high = 0;
-  int activation = -1;                            // whose affine_of_tile `emit` is, if it is one
+  int activation = -1;  // whose affine_of_tile `emit` is, if it is one
 };
 
 // How the activation's argument u is had again.
