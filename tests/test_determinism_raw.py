@@ -25,6 +25,8 @@ CASES = [
     replace(LARGE, batch=1, height=67, width=101, in_channels=40, groups=40),
     replace(LARGE, batch=1, height=67, width=31, in_channels=40, groups=40, strides=(2, 2), training=False),
     replace(LARGE, training=False, dtype="bf16", kernel=(1, 1)),
+    replace(LARGE, dtype="bf16", kernel=(1, 1), inputs_mean=300.0),
+    replace(LARGE, dtype="bf16", padding="VALID", inputs_mean=300.0),
     replace(LARGE, height=67, width=61, kernel=(1, 1), in_channels=40, out_channels=24),
     replace(LARGE, dtype="f64", padding="VALID", dilations=(2, 1)),
     replace(LARGE, dtype="f16", kernel=(7, 7), in_channels=3, strides=(2, 2)),
