@@ -54,7 +54,7 @@ ADDRESS = Sanitizer(
     ("libasan.so", "libstdc++.so"),
     {"ASAN_OPTIONS": "detect_leaks=0:allocator_may_return_null=1", "UBSAN_OPTIONS": "print_stacktrace=1"},
     b"__asan_report_store",
-    ("test_raw*", "test_saved*", "test_numerics*", "test_determinism_raw", "test_plan", "test_guarded", "test_fuzz"),
+    ("test_raw*", "test_saved*", "test_numerics*", "test_determinism_raw", "test_plan", "test_fuzz"),
 )
 # Of the suites, those that run kernels on several threads. Locks of Python, NumPy and BLAS are not seen.
 THREAD = Sanitizer(
