@@ -46,6 +46,8 @@ OURS = Implementation(
     modes=MODES,
 )
 
+FROZEN = dataclasses.replace(OURS, what="fusedconvbn.fused_conv_bn, its variables turned into constants", frozen=True)
+
 BASELINES = (
     Implementation(
         "frozen",
@@ -151,6 +153,14 @@ PEERS = (
         packages=("ncnn",),
     ),
 )
+
+
+def choose_ours(freeze: bool, others: Sequence[Implementation]) -> Implementation:
+    """Frozen or with variables; a ValueError where one of the `others` would be at a disadvantage."""
+    for other in others if freeze else ():
+        if not other.frozen and not other.worker:
+            raise ValueError(f"--freeze is for what is frozen as well, and peers. Received: --baseline {other.name}")
+    return FROZEN if freeze else OURS
 
 
 def choose_peers(mode: str, names: Sequence[str], network: bool) -> list[Implementation]:

@@ -13,7 +13,7 @@ from benchmarks import plans
 from benchmarks.data import make_data
 from benchmarks.implementations import TRAIN_STEP, Implementation
 from benchmarks.measured import Call as MeasuredCall
-from benchmarks.measured import Measured, Naming
+from benchmarks.measured import Measured, Naming, repeated
 from benchmarks.problem import Problem
 from fusedconvbn import _load, raw
 
@@ -113,11 +113,7 @@ class MeasuredKernels(Measured):
             saved = plan.saved
             plan = copies[0].plan("backward", saved=saved, threads=self._threads)
             runs = [run for pair in zip(runs, (copy.backward(plan, saved) for copy in copies)) for run in pair]
-
-        def call() -> list[None]:
-            return [run() for run in runs]
-
-        return call, lambda outputs: _named(problem, copies[0])
+        return repeated(lambda: [run() for run in runs]), lambda outputs: _named(problem, copies[0])
 
 
 def _named(problem: Problem, copy: KernelCalls) -> dict[str, np.ndarray]:

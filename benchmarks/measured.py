@@ -12,10 +12,23 @@ import numpy as np
 from benchmarks.memory import GpuMemory, HostMemory
 from benchmarks.problem import AnyProblem
 
-Call = Callable[[], Sequence[Any]]  # computes everything that the problem's mode says
+Call = Callable[[int], Sequence[Any]]  # computes what the problem's mode says so many times: the last results
 Naming = Callable[[Sequence[Any]], Mapping[str, Any]]  # of a call's outputs, by the names of the reference
 
 CLOCKS: dict[str, Callable[[], float]] = {"wall": time.perf_counter, "cpu": time.process_time}
+
+
+def repeated(once: Callable[[], Sequence[Any]]) -> Call:
+    """That which calls `once` so many times."""
+
+    def call(count: int) -> Sequence[Any]:
+        outputs: Sequence[Any] = ()
+        for _ in range(count):
+            del outputs  # a network would not hold them twice
+            outputs = once()
+        return outputs
+
+    return call
 
 
 class Measured:
@@ -23,7 +36,7 @@ class Measured:
 
     def __init__(self) -> None:
         self.memory: HostMemory | GpuMemory = HostMemory()
-        self._call: Call = list
+        self._call: Call = repeated(list)
         self._copies = 1
         self._memory: dict[str, int] = {}
 
@@ -50,7 +63,7 @@ class Measured:
         """The results of a call; keeps what it needed on top of inputs, variables and the traced graph."""
         self.memory.reset()
         before = self.memory.used()
-        outputs = self._call()
+        outputs = self._call(1)
         self.synchronize(outputs)
         peak = self.memory.peak()
         self._memory = {"peak_bytes": peak, "working_bytes": max(0, peak - before)}
@@ -58,13 +71,9 @@ class Measured:
 
     def sample(self, repeats: int, clock: str) -> float:
         """Seconds a layer, the mean of so many calls."""
-        outputs: Sequence[Any] = ()
         now = CLOCKS[clock]
         start = now()
-        for _ in range(repeats):
-            del outputs  # a network would not hold them twice
-            outputs = self._call()
-        self.synchronize(outputs)
+        self.synchronize(self._call(repeats))
         return (now() - start) / (repeats * self._copies)
 
     def memory_of_a_call(self) -> dict[str, int]:

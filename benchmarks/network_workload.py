@@ -12,7 +12,7 @@ import tensorflow as tf
 from benchmarks.cases import Case
 from benchmarks.implementations import BASELINES, TRAIN_STEP, Implementation
 from benchmarks.layers import Layer, moments
-from benchmarks.measured import Call, Naming, file_type
+from benchmarks.measured import Call, Naming, file_type, repeated
 from benchmarks.network_data import NetworkDraw, network_images, network_labels
 from benchmarks.networks import Program, Weights, assemble
 from benchmarks.problem import NetworkProblem, Problem
@@ -75,7 +75,8 @@ class NetworkBuilder(Program):
         """What the problem's mode says, as one function, and the names of its results."""
         step = self._problem.mode == TRAIN_STEP
         tensors = [tf.raw_ops.DeepCopy(x=value) for value in (images, network_labels(self._problem))]
-        return compiled(implementation, self.step if step else self.forward, tensors), self._name
+        once = compiled(implementation, self.step if step else self.forward, tensors)
+        return repeated(once), self._name
 
     def _name(self, outputs: list[tf.Tensor]) -> Mapping[str, np.ndarray]:
         """The gradients of gamma and beta together: where only a batch norm follows, that of beta alone is rounding."""
@@ -103,5 +104,5 @@ class NetworkReference(Reference):
         wide = dataclasses.replace(problem, dtype="float64")
         builder = NetworkBuilder(wide, moments, NetworkDraw(problem.dtype, wide=True))
         call, name = builder.call(_MOMENTS, network_images(problem).astype(np.float64))
-        for what, value in name(call()).items():
+        for what, value in name(call(1)).items():
             np.save(folder / f"{what}.npy", value.astype(file_type(problem)))

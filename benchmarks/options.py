@@ -16,11 +16,11 @@ from benchmarks.implementations import (
     BASELINES,
     INFERENCE,
     MODES,
-    OURS,
     PEERS,
     TRAIN_STEP,
     Implementation,
     choose,
+    choose_ours,
     choose_peers,
 )
 from benchmarks.measured import CLOCKS
@@ -93,6 +93,11 @@ def _parser() -> argparse.ArgumentParser:
         default=[],
         metavar="NAME",
         help=f"{', '.join(peer.name for peer in PEERS)}; repeatable; without --baseline, the peers alone",
+    )
+    parser.add_argument(
+        "--freeze",
+        action="store_true",
+        help="turn fusedconvbn's variables into constants too: for comparisons with frozen, folded and peers",
     )
     parser.add_argument("--algorithm", choices=ALGORITHMS, default="auto", help="of fusedconvbn")
     parser.add_argument("--save", choices=SAVES, default="conv", help="of fusedconvbn, for backward")
@@ -173,7 +178,7 @@ def _settings(options: argparse.Namespace) -> Settings:
 
 def described(options: argparse.Namespace, settings: Settings) -> dict[str, Any]:
     """The options as the JSON file holds them."""
-    names = ("mode", "batch", "dtype", "threads", "algorithm", "save", "clock", "quick", "fail_below")
+    names = ("mode", "batch", "dtype", "threads", "algorithm", "save", "freeze", "clock", "quick", "fail_below")
     return {
         "what": options.suite or options.network or "shapes",
         **{name: getattr(options, name) for name in names},
@@ -202,9 +207,10 @@ def parse(arguments: Sequence[str] | None) -> Run:
         network = bool(options.network)
         peers = choose_peers(options.mode, options.peer, network)
         baselines = [] if peers and options.baseline is None else choose(options.mode, options.baseline, network)
+        ours = choose_ours(options.freeze, [*baselines, *peers])
     except ValueError as error:
         parser.error(str(error))
-    return Run(options, _problems(options, cases), [OURS, *baselines, *peers], _settings(options))
+    return Run(options, _problems(options, cases), [ours, *baselines, *peers], _settings(options))
 
 
 def _problems(options: argparse.Namespace, cases: Sequence[Case]) -> list[AnyProblem]:

@@ -15,7 +15,7 @@ import pytest
 
 sys.path.insert(0, str(pathlib.Path(__file__).parent.parent))  # benchmarks is no part of the installed package
 
-from benchmarks import options, run
+from benchmarks import implementations, options, run
 from benchmarks.cases import parse_shape, read_suite, suites
 from benchmarks.correctness import mismatch
 from benchmarks.data import Data, make_data
@@ -170,7 +170,7 @@ def test_end_to_end_of_every_network(tmp_path, network, mode):
 
 
 def test_wrong_network_is_never_timed(tmp_path, monkeypatch):
-    monkeypatch.setattr(options, "OURS", dataclasses.replace(OURS, layer="test_benchmarks:wrong_layers"))
+    monkeypatch.setattr(implementations, "OURS", dataclasses.replace(OURS, layer="test_benchmarks:wrong_layers"))
     path = tmp_path / "report.json"
     code = run.main([*QUICK, "--network", "resnet18", "--baseline", "raw", "--json", str(path)])
     results = json.loads(path.read_text(encoding="utf-8"))["layers"][0]["implementations"]

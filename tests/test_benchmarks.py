@@ -17,7 +17,7 @@ import pytest
 ROOT = pathlib.Path(__file__).parent.parent
 sys.path.insert(0, str(ROOT))  # benchmarks is no part of the installed package
 
-from benchmarks import options, run  # noqa: E402
+from benchmarks import implementations, run  # noqa: E402
 from benchmarks.cases import parse_shape  # noqa: E402
 from benchmarks.correctness import bound, mismatch  # noqa: E402
 from benchmarks.implementations import BASELINES, MODES, OURS, choose  # noqa: E402
@@ -366,7 +366,7 @@ def wrong_layers(problem, weights):
 
 
 def test_wrong_result_is_never_timed(tmp_path, monkeypatch, capsys):
-    monkeypatch.setattr(options, "OURS", dataclasses.replace(OURS, layer=f"{__name__}:wrong_layers"))
+    monkeypatch.setattr(implementations, "OURS", dataclasses.replace(OURS, layer=f"{__name__}:wrong_layers"))
     path = tmp_path / "report.json"
     arguments = ["--shape", SHAPE, "--batch", "4", "--quick", "--device", "cpu", "--json", str(path)]
     code = run.main([*arguments, "--mode", "train-forward", "--baseline", "raw"])
@@ -378,14 +378,3 @@ def test_wrong_result_is_never_timed(tmp_path, monkeypatch, capsys):
     assert results["raw"]["status"] == OK
     assert "ratio" not in results["raw"]
     assert "WRONG" in capsys.readouterr().out
-
-
-@pytest.mark.parametrize("elements", [1, 128, 129, 4096])
-def test_what_a_function_would_take_for_a_constant_is_an_argument(elements):
-    import tensorflow as tf
-
-    from benchmarks.workload import becomes_constant
-
-    large, tensor = tf.random.normal([4096]), tf.random.normal([elements])
-    captures = tf.function(lambda: tf.tanh(tensor), autograph=False).get_concrete_function().graph.get_operations()
-    assert becomes_constant([[large], [], [tensor]]) == (captures[0].type == "Const")

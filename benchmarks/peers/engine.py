@@ -10,7 +10,7 @@ import numpy as np
 
 from benchmarks.data import make_data
 from benchmarks.implementations import Implementation
-from benchmarks.measured import Call, Measured, Naming
+from benchmarks.measured import Call, Measured, Naming, repeated
 from benchmarks.network_data import NetworkDraw, network_images
 from benchmarks.networks import Builder, assemble
 from benchmarks.problem import AnyProblem, NetworkProblem, Problem
@@ -72,7 +72,7 @@ class MeasuredPeer(Measured):
         else:
             arrays, name = _build_layer(engine, problem), "output"
         calls = [engine.bind(each) for each in arrays]
-        return lambda: [call() for call in calls], lambda outputs: {name: engine.result(outputs[0])}
+        return repeated(lambda: [call() for call in calls]), lambda outputs: {name: engine.result(outputs[0])}
 
 
 def _build_network(engine: Engine[Any], problem: NetworkProblem) -> list[list[np.ndarray]]:
