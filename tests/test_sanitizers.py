@@ -128,7 +128,8 @@ def test_suite(instrumented, name, suite):
     """Without what is slow already, and without comparisons with TensorFlow, whose own code is not at stake."""
     sanitizer, folder = SANITIZERS[name], instrumented(name)
     arguments = ["-m", "pytest", "-p", "no:cacheprovider", "-m", "not slow", "-k", "not stock and not tensorflow"]
-    printed = run_instrumented(sanitizer, folder, *arguments, "--rootdir", folder, folder / "tests" / suite)
+    arguments += ["--capture=sys", "--rootdir", folder]  # or a report would be lost with the process
+    printed = run_instrumented(sanitizer, folder, *arguments, folder / "tests" / suite)
     assert " passed" in printed
 
 
