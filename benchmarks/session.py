@@ -8,6 +8,7 @@ import math
 import pathlib
 import shutil
 import tempfile
+import time
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
@@ -21,6 +22,7 @@ from benchmarks.process import Worker, WorkerError, library_environment
 from benchmarks.roofline import sizes
 
 _HARDWARE_SECONDS = 0.002  # of a sample of what the machine can do: short, for the best of many
+_PAUSE_SECONDS = 0.05  # before a sample: an engine's threads look for more work for a while, on cores that it needs
 OK, WRONG, FAILED = "ok", "wrong", "failed"
 
 
@@ -173,6 +175,7 @@ def _time(
         advance(f"{problem.name}: round {round_number + 1}")
         for name, count in repeats.items():
             if outcomes[name].status == OK:
+                time.sleep(_PAUSE_SECONDS)
                 with _failure_in(outcomes[name]):
                     outcomes[name].samples.append(right[name].call("sample", count, settings.clock))
 
