@@ -20,6 +20,10 @@ class Convolution:
         self.out = [self._out(axis) for axis in (0, 1)]
         self.output_shape = (self.inputs_shape[0], *self.out, self.filters_shape[3])
 
+    @property
+    def padded(self) -> bool:
+        return any(map(any, self.pads))
+
     def _pads(self, axis: int, padding: Any) -> tuple[int, int]:
         if not isinstance(padding, str):
             return tuple(padding[axis])

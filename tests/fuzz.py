@@ -129,7 +129,7 @@ KINDS = {
 TRAINED = {  # as networks train them, by a number below which they are drawn: there are kernels for just that
     _expanding: {
         0.45: {"dtype": "f32", "data_format": "NHWC", "training": True, "padding": "SAME"},
-        0.7: {"dtype": "bf16", "data_format": "NHWC", "training": True, "activation": "relu", "inputs_mean": 0.0},
+        0.7: {"dtype": "bf16", "data_format": "NHWC", "training": True, "activation": "relu"},
     },
     _half_precision: {0.7: {"dtype": "bf16", "data_format": "NHWC", "training": True}},
 }

@@ -110,8 +110,9 @@ def backward(
         dz = scale * du
         d_mean = g_mean - scale * d_beta
         d_variance = g_variance - scale * statistics.inv_std * d_gamma * 0.5
-    if problem.dtype == ml_dtypes.bfloat16 and problem.uses_batch:
-        dz = dz.widened(problem.dtype)  # AMX kernels round it, as stock ops do
+    lost = None
+    if problem.dtype == ml_dtypes.bfloat16 and problem.uses_batch:  # AMX kernels round dz, as stock ops do
+        lost, dz = dz.rounded(problem.dtype).value - dz.value, dz.widened(problem.dtype)
     convolution = problem.convolution
     taps = np.prod(convolution.filters_shape[:2])
     terms = taps * problem.group_out
@@ -122,6 +123,9 @@ def backward(
             d_inputs = Real(d_inputs.value, d_inputs.error + term.widened(problem.dtype).error, d_inputs.eps)
     mixed = problem.by_transforms_over_pixels(problem.inputs, dz)
     d_filters = bilinear(convolution.filters_gradient, problem.count, dz, problem.inputs, mixed)
+    if lost is not None and convolution.padded:  # equal dz round alike; a tap that reads none restores it
+        systematic = np.abs(convolution.filters_gradient(lost, problem.inputs.value))
+        d_filters = Real(d_filters.value, d_filters.error + systematic, d_filters.eps)
     return Backward(
         problem.image(d_inputs), d_filters.expected(problem.dtype), problem.vector(d_gamma), problem.vector(d_beta),
         problem.vector(d_mean), problem.vector(d_variance), None if residual is None else problem.image(du),
@@ -232,7 +236,9 @@ class _Problem:
             # summed one by one err by up to rows * eps / 4. The mean of a block errs by eps * mean, and its distance
             # from the mean of all, about std / sqrt(rows), by as much.
             centred = Real(z.value - mean.value, z.error, self.eps)
-            variance = (centred * centred).sum() * (1 / self.count)
+            squares = centred * centred  # and to second order: what is rounded the other way may lie near the mean
+            squares = Real(squares.value, squares.error + np.square(z.error), self.eps)
+            variance = squares.sum() * (1 / self.count)
             rounding = min(self.count, BLOCK_ROWS) / 4 * self.eps * variance.value
             rounding += 2 * self.eps * np.abs(mean.value) * np.sqrt(variance.value / self.count)
             if self.loss:  # transforms make different errors of equal pixels, and a variance of them

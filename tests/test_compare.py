@@ -60,6 +60,15 @@ def test_all_elements_near_their_bound(million):
     fails(million + 0.9e-6, expected(million), "root mean square")
 
 
+def test_equal_elements_near_their_bound(million):
+    """They round alike, as one; a few others beside them do not help."""
+    equal = np.full_like(million, 3.0)
+    assert_close(equal + 0.9e-6, expected(equal))
+    equal[:1000] = million[:1000]
+    assert_close(equal + 0.9e-6, expected(equal))
+    fails(equal + 1.1e-6, expected(equal), "beyond their tolerance")
+
+
 @pytest.mark.parametrize(("actual", "wanted"), [([-2.0], [-1.0]), ([-1.0], [1.0]), ([-1e-3], [-2e-3])])
 def test_negative_numbers(actual, wanted):
     fails(actual, expected(wanted), "beyond their tolerance")

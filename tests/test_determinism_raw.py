@@ -27,6 +27,8 @@ CASES = [
     replace(LARGE, training=False, dtype="bf16", kernel=(1, 1)),
     replace(LARGE, training=False, dtype="bf16", kernel=(1, 1), in_channels=64, out_channels=288, activation="relu"),
     replace(LARGE, training=False, dtype="bf16", in_channels=64, out_channels=96, activation="relu", residual=False),
+    replace(LARGE, dtype="bf16", kernel=(1, 1), inputs_mean=300.0),
+    replace(LARGE, dtype="bf16", padding="VALID", inputs_mean=300.0),
     replace(LARGE, height=67, width=61, kernel=(1, 1), in_channels=40, out_channels=24),
     replace(LARGE, dtype="f64", padding="VALID", dilations=(2, 1)),
     replace(LARGE, dtype="f16", kernel=(7, 7), in_channels=3, strides=(2, 2)),

@@ -60,6 +60,26 @@ def test_gradients_are_as_good_as_stock_under_a_large_mean_of_the_inputs(layer, 
         assert relative_error(getattr(ours, name), truth) <= 2 * relative_error(stock, truth) + 8 * EPS, name
 
 
+UNPADDED = {
+    "pointwise": LAYERS["pointwise"],
+    "strided": LAYERS["strided"],
+    "shortcut": Case(kernel=(1, 1), in_channels=40, out_channels=24, strides=(2, 2)),
+    "first": Case(in_channels=3, out_channels=24, strides=(2, 2), padding="VALID"),
+}
+
+
+@pytest.mark.parametrize("momentum", [0, 0.9])
+@pytest.mark.parametrize("layer", UNPADDED)
+def test_bfloat16_filters_gradients_under_a_large_mean_of_the_inputs(layer, momentum):
+    """z takes few different values, whose dz round alike: times the mean that would be 2 % of d_filters and more."""
+    case = replace(
+        UNPADDED[layer], batch=4, height=27, width=21, training=True, activation="relu", dtype="bf16", inputs_mean=300,
+        momentum=momentum,
+    )  # fmt: skip
+    problem = Problem(case)
+    assert relative_error(problem.run_backward().filters.astype(float), problem.backward.filters.value) <= 2**-8
+
+
 NON_FINITE = Case(batch=2, height=9, width=11, in_channels=5, out_channels=19)
 LOST = {"winograd2": 2, "winograd4": 8}  # pixels of tiles that one pixel's 3x3 may reach into, as multiples of 9
 ALGORITHMS = pytest.mark.parametrize("algorithm", ["direct", "winograd2", "winograd4", "depthwise"])

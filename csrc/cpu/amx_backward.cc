@@ -28,10 +28,12 @@ class AmxBackward {
         blocks_(set, p, buffers, image(buffers.conv_out, output_grid(p)), GradientBlocks<float>::blocks(p), workers_,
                 &arena_, true),
         wgrad_(set, p, buffers.inputs),
+        rounding_(set, p, buffers, wgrad_.ranges(), workers_, &arena_),
         fused_(wgrad_.reader().in_order()),
         dgrad_(set.f32, storage_of<float>(set, p.dtype), image(nullptr, output_grid(p)), one_tap_windows(p),
                {1, p.out_channels, p.in_channels}) {
     wgrad_scratch_ = wgrad_.carve(&arena_, workers_);
+    wgrad_scratch_.rounding = &rounding_;
     if (fused_) {
       dgrad_scratch_ = dgrad_.carve(&arena_, workers_);
       const int64_t rows = wgrad_.reader().max_rows() + kSlack;
@@ -45,9 +47,12 @@ class AmxBackward {
     }
   }
 
+  AmxBackward(const AmxBackward&) = delete;  // wgrad_scratch_ refers to rounding_
+
   size_t scratch_bytes() const { return arena_.used(); }
 
   void run(ParallelFor* parallel) const {
+    if (b_.d_filters) rounding_.prepare();
     blocks_.reduce(parallel);
     if (!b_.d_inputs && !b_.d_filters && !b_.d_residual) return;
     fused_ ? run_strips(parallel) : run_passes(parallel);
@@ -140,6 +145,7 @@ class AmxBackward {
   Arena arena_;
   GradientBlocks<float> blocks_;
   AmxFilterGradient wgrad_;
+  AmxRounding rounding_;
   bool fused_;
   AmxConvolution<float> dgrad_;  // fused
   AmxFilterGradient::Scratch wgrad_scratch_;

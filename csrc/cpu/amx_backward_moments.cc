@@ -5,6 +5,7 @@
 // d_inputs takes two terms, the first of which is bfloat16 when the second is added: W slope and W curve W' are rounded
 // where backward_direct_amx rounds dz.
 #include <algorithm>
+#include <cstring>
 #include <vector>
 
 #include "amx_convolve.h"
@@ -25,10 +26,11 @@ class AmxBackwardByMoments {
         b_(b),
         k_(set.f32),
         storage_(storage_of<float>(set, p.dtype)),
-        saved_{static_cast<float*>(const_cast<void*>(saved)), p.in_channels},
+        conv_out_(saved),
         d_inputs_(b.d_inputs, storage_, input_grid(p)),
         d_residual_(b.d_residual, storage_, output_grid(p)),
         arena_(scratch),
+        saved_{arena_.take<float>(saved_elements()), p.in_channels},
         channels_(p, b, 0, &arena_),
         filters_(storage_, b.filters, p.in_channels * p.out_channels, &arena_),
         scatter_product_(set, p, b.filters),
@@ -43,6 +45,7 @@ class AmxBackwardByMoments {
   size_t scratch_bytes() const { return arena_.used(); }
 
   void run(ParallelFor* parallel) const {
+    std::memcpy(saved_.data, conv_out_, saved_elements() * sizeof(float));
     channels_.prepare();
     filters_.convert();
     if (b_.d_inputs) {
@@ -64,6 +67,7 @@ class AmxBackwardByMoments {
   };
 
   static Windows windows(const ConvBnParams& p) { return {p.batch, p.out_height, p.out_width, 1, 1, {{0, 0}}}; }
+  int64_t saved_elements() const { return (p_.in_channels + 2) * p_.in_channels; }
   int64_t strip_rows() const { return correlation_.reader().max_rows() + kSlack; }
   static const char* at(const void* memory, int64_t element) {
     return static_cast<const char*>(memory) + element * static_cast<int64_t>(sizeof(uint16_t));
@@ -240,9 +244,10 @@ class AmxBackwardByMoments {
   BackwardBuffers b_;
   const ComputeKernels<float>& k_;
   Storage<float> storage_;
-  SavedMoments<float> saved_;
+  const void* conv_out_;  // where moments lie as 16-bit numbers, maybe not where a float may
   Image<float> d_inputs_, d_residual_;
   Arena arena_;
+  SavedMoments<float> saved_;
   ChannelGradients<float> channels_;
   ComputeFilters<float> filters_;
   AmxScatterTimesFilters scatter_product_;

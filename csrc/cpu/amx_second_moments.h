@@ -76,7 +76,7 @@ class AmxSecondMoments {
     const auto rows_of = [&](int64_t index) {
       const auto strip = products_.reader().strip(index);
       const uint16_t* rows = products_.reader().read(strip, s.staged[worker]);
-      add_rows(rows, stride, strip.rows(), s.strip_sums[worker], sums);
+      add_row_sums(k_, rows, stride, strip.rows(), channels(), s.strip_sums[worker], sums);
       return rows;
     };
     const int64_t elements = products_.sum_elements(), end = products_.first_strip(range + 1);
@@ -87,14 +87,6 @@ class AmxSecondMoments {
                                   s.products, worker);
       for (int64_t i = 0; i < elements; ++i) squares[i] += s.products.sums[range * elements + i];
     }
-  }
-
-  void add_rows(const uint16_t* rows, int64_t stride, int64_t count, float* strip_sums, double* sums) const {
-    std::fill_n(strip_sums, channels(), 0.0f);
-    GradientBlock<float> block{};
-    block.dy = rows, block.ld_dy = stride, block.rows = count, block.cols = channels(), block.sum_du = strip_sums;
-    k_.mask[static_cast<int>(Activation::kNone)](block);
-    for (int64_t c = 0; c < channels(); ++c) sums[c] += strip_sums[c];
   }
 
   // Adds a tile's ranges.

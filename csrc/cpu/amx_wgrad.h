@@ -9,6 +9,7 @@
 #include <algorithm>
 #include <vector>
 
+#include "amx_rounding.h"
 #include "amx_rows.h"
 #include "arena.h"
 #include "compute_type.h"
@@ -36,6 +37,7 @@ class AmxFilterGradient {
   struct Scratch {
     float* sums;  // [ranges][panels][row blocks][taps][32][32]
     std::vector<Worker> workers;
+    const AmxRounding* rounding = nullptr;  // unless null, what dz lost is restored where it matters
   };
 
   Scratch carve(Arena* arena, int workers) const {
@@ -74,7 +76,11 @@ class AmxFilterGradient {
                          const DzOf& dz_of, void* d_filters, const Scratch& s, int worker) const {
     for (int64_t first = begin, pieces; first < end; first += pieces) {
       pieces = equal_strips(first, std::min(first + group_strips_, end));
-      for (int64_t i = 0; i < pieces; ++i) pack(i, first + i, dz_of(first + i), stride, part, parts, s, worker);
+      for (int64_t i = 0; i < pieces; ++i) {
+        const uint16_t* dz = dz_of(first + i);
+        if (restores(s)) add_lost(range, first + i, dz, stride, part, parts, s, worker);
+        pack(i, first + i, dz, stride, part, parts, s, worker);
+      }
       char* stored = first + pieces == end ? static_cast<char*>(d_filters) : nullptr;
       multiply(range, pieces, reader_.strip(first).rows(), first > begin, stored, part, parts, s, worker);
     }
@@ -83,8 +89,8 @@ class AmxFilterGradient {
   // Adds the ranges and stores, where there are several.
   void finish(void* d_filters, const Scratch& s, ParallelFor* parallel) const {
     if (ranges_ == 1) return;
-    for_tiles(s, parallel, [&](const float* tile, int64_t tap, int64_t block, int64_t panel) {
-      store(tile, tap, block, panel, static_cast<char*>(d_filters));
+    for_tiles(s, parallel, [&](float* tile, int64_t tap, int64_t block, int64_t panel) {
+      store(tile, tap, block, panel, static_cast<char*>(d_filters), s);
     });
   }
 
@@ -141,6 +147,17 @@ class AmxFilterGradient {
   int64_t panel_sums() const { return row_blocks() * reader_.taps() * kTile * kTile; }
   int64_t ld() const { return depth(reader_.max_read_rows()) + kTile; }  // no multiple of a page
 
+  static bool restores(const Scratch& s) { return s.rounding && s.rounding->matters(); }
+  Span columns(int64_t part, int64_t parts) const {
+    return {first_panel(part, parts) * kTile, std::min(first_panel(part + 1, parts) * kTile, p_.out_channels)};
+  }
+
+  void add_lost(int64_t range, int64_t strip, const uint16_t* dz, int64_t stride, int64_t part, int64_t parts,
+                const Scratch& s, int worker) const {
+    const Span of = columns(part, parts);
+    s.rounding->add(range, dz + of.begin, stride, reader_.strip(strip).rows(), of.begin, of.size(), worker);
+  }
+
   // Packs a strip as piece `piece` of a group.
   void pack(int64_t piece, int64_t strip_index, const uint16_t* dz, int64_t stride, int64_t part, int64_t parts,
             const Scratch& s, int worker) const {
@@ -148,9 +165,8 @@ class AmxFilterGradient {
     const Worker& w = s.workers[worker];
     k_.transpose(reader_.read(strip, w.staged), reader_.row_elements(), reader_.read_rows(strip), rows(),
                  w.columns + piece * piece_columns(), ld());
-    const int64_t column = first_panel(part, parts) * kTile;
-    const int64_t cols = std::min(first_panel(part + 1, parts) * kTile, p_.out_channels) - column;
-    k_.pairs(dz + column, stride, strip.rows(), cols, w.panels + piece * piece_panels());
+    const Span of = columns(part, parts);
+    k_.pairs(dz + of.begin, stride, strip.rows(), of.size(), w.panels + piece * piece_panels());
   }
 
   // Adds the products of a group's first `pieces` to a range's sums, or sets them. Sums that are complete are stored
@@ -169,22 +185,25 @@ class AmxFilterGradient {
           const uint16_t* columns = w.columns + block * kTile * ld() + reader_.tap_offset()[t] / reader_.row_elements();
           k_.outer({columns, ld(), piece_columns(), w.panels + panel * kTile * depth, piece_panels(), pieces, depth},
                    add, to);
-          if (stored) store(to, t, block, begin + panel, stored);
+          if (stored) store(to, t, block, begin + panel, stored, s);
         }
     k_.end();
   }
 
   // Rows of a merged tap are pixel after pixel, with padding.
-  void store(const float* tile, int64_t tap, int64_t block, int64_t panel, char* d_filters) const {
+  void store(float* tile, int64_t tap, int64_t block, int64_t panel, char* d_filters, const Scratch& s) const {
     const int64_t pixel = reader_.pixel(), column = panel * kTile, end = std::min((block + 1) * kTile, rows());
     const int64_t merged = p_.taps() / reader_.taps(), cols = std::min(kTile, p_.out_channels - column);
     for (int64_t row = block * kTile, count; row < end; row += count) {
       const int64_t channel = row % pixel, left = p_.in_channels - channel;
       count = std::min(end - row, pixel - channel);
       if (left <= 0) continue;
-      const int64_t element = ((tap * merged + row / pixel) * p_.in_channels + channel) * p_.out_channels + column;
-      storage_.kernels.store(tile + (row - block * kTile) * kTile, kTile, std::min(count, left), cols,
-                             d_filters + element * storage_.element_bytes, p_.out_channels, 1, false);
+      const int64_t own_tap = tap * merged + row / pixel;
+      float* gradient = tile + (row - block * kTile) * kTile;
+      if (restores(s)) s.rounding->restore(own_tap, channel, std::min(count, left), column, cols, gradient, kTile);
+      const int64_t element = (own_tap * p_.in_channels + channel) * p_.out_channels + column;
+      storage_.kernels.store(gradient, kTile, std::min(count, left), cols, d_filters + element * storage_.element_bytes,
+                             p_.out_channels, 1, false);
     }
   }
 

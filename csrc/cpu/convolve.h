@@ -108,7 +108,7 @@ class Convolution {
         reader_(source, groups_ * depth_, windows, groups_ == 1, table_rows_, blocks_in_task_ * kBlockRows),
         parts_(reader_.taps(), reader_.depth() * depth_, kPartBytes / (kernels.gemm_columns * sizeof(C))) {
     fetches_blocks_ = !in_cache_ && reader_.gapless();
-    if (!reader_.staged()) blocks_in_task_ = fetches_blocks_ ? kBlocksAhead : 1;
+    if (!reader_.staged() || reader_.stages_apart()) blocks_in_task_ = fetches_blocks_ ? kBlocksAhead : 1;
   }
 
   struct Scratch {

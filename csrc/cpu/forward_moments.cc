@@ -1,5 +1,6 @@
 // The forward stage where the second moments of the inputs give the statistics.
 #include <algorithm>
+#include <cstring>
 
 #include "amx_convolve.h"
 #include "amx_second_moments.h"
@@ -18,8 +19,9 @@ class ForwardByMoments {
   ForwardByMoments(const KernelSet& set, const ConvBnParams& p, const DeviceInfo& device, const ForwardBuffers& b,
                    char* scratch)
       : p_(p),
-        saved_{static_cast<C*>(b.conv_out), p.in_channels},
         kept_(scratch),
+        conv_out_(b.conv_out),
+        saved_{holds_elements(p) ? static_cast<C*>(b.conv_out) : kept_.take<C>(saved_elements()), p.in_channels},
         statistics_(set, p, b.filters, &kept_),
         rest_(scratch ? scratch + kept_.used() : nullptr),
         forward_(set, p, device, without_saved(b), Image<C>(b.output, storage_of<C>(set, p.dtype), output_grid(p)),
@@ -35,8 +37,19 @@ class ForwardByMoments {
 
   // z that varies far less than the inputs make its terms vary is computed, and measured, where the output will lie.
   void train(ParallelFor* parallel) const {
+    run(parallel);
+    if (saved_.data != conv_out_) std::memcpy(conv_out_, saved_.data, saved_elements() * sizeof(C));
+  }
+
+ private:
+  static ForwardBuffers without_saved(ForwardBuffers b) { return b.conv_out = nullptr, b; }
+  // Else conv_out is of 16-bit numbers, and may lie where a C may not.
+  static bool holds_elements(const ConvBnParams& p) { return p.dtype == DType::kFloat32 || p.dtype == DType::kFloat64; }
+  int64_t saved_elements() const { return (p_.in_channels + 2) * p_.in_channels; }
+
+  void run(ParallelFor* parallel) const {
     if (p_.pixels() == 0) {
-      std::fill_n(saved_.data, (p_.in_channels + 2) * p_.in_channels, C(0));
+      std::fill_n(saved_.data, saved_elements(), C(0));
       return forward_.train(parallel);
     }
     moments_.run(moments_scratch_, parallel, saved_);
@@ -44,12 +57,10 @@ class ForwardByMoments {
     forward_.train_with(statistics_.mean(), statistics_.squares(), parallel);
   }
 
- private:
-  static ForwardBuffers without_saved(ForwardBuffers b) { return b.conv_out = nullptr, b; }
-
   const ConvBnParams& p_;
-  SavedMoments<C> saved_;
   Arena kept_;
+  void* conv_out_;
+  SavedMoments<C> saved_;
   Statistics statistics_;
   char* rest_;  // of the scratch, behind what is kept
   Forward<C, Conv> forward_;

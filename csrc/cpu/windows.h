@@ -53,9 +53,12 @@ class WindowReader {
     merged_ = may_merge && can_merge() && (!source.direct() || channels < 16);
     staged_ = merged_ || !source.direct();
     if (merged_) merge();
+    in_order_ = staged_ && !merged_ && one_for_one();
   }
 
   bool staged() const { return staged_; }
+  // Whether what a run of positions has staged is of no use to those before and behind.
+  bool stages_apart() const { return in_order_; }
   int64_t taps() const { return static_cast<int64_t>(windows_.taps.size()); }
   int64_t depth() const { return depth_; }  // in units of the source's channels
 
@@ -73,20 +76,28 @@ class WindowReader {
 
   struct Scratch {
     const C** rows;       // [taps][table_rows]
-    int64_t* image_base;  // [images]: element offset of the line 0 of an image
+    int64_t* image_base;  // [images]: element offset of the line 0 of an image; or the first position
     C* lines;             // staged lines
     const C* zeros;       // one row of a tap
   };
 
   Scratch carve(Arena* arena, const C* zeros) const {
     return {arena->take<const C*>(taps() * table_rows_), arena->take<int64_t>(max_images()),
-            arena->take<C>(staged_ ? max_lines() * line_elements() : 0), zeros};
+            arena->take<C>(in_order_ ? stage_rows_ * channels_
+                           : staged_ ? max_lines() * line_elements()
+                                     : 0),
+            zeros};
   }
   int64_t zero_elements() const { return channels_ * depth_; }
 
   // Points rows[t][r] at what position first + r reads through tap t, r < count <= table_rows. stage() must have
   // covered these positions.
   void point(int64_t first, int64_t count, const Scratch& s) const {
+    if (in_order_) {
+      const C* row = s.lines + (first - s.image_base[0]) * channels_;
+      for (int64_t r = 0; r < count; ++r, row += channels_) s.rows[r] = row;
+      return;
+    }
     const Grid& grid = source_.grid();
     const int64_t height = grid.height, width = staged_ ? line_pixels() : grid.width;
     const int64_t pixel = staged_ ? channels_ : grid.pixel_stride;
@@ -115,6 +126,10 @@ class WindowReader {
   // direct source.
   void stage(int64_t first, int64_t count, const Scratch& s) const {
     if (!staged_) return;
+    if (in_order_) {
+      s.image_base[0] = first;
+      return source_.copy(first, count, 0, channels_, {s.lines, channels_});
+    }
     const Position begin = position(first), end = position(first + count - 1);
     s.image_base[max_images() - 1] = begin.image;
     int64_t slot = 0;
@@ -149,6 +164,13 @@ class WindowReader {
     return p.image * height + std::clamp<int64_t>(p.line * windows_.step_height + tap_height, 0, height);
   }
   int64_t line_behind(const Position& p) const { return line_of(p, high_ + 1); }
+
+  bool one_for_one() const {
+    const Grid& grid = source_.grid();
+    const auto& taps = windows_.taps;
+    return taps.size() == 1 && taps[0].height == 0 && taps[0].width == 0 && windows_.step_height == 1 &&
+           windows_.step_width == 1 && windows_.height == grid.height && windows_.width == grid.width;
+  }
 
   // Taps in lines of adjacent pixels, each line as long as the first.
   bool can_merge() const {
@@ -210,7 +232,7 @@ class WindowReader {
   int64_t table_rows_, stage_rows_;
   int64_t low_ = kFar, high_ = -kFar, left_ = kFar, right_ = -kFar;  // of the taps
   int64_t depth_ = 1;
-  bool merged_ = false, staged_ = false;
+  bool merged_ = false, staged_ = false, in_order_ = false;
 };
 
 }  // namespace fusedconvbn
