@@ -99,8 +99,9 @@ class Forward {
     }
     if (output_.in_place())
       epilogue.in_place = [this](const Tile<C>& t) {
-        return GemmOutput<C>{
-            t.data, false, in_place_of_tile(), in_place_block(t.data, t.ld, t), false, static_cast<int>(p_.activation)};
+        GemmOutput<C> to{t.data, false, in_place_of_tile(), in_place_block(t.data, t.ld, t)};
+        to.activation = static_cast<int>(p_.activation);
+        return to;
       };
     convolve(parallel, epilogue);
   }
