@@ -2,13 +2,15 @@
 
 Each array of a call lies between bytes that are all ones, NaN in every type. Results and workspace are such bytes at
 first, so that a result that is not written, or made of scratch that is not, is NaN too. Where AddressSanitizer runs, it
-reports whoever touches the bytes around.
+reports whoever touches the bytes around. It does not see what tiles of AMX load, nor what vectors do with a mask:
+arrays at the end or the beginning of a page, beside one that nobody may touch, make reading astray a fault.
 """
 
 from __future__ import annotations
 
 import contextlib
 import ctypes
+import mmap
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -42,12 +44,16 @@ class Guarded:
 
     def __init__(self, array: np.ndarray, offset: int, is_result: bool):
         self.original, self.is_result = array, is_result
-        self._memory = np.full(array.nbytes + 2 * GUARD + LINE, 0xFF, np.uint8)
-        start = -self._memory.ctypes.data % LINE + GUARD + offset * array.itemsize
+        self._memory, start = self._allocate(array, offset)
         self._around = (slice(0, start), slice(start + array.nbytes, None))
         self.array = self._memory[start : start + array.nbytes].view(array.dtype).reshape(array.shape)
         if not is_result:
             self.array[...] = array
+
+    def _allocate(self, array: np.ndarray, offset: int) -> tuple[np.ndarray, int]:
+        """Bytes, and where among them the array is to begin."""
+        memory = np.full(array.nbytes + 2 * GUARD + LINE, 0xFF, np.uint8)
+        return memory, -memory.ctypes.data % LINE + GUARD + offset * array.itemsize
 
     def mark(self, act: Callable[[ctypes.c_void_p, ctypes.c_size_t], None]) -> None:
         """Forbids or allows access to what is around."""
@@ -68,11 +74,41 @@ class Guarded:
             self.original[...] = self.array
 
 
+class BeforePage(Guarded):
+    """An array whose last byte is its page's last, as far as its alignment allows; `offset` is ignored."""
+
+    def _allocate(self, array: np.ndarray, offset: int) -> tuple[np.ndarray, int]:
+        memory = self._between_pages(array.nbytes)
+        alignment = LINE if array.dtype == np.uint8 else array.itemsize  # bytes: a workspace, packed filters
+        return memory, (memory.size - array.nbytes) // alignment * alignment
+
+    @staticmethod
+    def _between_pages(size: int) -> np.ndarray:
+        size = -(-size // mmap.PAGESIZE) * mmap.PAGESIZE
+        everything = np.frombuffer(mmap.mmap(-1, size + 2 * mmap.PAGESIZE), np.uint8)
+        memory, no_access = everything[mmap.PAGESIZE : mmap.PAGESIZE + size], 0
+        memory[...] = 0xFF
+        for page in (everything[: mmap.PAGESIZE], everything[mmap.PAGESIZE + size :]):
+            address, extent = ctypes.c_void_p(page.ctypes.data), ctypes.c_size_t(page.nbytes)
+            assert ctypes.CDLL(None).mprotect(address, extent, no_access) == 0
+        return memory
+
+    def mark(self, act: Callable[[ctypes.c_void_p, ctypes.c_size_t], None]) -> None:
+        """The pages around are enough."""
+
+
+class BehindPage(BeforePage):
+    """An array whose first byte is its page's first."""
+
+    def _allocate(self, array: np.ndarray, offset: int) -> tuple[np.ndarray, int]:
+        return self._between_pages(array.nbytes), 0
+
+
 class GuardedCore:
     """fusedconvbn._core with guarded calls."""
 
-    def __init__(self, core: Any, offset: int):
-        self._core, self._offset = core, offset
+    def __init__(self, core: Any, offset: int, memory: type[Guarded] = Guarded):
+        self._core, self._offset, self._memory = core, offset, memory
 
     def __getattr__(self, name: str) -> Any:
         return getattr(self._core, name)
@@ -93,10 +129,10 @@ class GuardedCore:
     def _run(self, direction: str, plan: Any, arrays: tuple[np.ndarray | None, ...]) -> None:
         first_result = len(arrays) - RESULTS[direction]
         guarded = [
-            None if array is None else Guarded(array, self._offset_of(array), position >= first_result)
+            None if array is None else self._memory(array, self._offset_of(array), position >= first_result)
             for position, array in enumerate(arrays)
         ]
-        workspace = Guarded(np.empty(plan.workspace_bytes, np.uint8), 0, True)
+        workspace = self._memory(np.empty(plan.workspace_bytes, np.uint8), 0, True)
         everything = [*filter(None, guarded), workspace]
         for memory in everything:
             memory.mark(SANITIZER.forbid)
@@ -113,10 +149,10 @@ class GuardedCore:
 
 
 @contextlib.contextmanager
-def guarded(offset: int = 0) -> Iterator[None]:
+def guarded(offset: int = 0, memory: type[Guarded] = Guarded) -> Iterator[None]:
     """Within it, calls of `raw` run on guarded memory whose arrays begin `offset` elements behind a cache line."""
     load = raw._load
-    raw._load = _Loader(GuardedCore(_load.core(), offset))
+    raw._load = _Loader(GuardedCore(_load.core(), offset, memory))
     try:
         yield
     finally:

@@ -16,12 +16,12 @@ from functools import cache
 import pytest
 from cases import ACTIVATIONS, Case
 from fuzz import Draw, Run, draw, runs
-from guarded import guarded
+from guarded import BeforePage, BehindPage, Guarded, guarded
 from raw_problem import Problem, planned
 
 from fusedconvbn import raw
 
-FAST, ALL = 300, 2100
+FAST, ALL, ON_PAGES = 300, 2100, 40
 LEAST = 10  # cases of the fast part that each row is to meet
 FIRST = int(os.environ.get("FUSEDCONVBN_FUZZ_SEED", 0))
 CASES = int(os.environ.get("FUSEDCONVBN_FUZZ_CASES", ALL))
@@ -34,8 +34,8 @@ SEEDS = [
 class Checker:
     """Runs of one draw; the oracle's results are kept for each algorithm."""
 
-    def __init__(self, drawn: Draw):
-        self.drawn = drawn
+    def __init__(self, drawn: Draw, memory: type[Guarded]):
+        self.drawn, self.memory = drawn, memory
         self.problem = cache(self._problem)
 
     def _problem(self, algorithm: str, start: str, stores_z: bool) -> Problem:
@@ -52,7 +52,7 @@ class Checker:
         drawn = self.drawn
         stores_z = run.stores_z or "output" in options or (run.direction == "forward" and falls_back(drawn.case))
         problem = self.problem(run.transforms, run.start, stores_z)
-        with guarded(drawn.offset):
+        with guarded(drawn.offset, self.memory):
             if run.direction == "forward":
                 result = self._forward(problem, run)
             else:
@@ -69,9 +69,9 @@ def falls_back(case: Case) -> bool:
     return case.inputs_mean > 0
 
 
-def failures(drawn: Draw) -> list[str]:
+def failures(drawn: Draw, memory: type[Guarded] = Guarded) -> list[str]:
     """What each run that is not as the oracle says has to say."""
-    checker, found = Checker(drawn), []
+    checker, found = Checker(drawn, memory), []
     for run, options in calls(drawn.case):
         try:
             checker.check(run, options)
@@ -93,6 +93,13 @@ def calls(case: Case) -> Iterator[tuple[Run, dict[str, None]]]:
 def test_every_kernel_that_supports_it(seed):
     drawn = draw(seed)
     assert (found := failures(drawn)) == [], "\n".join([f"seed {seed}, {drawn}", *found])
+
+
+@pytest.mark.parametrize("memory", [BeforePage, BehindPage])
+@pytest.mark.parametrize("seed", range(ON_PAGES))
+def test_nothing_beyond_the_arrays_is_read(seed, memory):
+    """A fault would end the process."""
+    assert failures(draw(seed), memory) == []
 
 
 def test_every_kernel_meets_many_cases_of_the_fast_part():

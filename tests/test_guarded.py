@@ -1,6 +1,10 @@
 """The guard itself: each way in which a kernel may touch memory that is not its own, by a core that does so."""
 
 import ctypes
+import signal
+import subprocess
+import sys
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -83,3 +87,15 @@ def test_results_within_are_those_without():
         within = problem.run_forward()
     for inside, outside in zip(within, problem.run_forward(), strict=True):
         np.testing.assert_array_equal(inside, outside)
+
+
+@pytest.mark.parametrize(("memory", "element"), [("BeforePage", 100), ("BehindPage", -1)])
+def test_reading_beyond_a_page_is_a_fault(memory, element):
+    script = f"""
+import ctypes, guarded, numpy as np
+array = guarded.{memory}(np.zeros(100, np.float32), 0, True).array
+print(*array[[0, 99]], flush=True)
+ctypes.string_at(array.ctypes.data + 4 * {element}, 1)
+"""
+    done = subprocess.run([sys.executable, "-c", script], cwd=Path(__file__).parent, capture_output=True, text=True)
+    assert (done.returncode, done.stdout) == (-signal.SIGSEGV, "nan nan\n"), done.stderr

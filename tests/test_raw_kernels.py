@@ -15,6 +15,7 @@ from cases import (
     sliding_cases,
     winograd_cases,
 )  # fmt: skip
+from guarded import BeforePage, BehindPage, guarded
 from raw_problem import Problem, planned
 
 from fusedconvbn import raw
@@ -153,6 +154,13 @@ def test_forced_kernel(kernel, case):
         problem.check_backward(problem.run_backward(saved, kernel=kernel.name))
     else:
         assert kernel.stage == "forward"
+
+
+@pytest.mark.parametrize("memory", [BeforePage, BehindPage])
+@pytest.mark.parametrize("case", AMX_LINES, ids=str)
+def test_rows_computed_twice_lie_within_the_arrays(case, memory):
+    with guarded(memory=memory):
+        Problem(case).run_forward(threads=2)
 
 
 ROUNDED = [(row, case) for row, case in RUNS if case.training and case.dtype == "f32" and "moments" not in row.name]
