@@ -22,6 +22,7 @@ struct WinogradPrices {
   // and from beyond.
   double filter[3][3];
   double filter_in_cache[3];  // the same, of few windows: transformed part by part in L2; 0: not done
+  double far_filter[3];       // more for it, for each MiB of the filters as they come
 };
 
 constexpr WinogradPrices kConvolutionPrices = {16,
@@ -29,9 +30,10 @@ constexpr WinogradPrices kConvolutionPrices = {16,
                                                {0.0093, 0.0133, 0.0163},
                                                {0, 0.11, 0.085},
                                                {0, 0.058, 0.062},
-                                               {0, 0.1, 0.46},
-                                               {{0.35, 0.46, 0.49}, {0.36, 0.50, 0.35}, {0.56, 0.38, 0.21}},
-                                               {0, 0.32, 0.19}};
+                                               {0, 0.1, 0.51},
+                                               {{0.35, 0.41, 0.43}, {0.40, 0.50, 0.32}, {0.56, 0.42, 0.36}},
+                                               {0, 0.35, 0.19},
+                                               {0, 0, 0}};
 // With filters packed before, as inference usually has them.
 constexpr WinogradPrices kPackedPrices = {16,
                                           16,
@@ -40,16 +42,18 @@ constexpr WinogradPrices kPackedPrices = {16,
                                           {0, 0.060, 0.082},
                                           {0, 0.1, 0.52},
                                           {{0.02, 0.17, 0.21}, {0.03, 0.21, 0.11}, {0.03, 0.15, 0.07}},
-                                          {0, 0.15, 0.1}};
+                                          {0, 0.15, 0.1},
+                                          {0, 0, 0}};
 // With transposed filters, whose columns are the inputs' channels.
 constexpr WinogradPrices kInputGradientPrices = {16,
                                                  6,
                                                  {0.0103, 0.0134, 0.0162},
                                                  {0, 0.11, 0.14},
                                                  {0, 0.028, 0.022},
-                                                 {0, 0.1, 0.38},
-                                                 {{0.61, 0.63, 0.46}, {0.83, 0.55, 0.44}, {0.96, 0.43, 0.30}},
-                                                 {0, 0.46, 0.26}};
+                                                 {0, 0.1, 0.30},
+                                                 {{0.31, 0.61, 0.44}, {0.47, 0.66, 0.50}, {0.50, 0.88, 0.50}},
+                                                 {0, 0.28, 0.15},
+                                                 {0, 0.057, 0.03}};
 // Sums of elements of filters are transformed in cache.
 constexpr WinogradPrices kFilterGradientPrices = {32,
                                                   0,
@@ -58,6 +62,7 @@ constexpr WinogradPrices kFilterGradientPrices = {32,
                                                   {0, 0.13, 0.12},
                                                   {0, 0, 0},
                                                   {{0, 0.1, 0.1}, {0.2, 0.18, 0.14}, {0.2, 0.18, 0.14}},
+                                                  {0, 0, 0},
                                                   {0, 0, 0}};
 
 // Whether the transformed inputs of so many windows of F(MxM), and their products by a panel, stay in an L2 of 2 MiB,
@@ -79,6 +84,14 @@ inline double filter_price(const WinogradPrices& prices, int i, int64_t filters)
   return prices.filter[filters * 4 > kL3 ? 2 : filters * 4 > kL2 ? 1 : 0][i];
 }
 
+// Of an element that is transformed in cache, of so many of filters before. These are packed first: the larger they
+// are, the more of them is read from beyond L2, and written there and read again.
+inline double filter_in_cache_price(const WinogradPrices& prices, int i, int64_t filters) {
+  constexpr double kMiB = 1 << 20, kFarFilters = 8;
+  return prices.filter_in_cache[i] +
+         prices.far_filter[i] * std::min(kFarFilters, static_cast<double>(filters * 4) / kMiB);
+}
+
 // Whether a block of windows, transformed and multiplied, is far more than L2 has room for.
 inline bool is_deep(int64_t elements, const WinogradProblem& p) {
   constexpr int64_t kWindows = 36, kPanel = 32, kPanels = 16, kMaxBytes = 3 << 20;
@@ -90,21 +103,28 @@ inline bool is_deep(int64_t elements, const WinogradProblem& p) {
 template <int M>
 double winograd_cost(const WinogradPrices& prices, const WinogradProblem& p) {
   constexpr int i = M / 2;
-  constexpr int64_t kElements = (M + 2) * (M + 2), kPanel = 32;
+  constexpr int64_t kTaps = 9, kElements = (M + 2) * (M + 2), kPanel = 32;
   const int64_t cols = ceil_div(p.cols, kPanel) * kPanel, filters = kElements * p.depth * cols;
   const int64_t windows = p.batch * ceil_div(p.height, M) * ceil_div(p.width, M);
   const bool in_cache = prices.filter_in_cache[i] > 0 && winograd_inputs_fit_cache<M>(windows, p.depth, 4);
-  const double filter = in_cache ? prices.filter_in_cache[i] : filter_price(prices, i, filters);
+  const double filter =
+      in_cache ? filter_in_cache_price(prices, i, kTaps * p.depth * cols) : filter_price(prices, i, filters);
   const double input = prices.input[i] + (in_cache || !is_deep(kElements, p) ? 0 : prices.deep[i]);
   const double transforms = input * static_cast<double>(p.depth) + prices.output[i] * static_cast<double>(cols);
   return static_cast<double>(filters) * (filter + prices.product[i] * static_cast<double>(windows)) +
          static_cast<double>(kElements * windows) * transforms;
 }
 
+// Columns and what panels of them cost more: one of few columns less, as it has room for more rows.
+inline int64_t direct_columns_worked(int64_t cols, int64_t overhead) {
+  constexpr int64_t kPanel = 64;
+  return cols + cols / kPanel * overhead + std::min(overhead, cols % kPanel / 2);
+}
+
 inline double direct_cost(const WinogradPrices& prices, const WinogradProblem& p) {
-  constexpr int64_t kTaps = 9, kPanel = 64;
+  constexpr int64_t kTaps = 9;
   const int64_t cols = ceil_div(p.cols, prices.direct_columns) * prices.direct_columns;
-  const int64_t worked = cols + ceil_div(p.cols, kPanel) * prices.direct_overhead;
+  const int64_t worked = direct_columns_worked(cols, prices.direct_overhead);
   const double filters = static_cast<double>(kTaps * p.depth * cols);
   return filters * filter_price(prices, 0, kTaps * p.depth * cols) +
          prices.product[0] * static_cast<double>(kTaps * p.depth * worked * p.batch * p.height * p.width);
