@@ -98,7 +98,8 @@ def test_algorithm(inputs, filters, attributes, expected, direction):
         ((1, 7, 7, 512), (3, 3, 512, 512), "dgrad", "direct"),
         ((1, 14, 14, 64), (3, 3, 64, 256), "dgrad", "winograd4"),
         ((4, 14, 14, 256), (3, 3, 256, 64), "dgrad", "winograd4"),
-        ((4, 14, 14, 832), (3, 3, 832, 16), "forward", "direct"),  # half of Winograd's panel would be empty
+        ((16, 21, 21, 16), (3, 3, 16, 48), "dgrad", "winograd4"),  # panels of 16 columns waste as many in gradients
+        ((4, 14, 14, 832), (3, 3, 832, 16), "forward", "direct"),  # less elsewhere: half of Winograd's panel is empty
         ((4, 14, 14, 832), (3, 3, 832, 32), "forward", "winograd2"),
     ],
 )
@@ -133,15 +134,16 @@ def test_inference_in_thirds(pixels, channels, outputs, expected):
 
 @AMX
 @pytest.mark.parametrize(
-    ("inputs", "outputs", "expected"),
+    ("inputs", "size", "stride", "outputs", "expected"),
     [
-        ((1, 32, 32, 320), 112, "thirds"),
-        ((2, 16, 16, 728), 112, "direct"),  # filters whose thirds are far more than L2
+        ((1, 32, 32, 320), 3, 2, 112, "thirds"),
+        ((2, 16, 16, 728), 3, 2, 112, "direct"),  # filters whose thirds are far more than L2
+        ((1, 14, 14, 144), 1, 1, 640, "direct"),  # thirds and their windows that about fill it
     ],
 )
-def test_input_gradient_in_thirds(inputs, outputs, expected):
-    shapes = inputs, (3, 3, inputs[3], outputs)
-    kernels = raw.plan(*shapes, padding="SAME", strides=2, training=True, direction="backward").kernels
+def test_input_gradient_in_thirds(inputs, size, stride, outputs, expected):
+    shapes = inputs, (size, size, inputs[3], outputs)
+    kernels = raw.plan(*shapes, padding="SAME", strides=stride, training=True, direction="backward").kernels
     assert any(name.startswith(f"dgrad_{expected}") for name in kernels)
 
 

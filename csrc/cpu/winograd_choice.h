@@ -12,12 +12,12 @@ namespace fusedconvbn {
 // Prices in ns with AVX-512, of the direct algorithm, F(2x2) and F(4x4): fitted, in part by hand, to random layers
 // timed by each. docs/performance.md says what the choice loses on layers that were not among them.
 struct WinogradPrices {
-  // What the direct algorithm's columns are rounded up to, and how many more each 64 of them cost.
-  int64_t direct_columns, direct_overhead;
-  double product[3];  // of each of the (M+2)^2 elements of a tile (9, of a pixel), for a pair of channels
-  double input[3];    // of transforming the same, for an input channel
-  double output[3];   // of an output channel
-  double deep[3];     // more for an input, where a block of transformed inputs leaves L2
+  int64_t direct_columns;      // what those of the direct algorithm are rounded up to
+  int64_t direct_overhead[3];  // how many more a panel of them costs: one of 16, of 32 or 48, of 64
+  double product[3];           // of each of the (M+2)^2 elements of a tile (9, of a pixel), for a pair of channels
+  double input[3];             // of transforming the same, for an input channel
+  double output[3];            // of an output channel
+  double deep[3];              // more for an input, where a block of transformed inputs leaves L2
   // Of each of the (M+2)^2 or 9 elements of a filter: made, where that is not done before, and read from L2, from L3
   // and from beyond.
   double filter[3][3];
@@ -26,17 +26,17 @@ struct WinogradPrices {
 };
 
 constexpr WinogradPrices kConvolutionPrices = {16,
-                                               13,
+                                               {8, 13, 13},
                                                {0.0093, 0.0133, 0.0163},
-                                               {0, 0.11, 0.085},
+                                               {0, 0.11, 0.11},
                                                {0, 0.058, 0.062},
-                                               {0, 0.1, 0.51},
-                                               {{0.35, 0.41, 0.43}, {0.40, 0.50, 0.32}, {0.56, 0.42, 0.36}},
+                                               {0, 0.1, 0.46},
+                                               {{0.35, 0.41, 0.35}, {0.40, 0.45, 0.32}, {0.88, 0.33, 0.21}},
                                                {0, 0.35, 0.19},
                                                {0, 0, 0}};
 // With filters packed before, as inference usually has them.
 constexpr WinogradPrices kPackedPrices = {16,
-                                          16,
+                                          {8, 16, 16},
                                           {0.0087, 0.0125, 0.0142},
                                           {0, 0.17, 0.21},
                                           {0, 0.060, 0.082},
@@ -46,17 +46,17 @@ constexpr WinogradPrices kPackedPrices = {16,
                                           {0, 0, 0}};
 // With transposed filters, whose columns are the inputs' channels.
 constexpr WinogradPrices kInputGradientPrices = {16,
-                                                 6,
+                                                 {12, 12, 7},
                                                  {0.0103, 0.0134, 0.0162},
-                                                 {0, 0.11, 0.14},
+                                                 {0, 0.18, 0.24},
                                                  {0, 0.028, 0.022},
-                                                 {0, 0.1, 0.30},
-                                                 {{0.31, 0.61, 0.44}, {0.47, 0.66, 0.50}, {0.50, 0.88, 0.50}},
+                                                 {0, 0.1, 0.52},
+                                                 {{0.28, 0.55, 0.39}, {0.46, 0.83, 0.51}, {0.55, 0.75, 0.42}},
                                                  {0, 0.28, 0.15},
-                                                 {0, 0.057, 0.03}};
+                                                 {0, 0.051, 0.027}};
 // Sums of elements of filters are transformed in cache.
 constexpr WinogradPrices kFilterGradientPrices = {32,
-                                                  0,
+                                                  {0, 0, 0},
                                                   {0.014, 0.0169, 0.0174},
                                                   {0, 0.13, 0.12},
                                                   {0, 0.13, 0.12},
@@ -115,16 +115,20 @@ double winograd_cost(const WinogradPrices& prices, const WinogradProblem& p) {
          static_cast<double>(kElements * windows) * transforms;
 }
 
-// Columns and what panels of them cost more: one of few columns less, as it has room for more rows.
-inline int64_t direct_columns_worked(int64_t cols, int64_t overhead) {
-  constexpr int64_t kPanel = 64;
-  return cols + cols / kPanel * overhead + std::min(overhead, cols % kPanel / 2);
+// Columns and what panels of them cost more.
+inline int64_t direct_columns_worked(const WinogradPrices& prices, int64_t cols) {
+  constexpr int64_t kPanel = 64, kLanes = 16;
+  const int64_t last = cols % kPanel;
+  return cols + cols / kPanel * prices.direct_overhead[2] +
+         (last > kLanes ? prices.direct_overhead[1]
+          : last > 0    ? prices.direct_overhead[0]
+                        : 0);
 }
 
 inline double direct_cost(const WinogradPrices& prices, const WinogradProblem& p) {
   constexpr int64_t kTaps = 9;
   const int64_t cols = ceil_div(p.cols, prices.direct_columns) * prices.direct_columns;
-  const int64_t worked = direct_columns_worked(cols, prices.direct_overhead);
+  const int64_t worked = direct_columns_worked(prices, cols);
   const double filters = static_cast<double>(kTaps * p.depth * cols);
   return filters * filter_price(prices, 0, kTaps * p.depth * cols) +
          prices.product[0] * static_cast<double>(kTaps * p.depth * worked * p.batch * p.height * p.width);
