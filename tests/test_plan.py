@@ -133,6 +133,16 @@ def test_inference_in_thirds(pixels, channels, outputs, expected):
 
 
 @AMX
+@pytest.mark.parametrize("pixels", [3136, 50176])
+@pytest.mark.parametrize(
+    ("channels", "residual", "expected"), [(64, False, True), (64, True, False), (128, True, True)]
+)
+def test_residuals_need_depth_to_hide_behind(pixels, channels, residual, expected):
+    [kernel] = raw.plan((1, pixels, 1, channels), (1, 1, channels, 4 * channels), residual=residual).kernels
+    assert ("thirds" in kernel) == expected
+
+
+@AMX
 @pytest.mark.parametrize(
     ("inputs", "size", "stride", "outputs", "expected"),
     [

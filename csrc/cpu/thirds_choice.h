@@ -84,13 +84,14 @@ inline double convolution_cost(const ConvolutionPrices& prices, const ThirdsProb
          output_price(prices, p) * static_cast<double>(p.outputs);
 }
 
-// By a margin: their filters take twice the memory. With a depth of one tile they also vary: nothing hides then that
-// windows are cut and results emitted.
+// By a margin: their filters take twice the memory. With a depth of one tile, or two and a residual, they also vary:
+// nothing hides then that windows are cut and results emitted.
 inline bool thirds_are_faster(const ThirdsPrices& prices, const ThirdsProblem& p) {
   constexpr int64_t kLanes = 16, kSpan = 64, kMinChannels = 16;
-  constexpr double kMargin = 1.03, kMarginOfOne = 1.15;
+  constexpr double kMargin = 1.03, kMarginOfFew = 1.15;
   if (std::min(p.depth, p.cols) < kMinChannels) return false;
-  const double margin = p.taps * p.depth <= kThirdsTile ? kMarginOfOne : kMargin;
+  const int64_t few = p.residual ? 2 * kThirdsTile : kThirdsTile;
+  const double margin = p.taps * p.depth <= few ? kMarginOfFew : kMargin;
   const bool kept = thirds_in_cache(p) <= prices.kept_bytes, far = thirds_of_filters(p) >= prices.far_bytes;
   const double thirds = convolution_cost(prices.thirds, p, whole_tiles(p.positions), whole_tiles(p.depth),
                                          whole_tiles(p.cols), 1, kept, far);
