@@ -91,6 +91,24 @@ def test_algorithm(inputs, filters, attributes, expected, direction):
     assert algorithms.items() >= wanted.items()
 
 
+@pytest.mark.parametrize(
+    ("inputs", "filters", "stage", "expected"),
+    [
+        ((1, 7, 7, 256), (3, 3, 256, 768), "dgrad", "direct"),  # filters beyond L2, for few windows
+        ((1, 7, 7, 512), (3, 3, 512, 512), "dgrad", "direct"),
+        ((1, 14, 14, 64), (3, 3, 64, 256), "dgrad", "winograd4"),
+        ((4, 14, 14, 256), (3, 3, 256, 64), "dgrad", "winograd4"),
+        ((16, 21, 21, 16), (3, 3, 16, 48), "dgrad", "winograd4"),  # panels of 16 columns waste as many in gradients
+        ((4, 14, 14, 832), (3, 3, 832, 16), "forward", "direct"),  # less elsewhere: half of Winograd's panel is empty
+        ((4, 14, 14, 832), (3, 3, 832, 32), "forward", "winograd2"),
+    ],
+)
+def test_choice_by_size(inputs, filters, stage, expected):
+    direction = "forward" if stage == "forward" else "backward"
+    kernels = raw.plan(inputs, filters, padding="SAME", direction=direction, training=True, isa="generic").kernels
+    assert f"{stage}_{expected}_generic" in kernels
+
+
 AMX = pytest.mark.skipif(
     not any(row.available and "thirds" in row.name for row in raw.kernels()), reason="this machine has no AMX"
 )
@@ -112,6 +130,31 @@ AMX = pytest.mark.skipif(
 def test_inference_in_thirds(pixels, channels, outputs, expected):
     [kernel] = raw.plan((1, pixels, 1, channels), (1, 1, channels, outputs)).kernels
     assert ("thirds" in kernel) == expected
+
+
+@AMX
+@pytest.mark.parametrize("pixels", [3136, 50176])
+@pytest.mark.parametrize(
+    ("channels", "residual", "expected"), [(64, False, True), (64, True, False), (128, True, True)]
+)
+def test_residuals_need_depth_to_hide_behind(pixels, channels, residual, expected):
+    [kernel] = raw.plan((1, pixels, 1, channels), (1, 1, channels, 4 * channels), residual=residual).kernels
+    assert ("thirds" in kernel) == expected
+
+
+@AMX
+@pytest.mark.parametrize(
+    ("inputs", "size", "stride", "outputs", "expected"),
+    [
+        ((1, 32, 32, 320), 3, 2, 112, "thirds"),
+        ((2, 16, 16, 728), 3, 2, 112, "direct"),  # filters whose thirds are far more than L2
+        ((1, 14, 14, 144), 1, 1, 640, "direct"),  # thirds and their windows that about fill it
+    ],
+)
+def test_input_gradient_in_thirds(inputs, size, stride, outputs, expected):
+    shapes = inputs, (size, size, inputs[3], outputs)
+    kernels = raw.plan(*shapes, padding="SAME", strides=stride, training=True, direction="backward").kernels
+    assert any(name.startswith(f"dgrad_{expected}") for name in kernels)
 
 
 @AMX

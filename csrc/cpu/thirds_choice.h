@@ -14,29 +14,31 @@ namespace fusedconvbn {
 // Prices in ns of one thread, fitted to random layers timed by either algorithm, above all to the ratio of the two;
 // docs/performance.md says what the choice loses on layers that were not among them.
 struct ConvolutionPrices {
-  double product;   // of an element of a window and a column of the filters
-  double far;       // more for it, where the operands of thirds exceed L2
-  double window;    // of an element of a window: cut, once; or loaded, for each 64 columns
-  double output;    // of an element of the result
-  double broken;    // more for it, where memory takes rows panel by panel and two panels share a line
-  double residual;  // more for it
-  double filter;    // of an element of the filters: packed, or read where that was done before
-  // More for it, where that was done before and thirds of the filters fill L2. Layers that are timed over and over find
-  // them in L3, networks of such layers do not: these are the times of 8 and 4 bytes at its 30 GB/s.
-  double far_filter;
+  double product;     // of an element of a window and a column of the filters
+  double far;         // more for it, where the operands of thirds exceed L2
+  double window;      // of an element of a window: cut, once; or loaded, for each 64 columns
+  double output;      // of an element of the result
+  double broken;      // more for it, where memory takes rows panel by panel and two panels share a line
+  double residual;    // more for it
+  double filter;      // of an element of the filters: packed, or read where that was done before
+  double far_filter;  // more for it, where the filters are far
 };
 struct ThirdsPrices {
   ConvolutionPrices thirds, direct;
+  int64_t kept_bytes;  // of the operands of thirds that stay in L2
+  int64_t far_bytes;   // thirds of so many bytes of filters are far
 };
 
-constexpr ThirdsPrices kTrainingThirds = {{0.0056, 0.0024, 0.24, 0.64, 0, 0, 0.34, 0},
-                                          {0.0074, 0, 0.16, 0.63, 0.25, 0, 0.14, 0}};
-// With filters packed before; and by moments, whose second pass takes about as long.
-constexpr ThirdsPrices kPackedThirds = {{0.0056, 0.0023, 0.23, 0.23, 0, 0.27, 0.02, 0.28},
-                                        {0.0075, 0, 0.16, 0.19, 0.25, 0.17, 0, 0.14}};
+constexpr ThirdsPrices kTrainingThirds = {
+    {0.0056, 0.0024, 0.24, 0.64, 0, 0, 0.34, 0}, {0.0074, 0, 0.16, 0.63, 0.25, 0, 0.14, 0}, 9 << 18, INT64_MAX};
+// With filters packed before; and by moments, whose second pass takes about as long. Layers that are timed over and
+// over find filters that fill L2 in L3, networks of such layers do not: far ones cost the times of 8 and 4 bytes at its
+// 30 GB/s.
+constexpr ThirdsPrices kPackedThirds = {
+    {0.0056, 0.0023, 0.23, 0.23, 0, 0.27, 0.02, 0.28}, {0.0075, 0, 0.16, 0.19, 0.25, 0.17, 0, 0.14}, 9 << 18, 2 << 20};
 // With transposed filters, whose columns are the inputs' channels.
-constexpr ThirdsPrices kInputGradientThirds = {{0.006, 0.0021, 0.35, 0.33, 0, 0, 0.5, 0},
-                                               {0.0052, 0, 0.35, 0.34, 0.25, 0, 0.21, 0}};
+constexpr ThirdsPrices kInputGradientThirds = {
+    {0.006, 0.0021, 0.35, 0.33, 0, 0, 0.5, 0.25}, {0.0052, 0, 0.35, 0.34, 0.25, 0, 0.21, 0.05}, 3 << 19, 4 << 20};
 
 struct ThirdsProblem {
   int64_t positions;          // of windows
@@ -73,27 +75,28 @@ inline double output_price(const ConvolutionPrices& prices, const ThirdsProblem&
 
 // Of sizes that are rounded up; each element of a window is touched so many times.
 inline double convolution_cost(const ConvolutionPrices& prices, const ThirdsProblem& p, int64_t positions,
-                               int64_t depth, int64_t cols, int64_t touched) {
-  constexpr int64_t kL2 = 2 << 20;
+                               int64_t depth, int64_t cols, int64_t touched, bool kept, bool far) {
   const double filters = product_of(p.taps * depth, cols);
-  const double product = prices.product + (thirds_in_cache(p) > kL2 + kL2 / 8 ? prices.far : 0);
-  const double filter = prices.filter + (thirds_of_filters(p) >= kL2 ? prices.far_filter : 0);
+  const double product = prices.product + (kept ? 0 : prices.far);
+  const double filter = prices.filter + (far ? prices.far_filter : 0);
   return filters * (filter + product * static_cast<double>(positions)) +
          prices.window * product_of(p.positions, p.taps * depth) * static_cast<double>(touched) +
          output_price(prices, p) * static_cast<double>(p.outputs);
 }
 
-// By a margin: their filters take twice the memory. With a depth of one tile they also vary: nothing hides then that
-// windows are cut and results emitted.
+// By a margin: their filters take twice the memory. With a depth of one tile, or two and a residual, they also vary:
+// nothing hides then that windows are cut and results emitted.
 inline bool thirds_are_faster(const ThirdsPrices& prices, const ThirdsProblem& p) {
   constexpr int64_t kLanes = 16, kSpan = 64, kMinChannels = 16;
-  constexpr double kMargin = 1.03, kMarginOfOne = 1.15;
+  constexpr double kMargin = 1.03, kMarginOfFew = 1.15;
   if (std::min(p.depth, p.cols) < kMinChannels) return false;
-  const double margin = p.taps * p.depth <= kThirdsTile ? kMarginOfOne : kMargin;
-  const double thirds =
-      convolution_cost(prices.thirds, p, whole_tiles(p.positions), whole_tiles(p.depth), whole_tiles(p.cols), 1);
-  const double direct =
-      convolution_cost(prices.direct, p, p.positions, p.depth, whole(p.cols, kLanes), ceil_div(p.cols, kSpan));
+  const int64_t few = p.residual ? 2 * kThirdsTile : kThirdsTile;
+  const double margin = p.taps * p.depth <= few ? kMarginOfFew : kMargin;
+  const bool kept = thirds_in_cache(p) <= prices.kept_bytes, far = thirds_of_filters(p) >= prices.far_bytes;
+  const double thirds = convolution_cost(prices.thirds, p, whole_tiles(p.positions), whole_tiles(p.depth),
+                                         whole_tiles(p.cols), 1, kept, far);
+  const double direct = convolution_cost(prices.direct, p, p.positions, p.depth, whole(p.cols, kLanes),
+                                         ceil_div(p.cols, kSpan), kept, far);
   return thirds * margin < direct;
 }
 

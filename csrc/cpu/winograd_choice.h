@@ -12,52 +12,57 @@ namespace fusedconvbn {
 // Prices in ns with AVX-512, of the direct algorithm, F(2x2) and F(4x4): fitted, in part by hand, to random layers
 // timed by each. docs/performance.md says what the choice loses on layers that were not among them.
 struct WinogradPrices {
-  // What the direct algorithm's columns are rounded up to, and how many more each 64 of them cost.
-  int64_t direct_columns, direct_overhead;
-  double product[3];  // of each of the (M+2)^2 elements of a tile (9, of a pixel), for a pair of channels
-  double input[3];    // of transforming the same, for an input channel
-  double output[3];   // of an output channel
-  double deep[3];     // more for an input, where a block of transformed inputs leaves L2
+  int64_t direct_columns;      // what those of the direct algorithm are rounded up to
+  int64_t direct_overhead[3];  // how many more a panel of them costs: one of 16, of 32 or 48, of 64
+  double product[3];           // of each of the (M+2)^2 elements of a tile (9, of a pixel), for a pair of channels
+  double input[3];             // of transforming the same, for an input channel
+  double output[3];            // of an output channel
+  double deep[3];              // more for an input, where a block of transformed inputs leaves L2
   // Of each of the (M+2)^2 or 9 elements of a filter: made, where that is not done before, and read from L2, from L3
   // and from beyond.
   double filter[3][3];
   double filter_in_cache[3];  // the same, of few windows: transformed part by part in L2; 0: not done
+  double far_filter[3];       // more for it, for each MiB of the filters as they come
 };
 
 constexpr WinogradPrices kConvolutionPrices = {16,
-                                               13,
+                                               {8, 13, 13},
                                                {0.0093, 0.0133, 0.0163},
-                                               {0, 0.11, 0.085},
+                                               {0, 0.11, 0.11},
                                                {0, 0.058, 0.062},
                                                {0, 0.1, 0.46},
-                                               {{0.35, 0.46, 0.49}, {0.36, 0.50, 0.35}, {0.56, 0.38, 0.21}},
-                                               {0, 0.32, 0.19}};
+                                               {{0.35, 0.41, 0.35}, {0.40, 0.45, 0.32}, {0.88, 0.33, 0.21}},
+                                               {0, 0.35, 0.19},
+                                               {0, 0, 0}};
 // With filters packed before, as inference usually has them.
 constexpr WinogradPrices kPackedPrices = {16,
-                                          16,
+                                          {8, 16, 16},
                                           {0.0087, 0.0125, 0.0142},
                                           {0, 0.17, 0.21},
                                           {0, 0.060, 0.082},
                                           {0, 0.1, 0.52},
                                           {{0.02, 0.17, 0.21}, {0.03, 0.21, 0.11}, {0.03, 0.15, 0.07}},
-                                          {0, 0.15, 0.1}};
+                                          {0, 0.15, 0.1},
+                                          {0, 0, 0}};
 // With transposed filters, whose columns are the inputs' channels.
 constexpr WinogradPrices kInputGradientPrices = {16,
-                                                 6,
+                                                 {12, 12, 7},
                                                  {0.0103, 0.0134, 0.0162},
-                                                 {0, 0.11, 0.14},
+                                                 {0, 0.18, 0.24},
                                                  {0, 0.028, 0.022},
-                                                 {0, 0.1, 0.38},
-                                                 {{0.61, 0.63, 0.46}, {0.83, 0.55, 0.44}, {0.96, 0.43, 0.30}},
-                                                 {0, 0.46, 0.26}};
+                                                 {0, 0.1, 0.52},
+                                                 {{0.28, 0.55, 0.39}, {0.46, 0.83, 0.51}, {0.55, 0.75, 0.42}},
+                                                 {0, 0.28, 0.15},
+                                                 {0, 0.051, 0.027}};
 // Sums of elements of filters are transformed in cache.
 constexpr WinogradPrices kFilterGradientPrices = {32,
-                                                  0,
+                                                  {0, 0, 0},
                                                   {0.014, 0.0169, 0.0174},
                                                   {0, 0.13, 0.12},
                                                   {0, 0.13, 0.12},
                                                   {0, 0, 0},
                                                   {{0, 0.1, 0.1}, {0.2, 0.18, 0.14}, {0.2, 0.18, 0.14}},
+                                                  {0, 0, 0},
                                                   {0, 0, 0}};
 
 // Whether the transformed inputs of so many windows of F(MxM), and their products by a panel, stay in an L2 of 2 MiB,
@@ -79,6 +84,14 @@ inline double filter_price(const WinogradPrices& prices, int i, int64_t filters)
   return prices.filter[filters * 4 > kL3 ? 2 : filters * 4 > kL2 ? 1 : 0][i];
 }
 
+// Of an element that is transformed in cache, of so many of filters before. These are packed first: the larger they
+// are, the more of them is read from beyond L2, and written there and read again.
+inline double filter_in_cache_price(const WinogradPrices& prices, int i, int64_t filters) {
+  constexpr double kMiB = 1 << 20, kFarFilters = 8;
+  return prices.filter_in_cache[i] +
+         prices.far_filter[i] * std::min(kFarFilters, static_cast<double>(filters * 4) / kMiB);
+}
+
 // Whether a block of windows, transformed and multiplied, is far more than L2 has room for.
 inline bool is_deep(int64_t elements, const WinogradProblem& p) {
   constexpr int64_t kWindows = 36, kPanel = 32, kPanels = 16, kMaxBytes = 3 << 20;
@@ -90,21 +103,32 @@ inline bool is_deep(int64_t elements, const WinogradProblem& p) {
 template <int M>
 double winograd_cost(const WinogradPrices& prices, const WinogradProblem& p) {
   constexpr int i = M / 2;
-  constexpr int64_t kElements = (M + 2) * (M + 2), kPanel = 32;
+  constexpr int64_t kTaps = 9, kElements = (M + 2) * (M + 2), kPanel = 32;
   const int64_t cols = ceil_div(p.cols, kPanel) * kPanel, filters = kElements * p.depth * cols;
   const int64_t windows = p.batch * ceil_div(p.height, M) * ceil_div(p.width, M);
   const bool in_cache = prices.filter_in_cache[i] > 0 && winograd_inputs_fit_cache<M>(windows, p.depth, 4);
-  const double filter = in_cache ? prices.filter_in_cache[i] : filter_price(prices, i, filters);
+  const double filter =
+      in_cache ? filter_in_cache_price(prices, i, kTaps * p.depth * cols) : filter_price(prices, i, filters);
   const double input = prices.input[i] + (in_cache || !is_deep(kElements, p) ? 0 : prices.deep[i]);
   const double transforms = input * static_cast<double>(p.depth) + prices.output[i] * static_cast<double>(cols);
   return static_cast<double>(filters) * (filter + prices.product[i] * static_cast<double>(windows)) +
          static_cast<double>(kElements * windows) * transforms;
 }
 
+// Columns and what panels of them cost more.
+inline int64_t direct_columns_worked(const WinogradPrices& prices, int64_t cols) {
+  constexpr int64_t kPanel = 64, kLanes = 16;
+  const int64_t last = cols % kPanel;
+  return cols + cols / kPanel * prices.direct_overhead[2] +
+         (last > kLanes ? prices.direct_overhead[1]
+          : last > 0    ? prices.direct_overhead[0]
+                        : 0);
+}
+
 inline double direct_cost(const WinogradPrices& prices, const WinogradProblem& p) {
-  constexpr int64_t kTaps = 9, kPanel = 64;
+  constexpr int64_t kTaps = 9;
   const int64_t cols = ceil_div(p.cols, prices.direct_columns) * prices.direct_columns;
-  const int64_t worked = cols + ceil_div(p.cols, kPanel) * prices.direct_overhead;
+  const int64_t worked = direct_columns_worked(prices, cols);
   const double filters = static_cast<double>(kTaps * p.depth * cols);
   return filters * filter_price(prices, 0, kTaps * p.depth * cols) +
          prices.product[0] * static_cast<double>(kTaps * p.depth * worked * p.batch * p.height * p.width);
