@@ -204,8 +204,8 @@ struct AmxKernels {
   // tile[count][32] = the sum over taps and chunks of rows * filters; whole 32 rows of `tile` are written.
   void (*multiply)(const AmxRows& rows, const uint16_t* filters, float* tile, int64_t ld, AmxAside* aside);
   // The same block by block. Each is left to be emitted during the products of the next, line by line, as
-  // affine_of_tile of this activation does; so is what is left when this is called. Null for activations that take
-  // longer.
+  // affine_of_tile of this activation does but for rounding; so is what is left when this is called. Null for
+  // activations that take longer.
   void (*multiply_lines[kActivationCount])(AmxLineBlocks* blocks, AmxAside* aside);
   // Emits the rows that are left.
   void (*emit)(AmxEmission* emission);

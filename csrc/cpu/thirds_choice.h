@@ -6,7 +6,7 @@
 #include <cstdint>
 
 #include "../conv_bn.h"
-#include "image.h"
+#include "convolve.h"
 #include "thirds.h"
 
 namespace fusedconvbn {
@@ -51,6 +51,13 @@ struct ThirdsProblem {
 constexpr int64_t kThirdsTile = 32;                                // rows, columns, depth
 constexpr int64_t kThirdsBytes = kThirdPlanes * sizeof(uint16_t);  // of an element
 
+// Rows of a block of ThirdsConvolution, of a depth in whole tiles: few where the operands of two blocks would take too
+// much of L2; unless filters do, so that they had better be read for many rows.
+inline int64_t thirds_block_rows(int64_t depth, int64_t filter_bytes) {
+  constexpr int64_t kManyDepths = 640, kFewFilters = 5 << 18;  // bytes
+  return depth > kManyDepths && filter_bytes <= kFewFilters ? kThirdsTile : kBlockRows;
+}
+
 inline int64_t whole(int64_t size, int64_t unit) { return ceil_div(size, unit) * unit; }
 inline int64_t whole_tiles(int64_t size) { return whole(size, kThirdsTile); }
 inline double product_of(int64_t a, int64_t b) { return static_cast<double>(a) * static_cast<double>(b); }
@@ -60,10 +67,8 @@ inline int64_t thirds_of_filters(const ThirdsProblem& p) {
   return kThirdsBytes * p.taps * whole_tiles(p.depth) * whole_tiles(p.cols);
 }
 inline int64_t thirds_in_cache(const ThirdsProblem& p) {
-  constexpr int64_t kRows = 96, kFewRows = 32, kManyDepths = 640, kFewFilters = 5 << 18;
   const int64_t depth = p.taps * whole_tiles(p.depth), filters = thirds_of_filters(p);
-  const int64_t rows = depth > kManyDepths && filters <= kFewFilters ? kFewRows : kRows;
-  return (filters + 2 * kThirdsBytes * depth * rows) / p.phases;
+  return (filters + 2 * kThirdsBytes * depth * thirds_block_rows(depth, filters)) / p.phases;
 }
 
 // Of an element of the result.

@@ -7,6 +7,7 @@
 
 #include "convolve.h"
 #include "thirds.h"
+#include "thirds_choice.h"
 
 namespace fusedconvbn {
 
@@ -41,7 +42,7 @@ class ThirdsConvolution {
         depth_(channels.depth),
         cols_(channels.cols),
         source_(source),
-        rows_(chunks() > kManyChunks && packed_bytes() <= kFewFilters ? kThirdsRows : kBlockRows),
+        rows_(thirds_block_rows(chunks() * kThirdsChunk, packed_bytes())),
         reader_(source, channels.depth, windows, false, rows_, rows_) {}
 
   struct Worker {
@@ -103,10 +104,7 @@ class ThirdsConvolution {
   }
 
  private:
-  // Of the depth, of which the operands of two blocks take too much of L2; unless filters do, so that they had better
-  // be read for many rows.
-  static constexpr int64_t kManyChunks = 20, kFewFilters = 5 << 18;  // bytes
-  static constexpr int64_t kTaskBlocks = 16;                         // all but the first are cut during products
+  static constexpr int64_t kTaskBlocks = 16;            // all but the first are cut during products
   static constexpr int64_t kSpan = 2 * kThirdsColumns;  // columns of a tile: results are best stored by several lines
 
   int64_t taps() const { return static_cast<int64_t>(windows_.taps.size()); }
