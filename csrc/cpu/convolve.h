@@ -24,6 +24,19 @@ namespace fusedconvbn {
 constexpr int64_t kBlockRows = 96;
 constexpr int64_t kMaxTaskRows = 4096;  // of a task that stages its source: longer lines need no more of them
 
+// Whether what so many positions read stays in half of an L2 of 2 MiB while the filters pass by. Then each panel of
+// them is used for all blocks at once, and read from memory once.
+inline bool source_fits_cache(int64_t positions, int64_t source_bytes) {
+  constexpr int64_t kMaxBytes = 1 << 20, kMaxBlocks = 4;  // and the pointers of all positions are few
+  return positions <= kMaxBlocks * kBlockRows && source_bytes <= kMaxBytes;
+}
+
+// Whether new filters, `rows` of all columns, are then read where they lie: there are few positions that packing them
+// would serve. Many read packed panels faster: rows share sets of L1, and sums of all columns leave it.
+inline bool outdoes_packing(int64_t positions, int64_t rows, int64_t cols) {
+  return positions <= kBlockRows || rows >= 2 * cols;
+}
+
 // Where the filters of a tap, of a reduced and of a produced channel lie: strides in elements.
 struct FilterLayout {
   const void* data;
@@ -108,7 +121,7 @@ class Convolution {
         in_cache_(fits_cache(source.grid())),
         table_rows_(in_cache_ ? std::max(kBlockRows, windows.positions()) : kBlockRows),
         reader_(source, groups_ * depth_, windows, groups_ == 1, table_rows_, blocks_in_task_ * kBlockRows),
-        unpacked_(channels.new_filters && outdoes_packing()),
+        unpacked_(channels.new_filters && reads_unpacked()),
         parts_(reader_.taps(), reader_.depth() * depth_, rows_of_part()) {
     fetches_blocks_ = !in_cache_ && reader_.gapless();
     if (!reader_.staged() || reader_.stages_apart()) blocks_in_task_ = fetches_blocks_ ? kBlocksAhead : 1;
@@ -196,22 +209,17 @@ class Convolution {
     return (packed_elements() + 2 * kBlockRows * channels) * static_cast<int64_t>(sizeof(C)) > kMaxBytes;
   }
 
-  // Whether the source stays in half of an L2 of 2 MiB while the filters pass by. Then each panel of them is used for
-  // all blocks at once, and read from memory once.
   bool fits_cache(const Grid& source) const {
-    constexpr int64_t kMaxBytes = 1 << 20, kMaxBlocks = 4;  // and the pointers of all positions are few
     const int64_t pixels = windows_.taps.size() == 1 ? windows_.positions() : source.pixels();
-    return blocks() <= kMaxBlocks && pixels * groups_ * depth_ * static_cast<int64_t>(sizeof(C)) <= kMaxBytes;
+    return source_fits_cache(windows_.positions(), pixels * groups_ * depth_ * static_cast<int64_t>(sizeof(C)));
   }
 
   // Whether a task may serve all positions, so that each panel of the filters belongs to one task.
   bool whole_source() const { return in_cache_ && !reader_.staged(); }
 
-  // Whether new filters, rows of all columns, had better be read where they lie: there are few positions that packing
-  // them would serve. Many read packed panels faster: rows share sets of L1, and sums of all columns leave it.
-  bool outdoes_packing() const {
+  bool reads_unpacked() const {
     return whole_source() && groups_ == 1 && storage_.is_compute_type && cols_ % kernels_.lanes == 0 &&
-           (blocks() == 1 || taps() * depth_ >= 2 * cols_);
+           outdoes_packing(windows_.positions(), taps() * depth_, cols_);
   }
 
   // Unpacked, a part is of all panels: their filters are read in the order of their addresses, which memory gives
