@@ -78,6 +78,17 @@ def test_filter_gradient_in_parts(case, isa):
 
 
 @pytest.mark.parametrize("isa", ["amx"])
+@pytest.mark.parametrize("channels", [(690, 709), (709, 690), (704, 768), (768, 704)], ids=str)
+def test_filter_gradient_in_thirds_by_parts(channels, isa):
+    """Parts are stored from L2; either image is the narrower one; the last two gradients go past the caches."""
+    case = Case(height=9, width=13, in_channels=channels[0], out_channels=channels[1], kernel=(1, 1), training=True)
+    problem, kernel = Problem(case), f"wgrad_thirds_{isa}"
+    one, many = (problem.run_backward(kernel=kernel, threads=threads) for threads in (1, 7))
+    problem.check_backward(one)
+    assert one.filters.tobytes() == many.filters.tobytes()
+
+
+@pytest.mark.parametrize("isa", ["amx"])
 def test_filter_gradient_of_amx_beyond_its_cache(isa):
     """Sums of more than 4 MiB go by groups of strips of pixels, the last of which is shorter here."""
     case = Case(dtype="bf16", height=8, width=25, in_channels=1024, out_channels=1056, kernel=(1, 1), training=True)
