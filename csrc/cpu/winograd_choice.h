@@ -134,13 +134,18 @@ inline double direct_cost(const WinogradPrices& prices, const WinogradProblem& p
          prices.product[0] * static_cast<double>(kTaps * p.depth * worked * p.batch * p.height * p.width);
 }
 
+struct WinogradCosts {
+  double direct, two, four;  // ns
+};
+
+inline WinogradCosts winograd_costs(const WinogradPrices& prices, const WinogradProblem& p) {
+  return {direct_cost(prices, p), winograd_cost<2>(prices, p), winograd_cost<4>(prices, p)};
+}
+
 // The M of the fastest, 1, 2 or 4.
-inline int fastest_winograd(const WinogradPrices& prices, const WinogradProblem& p, bool strict) {
-  constexpr int64_t kMinChannels = 16;
-  if (std::min(p.depth, p.cols) < kMinChannels) return 1;
-  const double direct = direct_cost(prices, p), two = winograd_cost<2>(prices, p);
-  if (!strict && winograd_cost<4>(prices, p) < std::min(direct, two)) return 4;
-  return two < direct ? 2 : 1;
+inline int fastest_winograd(const WinogradCosts& costs, bool strict) {
+  if (!strict && costs.four < std::min(costs.direct, costs.two)) return 4;
+  return costs.two < costs.direct ? 2 : 1;
 }
 
 }  // namespace fusedconvbn
