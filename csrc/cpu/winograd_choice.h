@@ -35,7 +35,7 @@ constexpr WinogradPrices kConvolutionPrices = {16,
                                                {{0.35, 0.33, 0.41}, {0.40, 0.45, 0.31}, {0.56, 0.66, 0.35}},
                                                {0, 0.38, 0.19},
                                                {0, 0, 0},
-                                               0.12};
+                                               0.2};
 // With filters packed before, as inference usually has them.
 constexpr WinogradPrices kPackedPrices = {16,
                                           {8, 16, 16},
