@@ -48,21 +48,17 @@ FCB_INLINE void amx_store(float* tile, int64_t ld) {
   _tile_stored(3, tile + kAmxTile * ld + kAmxTile, bytes);
 }
 
-// Rows of a single tap are read once: a hint keeps them from displacing the filters in L1.
-template <bool Once>
-FCB_INLINE void amx_load_upper(const uint16_t* rows, int64_t row_bytes) {
-  if constexpr (Once)
-    _tile_stream_loadd(4, rows, row_bytes);
-  else
-    _tile_loadd(4, rows, row_bytes);
-}
-template <bool Once>
-FCB_INLINE void amx_load_lower(const uint16_t* rows, int64_t row_bytes) {
-  if constexpr (Once)
-    _tile_stream_loadd(5, rows, row_bytes);
-  else
-    _tile_loadd(5, rows, row_bytes);
-}
+// What products read once for all they do next: a hint keeps it from displacing the other operand in L1.
+enum class AmxOnce { kNeither, kRows, kFilters };
+
+// A macro: the tile's number is a part of the instruction.
+#define FCB_AMX_LOAD(tile, once, from, row_bytes) \
+  do {                                            \
+    if constexpr (once)                           \
+      _tile_stream_loadd(tile, from, row_bytes);  \
+    else                                          \
+      _tile_loadd(tile, from, row_bytes);         \
+  } while (false)
 
 FCB_INLINE void amx_fetch(AmxFetch* f) {
   for (int64_t i = 0; i < f->lines && f->at < f->end; ++i, f->at += f->distance) _mm_prefetch(f->at, _MM_HINT_T1);
@@ -109,39 +105,36 @@ class AmxSlices {
   AmxEmission* e_;
 };
 
-FCB_INLINE void amx_load_filters(const uint16_t* filters, int64_t half) {
-  _tile_loadd(6, filters, 64);
-  _tile_loadd(7, filters + half, 64);
-}
-
 // Adds the products of 32 rows from `first` on and of chunks [begin, end) of all taps. Each tile is loaded for the next
 // step right after its last product in this one: the longest time for what comes from L2.
-template <bool Once, class Emitter>
+template <AmxOnce Once, class Emitter>
 FCB_INLINE void amx_multiply_chunks(const AmxRows& in, int64_t first, int64_t begin, int64_t end,
                                     const uint16_t* filters, AmxFetch* fetch, Emitter* emitter) {
+  constexpr bool kRows = Once == AmxOnce::kRows, kFilters = Once == AmxOnce::kFilters;
   const int64_t row_bytes = in.stride * 2, half = in.chunk * kAmxTile, lower = kAmxTile * in.stride;
   const uint16_t* const from = in.rows + first * in.stride + begin * in.chunk;
   const int64_t steps = in.taps * (end - begin);
   if (steps == 0) return;
   const uint16_t* rows = from + in.tap_offset[0];
-  amx_load_upper<Once>(rows, row_bytes);
-  amx_load_lower<Once>(rows + lower, row_bytes);
-  amx_load_filters(filters, half);
+  FCB_AMX_LOAD(4, kRows, rows, row_bytes);
+  FCB_AMX_LOAD(5, kRows, rows + lower, row_bytes);
+  FCB_AMX_LOAD(6, kFilters, filters, 64);
+  FCB_AMX_LOAD(7, kFilters, filters + half, 64);
   for (int64_t step = 1, tap = 0, j = begin + 1; step < steps; ++step, ++j) {
     filters += 2 * half, rows += in.chunk;
     if (j == end) j = begin, rows = from + in.tap_offset[++tap];
     _tile_dpbf16ps(0, 4, 6);
     emitter->slot(0);
     _tile_dpbf16ps(1, 4, 7);
-    amx_load_upper<Once>(rows, row_bytes);
+    FCB_AMX_LOAD(4, kRows, rows, row_bytes);
     amx_fetch(fetch);
     emitter->slot(1);
     _tile_dpbf16ps(3, 5, 7);
-    _tile_loadd(7, filters + half, 64);
+    FCB_AMX_LOAD(7, kFilters, filters + half, 64);
     emitter->slot(2);
     _tile_dpbf16ps(2, 5, 6);
-    _tile_loadd(6, filters, 64);
-    amx_load_lower<Once>(rows + lower, row_bytes);
+    FCB_AMX_LOAD(6, kFilters, filters, 64);
+    FCB_AMX_LOAD(5, kRows, rows + lower, row_bytes);
     emitter->slot(3);
   }
   _tile_dpbf16ps(0, 4, 6);
@@ -168,11 +161,11 @@ static void amx_close_up(const AmxRows& in, float* tile, int64_t ld) {
 }
 
 // Sums in memory, parts of a single tap's depth one after the other: a part's filters are in L1 for all rows.
-template <bool Once, class Emitter>
+template <AmxOnce Once, class Emitter>
 FCB_INLINE void amx_multiply_with(const AmxRows& in, const uint16_t* filters, float* tile, int64_t ld, AmxFetch* fetch,
                                   Emitter* emitter) {
   constexpr int64_t kPartChunks = 18;  // 36 KiB of filters
-  const int64_t parts = Once ? (in.chunks + kPartChunks - 1) / kPartChunks : 1;
+  const int64_t parts = Once == AmxOnce::kRows ? (in.chunks + kPartChunks - 1) / kPartChunks : 1;
   for (int64_t p = 0; p < parts; ++p) {
     const int64_t begin = p * in.chunks / parts, end = (p + 1) * in.chunks / parts;
     for (int64_t r = 0; r < in.count; r += kAmxRows) {
@@ -188,9 +181,9 @@ FCB_INLINE void amx_multiply_with(const AmxRows& in, const uint16_t* filters, fl
 static void amx_multiply(const AmxRows& in, const uint16_t* filters, float* tile, int64_t ld, AmxAside* aside) {
   AmxSlices slices(&aside->emission);
   if (in.taps == 1)
-    amx_multiply_with<true>(in, filters, tile, ld, &aside->fetch, &slices);
+    amx_multiply_with<AmxOnce::kRows>(in, filters, tile, ld, &aside->fetch, &slices);
   else
-    amx_multiply_with<false>(in, filters, tile, ld, &aside->fetch, &slices);
+    amx_multiply_with<AmxOnce::kNeither>(in, filters, tile, ld, &aside->fetch, &slices);
   amx_close_up(in, tile, ld);
 }
 

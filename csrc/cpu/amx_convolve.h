@@ -184,16 +184,9 @@ class AmxConvolution {
     AmxLineBlocks blocks;
   };
 
-  // Rows of a single tap stay in L1 while filters pass: for many columns, and few enough rows' bytes.
-  bool suits_lines() const {
-    constexpr int64_t kMaxChunks = 8;  // 16 KiB of rows
-    const bool single = reader_.taps() == 1 && reader_.depth().chunks <= kMaxChunks && cols_ >= depth_;
-    return (single || reader_.taps() > 1) && cols_ % kPanel == 0;
-  }
-
   Lines lines_of(const Job& job, C* tile, const TileEpilogue<C>& epilogue) const {
     Lines lines{};
-    if (!epilogue.in_place || epilogue.finish || !suits_lines()) return lines;
+    if (!epilogue.in_place || epilogue.finish || cols_ % kPanel != 0) return lines;
     lines.to = epilogue.in_place({tile, columns(), 0, 0, 0, std::min(columns(), cols_), 0, job.worker});
     if (lines.to.activation < 0) return lines;
     lines.multiply = kernels_.amx.multiply_lines[lines.to.activation];

@@ -90,7 +90,7 @@ struct AmxNothing {
   FCB_INLINE_MEMBER void finish() {}
 };
 
-template <bool Once, class Emitter>
+template <AmxOnce Once, class Emitter>
 FCB_INLINE void amx_multiply_panels(const AmxLineBlocks& b, int64_t panel, int64_t end, AmxFetch* fetch,
                                     Emitter emitter) {
   const int64_t ld = (end - panel) * kAmxPanel;
@@ -105,9 +105,13 @@ FCB_INLINE void amx_multiply_panels(const AmxLineBlocks& b, int64_t panel, int64
 
 template <class Emitter>
 static void amx_multiply_block(const AmxLineBlocks& b, int64_t panel, int64_t end, AmxAside* aside) {
-  const bool once = b.rows.taps == 1 && b.panels <= b.width;  // else rows stay in L1 for all blocks
-  once ? amx_multiply_panels<true>(b, panel, end, &aside->fetch, Emitter(aside->emission))
-       : amx_multiply_panels<false>(b, panel, end, &aside->fetch, Emitter(aside->emission));
+  const bool all = b.panels > b.width;  // rows stay in L1 for all blocks, and filters pass
+  if (all)
+    amx_multiply_panels<AmxOnce::kFilters>(b, panel, end, &aside->fetch, Emitter(aside->emission));
+  else if (b.rows.taps == 1)
+    amx_multiply_panels<AmxOnce::kRows>(b, panel, end, &aside->fetch, Emitter(aside->emission));
+  else
+    amx_multiply_panels<AmxOnce::kNeither>(b, panel, end, &aside->fetch, Emitter(aside->emission));
 }
 
 template <class T>
