@@ -66,7 +66,8 @@ struct ConvBnParams {
 };
 
 // Statistics, gamma and beta are float32; float64 for float64 inputs ("stat" below). [K] is [out_channels].
-// "data" is the type that ConvBnParams::dtype names; image shapes are in the order of data_format.
+// "data" is the type that ConvBnParams::dtype names; image shapes are in the order of data_format. In inference the
+// statistics that forward writes are those it reads: null pointers save the copies.
 struct ForwardBuffers {
   const void* inputs = nullptr;           // data [N,H,W,C] or [N,C,H,W]
   const void* filters = nullptr;          // data [kh,kw,C/groups,K]

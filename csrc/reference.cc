@@ -36,7 +36,7 @@ double load(const void* from, int64_t index) {
 
 template <class T>
 void store(double value, void* to, int64_t index) {
-  store(value, static_cast<T*>(to) + index);
+  if (to != nullptr) store(value, static_cast<T*>(to) + index);
 }
 
 using Function = double (*)(double);

@@ -204,3 +204,23 @@ def test_memory_of_old_values_is_given_back(sizes, of):
     for _ in range(100):
         step()
     assert resident_bytes() - before < 48 << 20
+
+
+def test_filters_of_many_sizes_side_by_side():
+    """What is dropped makes room for others; nobody's filters change meanwhile."""
+    sizes = RNG.integers(1, 300, 24)
+    rests = [[tf.constant(np.resize(t, size)) for t in REST] for size in sizes]
+    many = [tf.Variable(1 * tf.random.normal([3, 3, 32, size])) for size in sizes]
+
+    @tf.function
+    def call():
+        return [fusedconvbn.fused_conv_bn(INPUTS, f, *rest, padding="SAME").output for f, rest in zip(many, rests)]
+
+    for _ in range(6):
+        for filters in RNG.permutation(len(many))[:10]:
+            many[filters].assign(tf.random.normal(many[filters].shape))
+        for _ in range(3):
+            results = call()
+        for filters, rest, result in zip(many, rests, results, strict=True):
+            arrays = [t.numpy() for t in (filters, *rest)]
+            np.testing.assert_array_equal(result, raw.forward(INPUTS, *arrays, padding="SAME").output)

@@ -126,3 +126,34 @@ def test_memory_does_not_grow(kind):
     for i in range(1000):
         step(*calls[i * 7 % 10])
     assert resident_bytes() - before < 8 << 20
+
+
+PLACEMENT = """
+    import os, time
+    import tensorflow as tf
+    tf.config.threading.set_intra_op_parallelism_threads(2)
+    import test_op_threads as tests
+    def threads():
+        return [int(thread) for thread in os.listdir("/proc/self/task")]
+    def allow(cpus):
+        for thread in threads():
+            os.sched_setaffinity(thread, cpus)
+    given = set(sorted(os.sched_getaffinity(0))[:2])
+    tensors, call = tests.arguments(tests.LARGE), tests.function_of(tests.fusedconvbn.fused_conv_bn, tests.LARGE)
+    expected = call(*tensors).output
+    for _ in range(30):
+        allow({min(given)})  # all on one
+        tests.assert_same_bits(call(*tensors).output, expected)
+        allow(given)
+        tests.assert_same_bits(call(*tensors).output, expected)
+    time.sleep(1)  # a helper that came too late for the last call may still be moving
+    print([thread for thread in threads() if os.sched_getaffinity(thread) != given])
+"""
+
+
+@pytest.mark.skipif(
+    not hasattr(os, "sched_getaffinity") or len(os.sched_getaffinity(0)) < 2, reason="needs two processors"
+)
+def test_threads_may_run_where_they_might_before():
+    """A helper that leaves its caller's processor is free to come back."""
+    assert run_python(PLACEMENT) == "[]"

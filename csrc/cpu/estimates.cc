@@ -48,7 +48,8 @@ bool thirds_apply(Stage stage, const ConvBnParams& p) {
 ThirdsCosts thirds_costs(Stage stage, const ConvBnParams& p) {
   if (stage == Stage::kWgrad) return filter_gradient_costs(p.pixels(), p.in_channels, p.out_channels);
   if (stage == Stage::kDgrad) {
-    const int64_t phases = std::min(p.taps(), p.stride_height * p.stride_width);
+    const int64_t taps = p.taps();  // no overflow: strides may be huge
+    const int64_t phases = std::min(taps, std::min(taps, p.stride_height) * std::min(taps, p.stride_width));
     return thirds_costs(kInputGradientThirds, {p.pixels(), phases, p.taps(), p.out_channels, p.in_channels,
                                                p.batch * p.in_height * p.in_width * p.in_channels, false});
   }

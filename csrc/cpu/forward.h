@@ -135,18 +135,24 @@ class Forward {
   }
 
   void keep_moving_statistics() const {
-    const size_t bytes = static_cast<size_t>(p_.out_channels) * sizeof(C);
-    std::memcpy(b_.batch_mean, b_.moving_mean, bytes);
-    std::memcpy(b_.new_moving_mean, b_.moving_mean, bytes);
-    std::memcpy(b_.new_moving_variance, b_.moving_variance, bytes);
-    for (int64_t c = 0; c < p_.out_channels; ++c) set_scale(c, static_cast<const C*>(b_.moving_variance)[c]);
+    const C* variance = static_cast<const C*>(b_.moving_variance);
+    for (int64_t c = 0; c < p_.out_channels; ++c) scale_[c] = inv_std_of(variance[c]);
+    copy(scale_, b_.inv_std);
+    copy(b_.moving_mean, b_.batch_mean);
+    copy(b_.moving_mean, b_.new_moving_mean);
+    copy(b_.moving_variance, b_.new_moving_variance);
+    for (int64_t c = 0; c < p_.out_channels; ++c) scale_[c] *= static_cast<const C*>(b_.gamma)[c];
   }
 
-  void set_scale(int64_t c, double variance) const {
-    const C inv_std = static_cast<C>(inverse_deviation(variance, p_.epsilon));  // as the gradient will read it
-    static_cast<C*>(b_.inv_std)[c] = inv_std;
-    scale_[c] = static_cast<const C*>(b_.gamma)[c] * inv_std;
+  void copy(const void* from, void* to) const {
+    if (to) std::memcpy(to, from, static_cast<size_t>(p_.out_channels) * sizeof(C));
   }
+
+  C inv_std_of(double variance) const {
+    return static_cast<C>(inverse_deviation(variance, p_.epsilon));  // as the gradient will read it
+  }
+
+  const C* mean() const { return static_cast<const C*>(p_.training ? b_.batch_mean : b_.moving_mean); }
 
   // The statistics of one chunk of channels.
   void learn(int64_t begin) const {
@@ -161,7 +167,8 @@ class Forward {
   void learn(int64_t c, double mean, double squares) const {
     const double variance = squares / static_cast<double>(p_.pixels());
     static_cast<C*>(b_.batch_mean)[c] = static_cast<C>(mean);
-    set_scale(c, variance);
+    static_cast<C*>(b_.inv_std)[c] = inv_std_of(variance);
+    scale_[c] = static_cast<const C*>(b_.gamma)[c] * static_cast<const C*>(b_.inv_std)[c];
     move(b_.moving_mean, b_.new_moving_mean, c, mean);
     move(b_.moving_variance, b_.new_moving_variance, c, variance * moving_variance_factor(p_));
   }
@@ -214,11 +221,10 @@ class Forward {
     Block<C> extra{nullptr, 0};
     if (residual_.present()) extra = residual_.read(t.first, t.rows, t.channel, t.cols, extra_[t.worker]);
     const Block<C> y = output_.target(t.first, t.channel, {t.data, t.ld});
-    const C* mean = static_cast<const C*>(b_.batch_mean) + t.channel;
     const C* beta = static_cast<const C*>(b_.beta) + t.channel;
     const bool stream = z.data != y.data && output_.streams(t.channel, t.cols);  // what was just read is in cache
-    AffineBlock<C> block{z.data, z.ld,   extra.data, extra.ld,           y.data, y.ld,
-                         t.rows, t.cols, mean,       scale_ + t.channel, beta,   stream};
+    AffineBlock<C> block{z.data, z.ld,   extra.data,         extra.ld,           y.data, y.ld,
+                         t.rows, t.cols, mean() + t.channel, scale_ + t.channel, beta,   stream};
     if (rounded_.present()) {
       block.rounded = reinterpret_cast<uint16_t*>(rounded_.address(t.first, t.channel));
       block.ld_rounded = rounded_.ld();
@@ -237,7 +243,7 @@ class Forward {
             output_.ld(),
             t.rows,
             t.cols,
-            static_cast<const C*>(b_.batch_mean) + t.channel,
+            mean() + t.channel,
             scale_ + t.channel,
             static_cast<const C*>(b_.beta) + t.channel,
             output_.streams(t.channel, t.cols)};

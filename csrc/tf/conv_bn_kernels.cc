@@ -49,9 +49,9 @@ class ConvBnKernel : public OpKernel {
   std::shared_ptr<const Prepared> prepare(OpKernelContext* context, Call call, Tensors* tensors) {
     const char* kernel = std::getenv("FUSEDCONVBN_KERNEL");
     if (kernel) call.kernel = kernel;
-    call.inputs_shape = tensors->sizes("inputs");
-    call.filters_shape = tensors->sizes("filters");
-    call.training = tensors->flag("training");
+    call.inputs_shape = tensors->sizes(inputs_);
+    call.filters_shape = tensors->sizes(filters_);
+    call.training = tensors->flag(training_);
     tensors->check(to_absl(detect_device(IntraOpThreads::of(context), &call.device)));
     std::shared_ptr<const Prepared> prepared;
     if (tensors->status().ok()) tensors->check(preparation_->get(call, &prepared));
@@ -59,6 +59,15 @@ class ConvBnKernel : public OpKernel {
   }
 
   const ConvBnParams& params() const { return params_; }  // without sizes
+
+  const Port inputs_ = input_port(*this, "inputs");
+  const Port filters_ = input_port(*this, "filters");
+  const Port gamma_ = input_port(*this, "gamma");
+  const Port beta_ = input_port(*this, "beta");
+  const Port moving_mean_ = input_port(*this, "moving_mean");
+  const Port moving_variance_ = input_port(*this, "moving_variance");
+  const Port residual_ = input_port(*this, "residual");
+  const Port training_ = input_port(*this, "training");
 
  private:
   ConvBnParams params_;
@@ -94,14 +103,14 @@ class FusedConvBN : public ConvBnKernel {
   void Compute(OpKernelContext* context) override {
     Tensors tensors(context);
     Call call;
-    call.has_residual = tensors.find("residual") != nullptr;
+    call.has_residual = tensors.find(residual_) != nullptr;
     const auto prepared = prepare(context, call, &tensors);
     OP_REQUIRES_OK(context, tensors.status());
     const Plan& plan = prepared->plan;
     ForwardBuffers buffers = gather(&tensors, plan, prepared->shapes);
     OP_REQUIRES_OK(context, tensors.status());
     const auto run_plan = [&](void* workspace, ParallelFor* threads) {
-      const PackedFilters::Packed packed = packed_filters(*tensors.find("filters"), plan, workspace, threads);
+      const PackedFilters::Packed packed = packed_filters(*tensors.find(filters_), plan, workspace, threads);
       buffers.packed_filters = packed.get();
       return run_cpu(plan, buffers, workspace, threads);
     };
@@ -120,26 +129,35 @@ class FusedConvBN : public ConvBnKernel {
     });
   }
 
-  static ForwardBuffers gather(Tensors* t, const Plan& plan, const Shapes& shapes) {
+  ForwardBuffers gather(Tensors* t, const Plan& plan, const Shapes& shapes) const {
     ForwardBuffers b;
-    b.inputs = t->input("inputs", shapes.inputs);
-    b.filters = t->input("filters", shapes.filters);
-    b.gamma = t->input("gamma", shapes.channels);
-    b.beta = t->input("beta", shapes.channels);
-    b.moving_mean = t->input("moving_mean", shapes.channels);
-    b.moving_variance = t->input("moving_variance", shapes.channels);
-    b.residual = t->input("residual", shapes.output);
-    b.output = plan.params.training ? t->output("output", shapes.output)  // where z may lie meanwhile
-                                    : t->output_over("residual", "output", shapes.output);
-    b.new_moving_mean = t->output("new_moving_mean", shapes.channels);
-    b.new_moving_variance = t->output("new_moving_variance", shapes.channels);
-    b.batch_mean = t->output("batch_mean", shapes.channels);
-    b.inv_std = t->output("inv_std", shapes.channels);
-    b.conv_out = plan.saved == Saved::kNothing ? t->empty_output("conv_out")
-                                               : t->output("conv_out", saved_shape(plan.params, plan.saved));
+    b.inputs = t->input(inputs_, shapes.inputs);
+    b.filters = t->input(filters_, shapes.filters);
+    b.gamma = t->input(gamma_, shapes.channels);
+    b.beta = t->input(beta_, shapes.channels);
+    b.moving_mean = t->input(moving_mean_, shapes.channels);
+    b.moving_variance = t->input(moving_variance_, shapes.channels);
+    b.residual = t->input(residual_, shapes.output);
+    b.output = plan.params.training ? t->output(output_, shapes.output)  // where z may lie meanwhile
+                                    : t->output_over(residual_, output_, shapes.output);
+    const auto statistic = [&](const Port& port) {
+      return plan.params.training ? t->output(port, shapes.channels) : t->output_if_read(port, shapes.channels);
+    };
+    b.new_moving_mean = statistic(new_moving_mean_);
+    b.new_moving_variance = statistic(new_moving_variance_);
+    b.batch_mean = statistic(batch_mean_);
+    b.inv_std = statistic(inv_std_);
+    b.conv_out = plan.saved == Saved::kNothing ? t->empty_output(conv_out_)
+                                               : t->output(conv_out_, saved_shape(plan.params, plan.saved));
     return b;
   }
 
+  const Port output_ = output_port(*this, "output");
+  const Port new_moving_mean_ = output_port(*this, "new_moving_mean");
+  const Port new_moving_variance_ = output_port(*this, "new_moving_variance");
+  const Port batch_mean_ = output_port(*this, "batch_mean");
+  const Port inv_std_ = output_port(*this, "inv_std");
+  const Port conv_out_ = output_port(*this, "conv_out");
   bool keep_filters_ = false;
 };
 
@@ -161,8 +179,8 @@ class FusedConvBNGrad : public ConvBnKernel {
     Tensors tensors(context);
     Call call;
     call.has_residual = has_residual_;
-    call.has_output = tensors.find("output") != nullptr;
-    if (const Tensor* conv_out = tensors.find("conv_out")) call.saved = saved_in(*conv_out);
+    call.has_output = tensors.find(output_) != nullptr;
+    if (const Tensor* conv_out = tensors.find(conv_out_)) call.saved = saved_in(*conv_out);
     const auto prepared = prepare(context, call, &tensors);
     OP_REQUIRES_OK(context, tensors.status());
     const Plan& plan = prepared->plan;
@@ -185,34 +203,48 @@ class FusedConvBNGrad : public ConvBnKernel {
                                 " for this activation. Received: ", count));
   }
 
-  static void gather_inputs(Tensors* t, const ConvBnParams& params, const Shapes& shapes, BackwardBuffers* b) {
-    b->output_gradient = t->input("output_gradient", shapes.output);
-    b->moving_mean_gradient = t->input("moving_mean_gradient", shapes.channels);
-    b->moving_variance_gradient = t->input("moving_variance_gradient", shapes.channels);
-    b->inputs = t->input("inputs", shapes.inputs);
-    b->filters = t->input("filters", shapes.filters);
-    b->gamma = t->input("gamma", shapes.channels);
-    b->beta = t->input("beta", shapes.channels);
-    b->moving_mean = t->input("moving_mean", shapes.channels);
-    b->moving_variance = t->input("moving_variance", shapes.channels);
-    b->residual = t->input("residual", shapes.output);
-    b->output = t->input("output", shapes.output);
-    b->batch_mean = t->input("batch_mean", shapes.channels);
-    b->inv_std = t->input("inv_std", shapes.channels);
+  void gather_inputs(Tensors* t, const ConvBnParams& params, const Shapes& shapes, BackwardBuffers* b) const {
+    b->output_gradient = t->input(output_gradient_, shapes.output);
+    b->moving_mean_gradient = t->input(moving_mean_gradient_, shapes.channels);
+    b->moving_variance_gradient = t->input(moving_variance_gradient_, shapes.channels);
+    b->inputs = t->input(inputs_, shapes.inputs);
+    b->filters = t->input(filters_, shapes.filters);
+    b->gamma = t->input(gamma_, shapes.channels);
+    b->beta = t->input(beta_, shapes.channels);
+    b->moving_mean = t->input(moving_mean_, shapes.channels);
+    b->moving_variance = t->input(moving_variance_, shapes.channels);
+    b->residual = t->input(residual_, shapes.output);
+    b->output = t->input(output_, shapes.output);
+    b->batch_mean = t->input(batch_mean_, shapes.channels);
+    b->inv_std = t->input(inv_std_, shapes.channels);
     if (params.training && params.saved != Saved::kNothing)
-      b->conv_out = t->input("conv_out", saved_shape(params, params.saved));
+      b->conv_out = t->input(conv_out_, saved_shape(params, params.saved));
   }
 
   void gather_outputs(Tensors* t, const Shapes& shapes, BackwardBuffers* b) const {
-    b->d_inputs = needs_inputs_ ? t->output("d_inputs", shapes.inputs) : t->empty_output("d_inputs");
-    b->d_filters = needs_filters_ ? t->output("d_filters", shapes.filters) : t->empty_output("d_filters");
-    b->d_gamma = t->output("d_gamma", shapes.channels);
-    b->d_beta = t->output("d_beta", shapes.channels);
-    b->d_moving_mean = t->output("d_moving_mean", shapes.channels);
-    b->d_moving_variance = t->output("d_moving_variance", shapes.channels);
-    if (residual_gradients_ > 0) b->d_residual = t->output("d_residual", shapes.output);
+    b->d_inputs = needs_inputs_ ? t->output(d_inputs_, shapes.inputs) : t->empty_output(d_inputs_);
+    b->d_filters = needs_filters_ ? t->output(d_filters_, shapes.filters) : t->empty_output(d_filters_);
+    b->d_gamma = t->output(d_gamma_, shapes.channels);
+    b->d_beta = t->output(d_beta_, shapes.channels);
+    b->d_moving_mean = t->output(d_moving_mean_, shapes.channels);
+    b->d_moving_variance = t->output(d_moving_variance_, shapes.channels);
+    if (residual_gradients_ > 0) b->d_residual = t->output(d_residual_, shapes.output);
   }
 
+  const Port output_gradient_ = input_port(*this, "output_gradient");
+  const Port moving_mean_gradient_ = input_port(*this, "moving_mean_gradient");
+  const Port moving_variance_gradient_ = input_port(*this, "moving_variance_gradient");
+  const Port output_ = input_port(*this, "output");
+  const Port batch_mean_ = input_port(*this, "batch_mean");
+  const Port inv_std_ = input_port(*this, "inv_std");
+  const Port conv_out_ = input_port(*this, "conv_out");
+  const Port d_inputs_ = output_port(*this, "d_inputs");
+  const Port d_filters_ = output_port(*this, "d_filters");
+  const Port d_gamma_ = output_port(*this, "d_gamma");
+  const Port d_beta_ = output_port(*this, "d_beta");
+  const Port d_moving_mean_ = output_port(*this, "d_moving_mean");
+  const Port d_moving_variance_ = output_port(*this, "d_moving_variance");
+  const Port d_residual_ = output_port(*this, "d_residual");
   bool has_residual_ = false, needs_inputs_ = true, needs_filters_ = true;
   int residual_gradients_ = 0;
 };

@@ -41,9 +41,9 @@ class IdleHelpers {
   }
 
   // On a thread of `pool`: does `job`, and those that come soon; not for long, for other ops' work may wait in the
-  // pool.
+  // pool. Nor for too short: to ask the pool again wakes one more of its threads, for which there is no processor.
   void help(const void* pool, Job job) {
-    constexpr std::chrono::milliseconds kTurn(2);
+    constexpr std::chrono::milliseconds kTurn(4);
     const auto end = std::chrono::steady_clock::now() + kTurn;
     while (job) {
       job();

@@ -23,7 +23,8 @@ inline void prefer_huge_pages(void* data, size_t bytes) {
   madvise(reinterpret_cast<void*>(begin), end - begin, MADV_HUGEPAGE);  // a hint: no harm if refused
 }
 
-// At least `bytes`, and a page; 64-byte aligned. To be freed with std::free. Null if there is no memory left.
+// At least `bytes`, and a page, a large one from a quarter of it on; 64-byte aligned. To be freed with std::free. Null
+// if there is no memory left.
 struct Memory {
   void* data = nullptr;
   size_t bytes = 0;
@@ -32,7 +33,8 @@ struct Memory {
 inline Memory allocate(size_t bytes) {
   constexpr size_t kPage = size_t{64} << 10;
   if (bytes > SIZE_MAX - kHugePage) return {};
-  const size_t page = bytes >= kHugePage ? kHugePage : kPage, size = std::max(page, (bytes + page - 1) / page * page);
+  const size_t page = bytes >= kHugePage / 4 ? kHugePage : kPage,
+               size = std::max(page, (bytes + page - 1) / page * page);
   void* data = std::aligned_alloc(page, size);
   if (data == nullptr) return {};
   if (page == kHugePage) madvise(data, size, MADV_HUGEPAGE);  // a hint: no harm if refused

@@ -6,7 +6,7 @@
 #include <limits>
 #include <string>
 
-#include "memory.h"
+#include "piece_pool.h"
 #include "tensorflow/core/common_runtime/dma_helper.h"
 
 namespace fusedconvbn::tf {
@@ -74,7 +74,7 @@ PackedFilters::Packed PackedFilters::get(const tensorflow::Tensor& filters, cons
     copy->last_use = now_;
     if (copy->packed || !reserve(plan.packed_bytes)) return copy->packed;
   }
-  const std::shared_ptr<void> packed(allocate(plan.packed_bytes).data, std::free);
+  const std::shared_ptr<void> packed = PiecePool::global()->take(plan.packed_bytes);
   return keep(filters, form, packed && pack(packed.get()) ? packed : nullptr, plan.packed_bytes);
 }
 

@@ -13,6 +13,7 @@
 #include <map>
 #include <memory>
 #include <mutex>
+#include <unordered_map>
 #include <utility>
 
 #include "../conv_bn.h"
@@ -56,7 +57,7 @@ class PackedFilters {
     tensorflow::Tensor filters;
     std::map<Form, Copy> copies;
   };
-  using Entries = std::map<const void*, Entry>;  // by the memory, which lives as long as the reference
+  using Entries = std::unordered_map<const void*, Entry>;  // by the memory, which lives as long as the reference
 
   PackedFilters();
   static Form form_of(const Plan& plan);

@@ -9,8 +9,32 @@
 
 namespace fusedconvbn::tf {
 
-// The op's tensors as the core's pointers, each checked by its name. The first error stays; after one, nothing that
-// was handed out may be used.
+// Where a kernel has the input or the output of that name. Found once: to look a name up takes a call longer than to
+// use what is found, where other kernels have driven the tables out of the caches.
+struct Port {
+  const char* name;
+  int index;  // -1: the kernel has none
+};
+
+// Of a list, which holds one tensor at the most, its first.
+inline Port port_at(const char* name, const absl::Status& found, int begin, int end) {
+  return {name, found.ok() && begin < end ? begin : -1};
+}
+
+inline Port input_port(const tensorflow::OpKernel& kernel, const char* name) {
+  int begin = 0, end = 0;
+  const absl::Status found = kernel.InputRange(name, &begin, &end);
+  return port_at(name, found, begin, end);
+}
+
+inline Port output_port(const tensorflow::OpKernel& kernel, const char* name) {
+  int begin = 0, end = 0;
+  const absl::Status found = kernel.OutputRange(name, &begin, &end);
+  return port_at(name, found, begin, end);
+}
+
+// The op's tensors as the core's pointers, each checked. The first error stays; after one, nothing that was handed out
+// may be used.
 class Tensors {
  public:
   explicit Tensors(tensorflow::OpKernelContext* context) : context_(context) {}
@@ -19,24 +43,20 @@ class Tensors {
   void check(const absl::Status& status) { status_.Update(status); }
 
   // Null if the op has no such input.
-  const tensorflow::Tensor* find(const char* name) {
-    tensorflow::OpInputList list;
-    check(context_->input_list(name, &list));
-    return status_.ok() && list.size() > 0 ? &list[0] : nullptr;
-  }
+  const tensorflow::Tensor* find(const Port& port) { return port.index < 0 ? nullptr : &context_->input(port.index); }
 
-  const void* input(const char* name, const tensorflow::TensorShape& shape) {
-    const tensorflow::Tensor* tensor = find(name);
+  const void* input(const Port& port, const tensorflow::TensorShape& shape) {
+    const tensorflow::Tensor* tensor = find(port);
     if (tensor == nullptr) return nullptr;
     if (tensor->shape() != shape)
-      check(invalid(absl::StrCat(name, " must be of shape ", shape.DebugString(), ". Received: shape ",
+      check(invalid(absl::StrCat(port.name, " must be of shape ", shape.DebugString(), ". Received: shape ",
                                  tensor->shape().DebugString())));
     return pointer(*tensor);
   }
 
-  void* output(const char* name, const tensorflow::TensorShape& shape) {
+  void* output(const Port& port, const tensorflow::TensorShape& shape) {
     tensorflow::Tensor* tensor = nullptr;
-    if (status_.ok()) check(context_->allocate_output(name, shape, &tensor));
+    if (status_.ok()) check(context_->allocate_output(port.index, shape, &tensor));
     if (tensor == nullptr) return nullptr;
     prefer_huge_pages(tensor->data(), tensor->TotalBytes());
     return pointer(*tensor);
@@ -45,37 +65,39 @@ class Tensors {
   // As output(), in the memory of this input if there is one that nobody else refers to: lines that were just read are
   // in cache, those of new memory are not (ResNet-50 at batch 1: -2 %). Large results go past the caches, and past
   // lines that are there they take longer (batch 16: +1 to +3 %).
-  void* output_over(const char* input, const char* name, const tensorflow::TensorShape& shape) {
+  void* output_over(const Port& input, const Port& port, const tensorflow::TensorShape& shape) {
     constexpr int64_t kMaxBytes = 4 << 20;
     const tensorflow::Tensor* over = find(input);
-    if (over == nullptr || over->TotalBytes() > kMaxBytes) return output(name, shape);
-    int from = 0, to = 0, end = 0;
-    check(context_->op_kernel().InputRange(input, &from, &end));
-    check(context_->op_kernel().OutputRange(name, &to, &end));
+    if (over == nullptr || over->TotalBytes() > kMaxBytes) return output(port, shape);
     tensorflow::Tensor* tensor = nullptr;
-    if (status_.ok()) check(context_->forward_input_or_allocate_output({from}, to, shape, &tensor));
+    if (status_.ok()) check(context_->forward_input_or_allocate_output({input.index}, port.index, shape, &tensor));
     return tensor == nullptr ? nullptr : pointer(*tensor);
   }
 
-  // An output that is there for nobody.
-  void* empty_output(const char* name) { return output(name, tensorflow::TensorShape({0, 0, 0, 0})), nullptr; }
+  // Null if nothing in the graph reads it: then there need be no tensor.
+  void* output_if_read(const Port& port, const tensorflow::TensorShape& shape) {
+    return context_->output_required(port.index) ? output(port, shape) : nullptr;
+  }
 
-  bool flag(const char* name) {
-    const tensorflow::Tensor* tensor = find(name);
+  // Without elements.
+  void* empty_output(const Port& port) { return output_if_read(port, tensorflow::TensorShape({0, 0, 0, 0})), nullptr; }
+
+  bool flag(const Port& port) {
+    const tensorflow::Tensor* tensor = find(port);
     if (tensor == nullptr) return false;
     if (tensor->dims() == 0) return tensor->scalar<bool>()();
-    check(invalid(absl::StrCat(name, " must be a scalar. Received: shape ", tensor->shape().DebugString())));
+    check(invalid(absl::StrCat(port.name, " must be a scalar. Received: shape ", tensor->shape().DebugString())));
     return false;
   }
 
-  std::array<int64_t, 4> sizes(const char* name) {
+  std::array<int64_t, 4> sizes(const Port& port) {
     std::array<int64_t, 4> result{};
-    const tensorflow::Tensor* tensor = find(name);
+    const tensorflow::Tensor* tensor = find(port);
     if (tensor != nullptr && tensor->dims() == 4)
       for (int i = 0; i < 4; ++i) result[i] = tensor->dim_size(i);
     else if (tensor != nullptr)
-      check(
-          invalid(absl::StrCat(name, " must be a tensor of rank 4. Received: shape ", tensor->shape().DebugString())));
+      check(invalid(
+          absl::StrCat(port.name, " must be a tensor of rank 4. Received: shape ", tensor->shape().DebugString())));
     return result;
   }
 

@@ -11,6 +11,7 @@
 #include <vector>
 
 #include "../conv_bn.h"
+#include "cpu_placement.h"
 #include "idle_helpers.h"
 #include "tensorflow/core/framework/op_kernel.h"
 
@@ -37,7 +38,12 @@ class IntraOpThreads : public ParallelFor {
       return;
     }
     auto work = std::make_shared<Work>(tasks, helpers + 1, body);
-    for (int worker = 1; worker <= helpers; ++worker) call_helper([work, worker] { work->claim(worker); });
+    const int cpu = this_cpu();
+    for (int worker = 1; worker <= helpers; ++worker)
+      call_helper([work, worker, cpu] {
+        leave_cpu(cpu);
+        work->claim(worker);
+      });
     work->claim(0);
     work->wait();
   }
