@@ -139,10 +139,22 @@ Status detect_device(int threads, DeviceInfo* device);
 // How many of `threads` shorten a call: work for less than some microseconds is done before another thread has begun.
 int useful_threads(const ConvBnParams& params, int threads);
 
+// What a choice among algorithms of a stage compared: estimates for one thread, of float32 with AVX-512 (thirds: AMX),
+// whatever the problem's type and the device. The least is chosen first.
+struct Estimate {
+  std::string algorithm;
+  double nanoseconds;
+};
+struct Comparison {
+  std::string stage;
+  std::vector<Estimate> estimates;
+};
+
 struct Kernel;  // a row of the dispatch table (cpu/dispatch.h)
 
 // A kernel for each stage of the problem, and the memory that they need. The result of a pure function of the problem
-// and the device; describe() prints it. Splits of a sum are fixed by the problem, never by the number of threads.
+// and the device; describe() and explain() print it. Splits of a sum are fixed by the problem, never by the number of
+// threads.
 struct Plan {
   ConvBnParams params;
   DeviceInfo device;
@@ -151,7 +163,9 @@ struct Plan {
   size_t workspace_bytes = 0;         // 64-byte aligned
   size_t conv_grad_bytes = 0;         // of them, at the start: the gradient of z, handed from stage to stage
   size_t packed_bytes = 0;            // forward: of the filters as pack_filters() writes them; 0: not to be packed
-  std::string describe() const;
+  std::string describe() const;       // a line
+  std::string explain() const;        // it, and a line for each of comparisons()
+  std::vector<Comparison> comparisons() const;  // those that the kernels took part in
 };
 
 // In elements of the data type. Empty where nothing is saved; else the output's shape; for kMoments [C + 2, C] numbers

@@ -2,9 +2,12 @@
 #include <algorithm>
 #include <cmath>
 #include <cstdlib>
+#include <iomanip>
+#include <sstream>
 
 #include "conv_bn.h"
 #include "cpu/dispatch.h"
+#include "cpu/estimates.h"
 #include "shape.h"
 
 namespace fusedconvbn {
@@ -205,6 +208,25 @@ std::string Plan::describe() const {
   std::string text;
   for (const Kernel* kernel : stages) text += std::string(text.empty() ? "" : " -> ") + kernel->name;
   return text + "; workspace " + std::to_string(workspace_bytes) + " bytes; isa " + name_of(device.isa);
+}
+
+std::vector<Comparison> Plan::comparisons() const {
+  std::vector<Comparison> all;
+  for (const Kernel* kernel : stages)
+    for (Comparison& each : comparisons_of(*kernel, params, device.isa)) all.push_back(std::move(each));
+  return all;
+}
+
+std::string Plan::explain() const {
+  std::ostringstream text;
+  text << describe() << std::fixed << std::setprecision(1);
+  for (const Comparison& each : comparisons()) {
+    text << "\n  " << each.stage << ", estimated on one thread:";
+    for (const Estimate& estimate : each.estimates)
+      text << (&estimate == &each.estimates.front() ? " " : ", ") << estimate.algorithm << " "
+           << estimate.nanoseconds / 1e3 << " us";
+  }
+  return text.str();
 }
 
 std::vector<KernelInfo> list_kernels() {

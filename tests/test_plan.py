@@ -22,7 +22,35 @@ def test_is_printable():
     text = str(plan(isa="generic", algorithm="direct"))
     assert "forward_direct_generic" in text
     assert f"workspace {plan(isa='generic', algorithm='direct').workspace_bytes} bytes" in text
-    assert text in repr(plan(isa="generic", algorithm="direct"))
+    assert text.splitlines()[0] in repr(plan(isa="generic", algorithm="direct"))
+
+
+def compared(planned):
+    return {stage: list(estimates) for stage, estimates in planned.estimates}
+
+
+@pytest.mark.parametrize("inputs", [(1, 14, 14, 64), (4, 7, 7, 256), (2, 28, 28, 16), (1, 2, 2, 32)], ids=str)
+@pytest.mark.parametrize("outputs", [16, 64, 320])
+def test_takes_what_it_estimates_to_be_the_fastest(inputs, outputs):
+    for direction in ("forward", "backward"):
+        planned = raw.plan(
+            inputs, (3, 3, inputs[3], outputs), padding="SAME", training=True, direction=direction, isa="avx512"
+        )
+        taken = dict(name.split("_")[:2] for name in planned.kernels)
+        assert {"direct", "winograd2", "winograd4"} == {name for names in compared(planned).values() for name in names}
+        assert {stage: names[0] for stage, names in compared(planned).items()}.items() <= taken.items()
+        for stage, estimates in planned.estimates:
+            assert list(estimates.values()) == sorted(estimates.values())
+            assert min(estimates.values()) > 0
+            text = ", ".join(f"{name} {microseconds:.1f} us" for name, microseconds in estimates.items())
+            assert f"\n  {stage}, estimated on one thread: {text}" in str(planned)
+
+
+def test_estimates_only_what_competes():
+    assert raw.plan((1, 14, 14, 32), (3, 3, 1, 32), padding="SAME").estimates == []  # depthwise
+    assert raw.plan((1, 14, 14, 3), (7, 7, 3, 32), isa="avx512").estimates == []  # few channels
+    assert raw.plan((1, 14, 14, 64), (1, 1, 64, 64), isa="avx512").estimates == []
+    assert raw.plan((1, 14, 14, 64), (3, 3, 64, 64), isa="avx512", strides=2).estimates == []
 
 
 @pytest.mark.parametrize("direction", ["forward", "backward"])
@@ -128,8 +156,9 @@ AMX = pytest.mark.skipif(
     ],
 )
 def test_inference_in_thirds(pixels, channels, outputs, expected):
-    [kernel] = raw.plan((1, pixels, 1, channels), (1, 1, channels, outputs)).kernels
-    assert ("thirds" in kernel) == expected
+    planned = raw.plan((1, pixels, 1, channels), (1, 1, channels, outputs))
+    assert ("thirds" in planned.kernels[0]) == expected
+    assert compared(planned)["forward"][0] == ("thirds" if expected else "direct")
 
 
 @AMX

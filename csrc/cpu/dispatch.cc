@@ -4,11 +4,10 @@
 
 #include "../reference.h"
 #include "../shape.h"
+#include "estimates.h"
 #include "kernels.h"
 #include "second_moments.h"
 #include "stages.h"
-#include "thirds_choice.h"
-#include "winograd_choice.h"
 
 namespace fusedconvbn {
 namespace {
@@ -16,24 +15,28 @@ namespace {
 bool any_problem(const ConvBnParams&) { return true; }
 bool no_problem(const ConvBnParams&) { return false; }
 
-template <int M>
-bool suits_winograd(const ConvBnParams& p, const WinogradPrices& prices, const WinogradProblem& problem) {
+// Panels of fewer channels would be mostly padding.
+bool fills_panels(const ConvBnParams& p) {
+  constexpr int64_t kMinChannels = 16;
+  return std::min(p.in_channels, p.out_channels) >= kMinChannels;
+}
+
+template <Stage S, int M>
+bool suits_winograd(const ConvBnParams& p) {
   if (p.algorithm != Algorithm::kAuto) return p.algorithm == (M == 2 ? Algorithm::kWinograd2 : Algorithm::kWinograd4);
-  return fastest_winograd(prices, problem, p.strict) == M;
+  return fills_panels(p) && fastest_winograd(winograd_costs(S, p), p.strict) == M;
 }
-template <int M>
-bool forward_winograd(const ConvBnParams& p) {
-  return suits_winograd<M>(p, p.training ? kConvolutionPrices : kPackedPrices,
-                           {p.batch, p.out_height, p.out_width, p.in_channels, p.out_channels});
+template <Stage S>
+bool suits_winograd2(const ConvBnParams& p) {
+  return suits_winograd<S, 2>(p);
 }
-template <int M>
-bool dgrad_winograd(const ConvBnParams& p) {
-  return suits_winograd<M>(p, kInputGradientPrices, {p.batch, p.in_height, p.in_width, p.out_channels, p.in_channels});
+template <Stage S>
+bool suits_winograd4(const ConvBnParams& p) {
+  return suits_winograd<S, 4>(p);
 }
-template <int M>
-bool wgrad_winograd(const ConvBnParams& p) {
-  return suits_winograd<M>(p, kFilterGradientPrices,
-                           {p.batch, p.out_height, p.out_width, p.in_channels, p.out_channels});
+template <Stage S>
+bool by_winograd(const ConvBnParams& p) {
+  return winograd_applies(p) && (suits_winograd2<S>(p) || suits_winograd4<S>(p));
 }
 
 // Products on AMX: lines that fit a strip, and little padding between them.
@@ -69,12 +72,11 @@ bool suits_moments(const ConvBnParams& p) {
 // Where AMX has nothing faster.
 bool suits_moments_beside_thirds(const ConvBnParams& p) { return suits_moments(p) && moments_outdo_thirds(p); }
 
-bool forward_thirds_are_faster(const ThirdsPrices& prices, const ConvBnParams& p) {
-  return thirds_are_faster(
-      prices, {p.pixels(), 1, p.taps(), p.in_channels, p.out_channels, p.pixels() * p.out_channels, p.has_residual});
+bool thirds_are_faster(Stage stage, const ConvBnParams& p, const ThirdsCosts& costs) {
+  return fills_panels(p) && costs.thirds * margin_of_thirds(stage, p) < costs.direct;
 }
 bool suits_moments_thirds(const ConvBnParams& p) {
-  return suits_moments_beside_thirds(p) && forward_thirds_are_faster(kPackedThirds, p);
+  return suits_moments_beside_thirds(p) && thirds_are_faster(Stage::kForward, p, moments_costs(p));
 }
 
 // The same for bfloat16 on AMX, where du is dy or 0 and need not be rounded. Of few pixels d_inputs would be little
@@ -148,33 +150,18 @@ bool suits_amx(const ConvBnParams& p) {
 // It rounds the gradient of z.
 bool suits_amx_backward(const ConvBnParams& p) { return suits_amx(p) && !p.strict; }
 
-// Products of float32 on AMX: a block's rows cut in thirds, and a panel of the filters, fit L2.
-bool thirds_applies(const ConvBnParams& p, int64_t depth) {
-  constexpr int64_t kMaxDepth = 2048;
-  return p.dtype == DType::kFloat32 && p.groups == 1 && p.data_format == DataFormat::kNHWC &&
-         p.taps() * depth <= kMaxDepth;
-}
-bool forward_thirds_applies(const ConvBnParams& p) { return thirds_applies(p, p.in_channels); }
-bool dgrad_thirds_applies(const ConvBnParams& p) { return thirds_applies(p, p.out_channels); }
-bool wgrad_thirds_applies(const ConvBnParams& p) {
-  return thirds_applies(p, 1) && is_pointwise(p) && p.stride_height == 1 && p.stride_width == 1;
+template <Stage S>
+bool thirds_apply(const ConvBnParams& p) {
+  return thirds_apply(S, p);
 }
 // Where nothing but the direct algorithm competes, and is slower.
+template <Stage S>
+bool suits_thirds(const ConvBnParams& p) {
+  return p.algorithm == Algorithm::kAuto && !by_winograd<S>(p) && thirds_are_faster(S, p, thirds_costs(S, p));
+}
 bool suits_forward_thirds(const ConvBnParams& p) {
   const bool by_moments = forward_moments_applies(p) && suits_moments_beside_thirds(p);
-  const bool by_winograd = winograd_applies(p) && (forward_winograd<2>(p) || forward_winograd<4>(p));
-  if (p.algorithm != Algorithm::kAuto || by_moments || by_winograd) return false;
-  return forward_thirds_are_faster(p.training ? kTrainingThirds : kPackedThirds, p);
-}
-bool suits_dgrad_thirds(const ConvBnParams& p) {
-  const bool by_winograd = winograd_applies(p) && (dgrad_winograd<2>(p) || dgrad_winograd<4>(p));
-  if (p.algorithm != Algorithm::kAuto || by_winograd) return false;
-  const int64_t phases = std::min(p.taps(), p.stride_height * p.stride_width);
-  return thirds_are_faster(kInputGradientThirds, {p.pixels(), phases, p.taps(), p.out_channels, p.in_channels,
-                                                  p.batch * p.in_height * p.in_width * p.in_channels, false});
-}
-bool suits_wgrad_thirds(const ConvBnParams& p) {
-  return p.algorithm == Algorithm::kAuto && thirds_are_faster_by_filters(p.pixels(), p.in_channels, p.out_channels);
+  return !by_moments && suits_thirds<Stage::kForward>(p);
 }
 
 size_t no_scratch(const ConvBnParams&, const DeviceInfo&) { return 0; }
@@ -225,18 +212,18 @@ Kernel saving_moments(Kernel row) {
 #define FCB_ROWS(isa, Isa_)                                                                                      \
   saving_moments(FCB_ROW(forward_moments, kForward, forward_moments_applies, suits_moments, isa, Isa_)),         \
       FCB_ROW(backward_moments, kBackward, backward_moments_applies, any_problem, isa, Isa_),                    \
-      FCB_PACKING_ROW(forward_winograd4, winograd_applies, forward_winograd<4>, isa, Isa_),                      \
-      FCB_PACKING_ROW(forward_winograd2, winograd_applies, forward_winograd<2>, isa, Isa_),                      \
+      FCB_PACKING_ROW(forward_winograd4, winograd_applies, suits_winograd4<Stage::kForward>, isa, Isa_),         \
+      FCB_PACKING_ROW(forward_winograd2, winograd_applies, suits_winograd2<Stage::kForward>, isa, Isa_),         \
       FCB_ROW(forward_depthwise, kForward, depthwise_applies, any_problem, isa, Isa_),                           \
       FCB_PACKING_ROW(forward_few_channels, one_group, suits_forward_few_channels, isa, Isa_),                   \
       FCB_PACKING_ROW(forward_direct, any_problem, any_problem, isa, Isa_),                                      \
       FCB_ROW(reduce_direct, kReduce, any_problem, any_problem, isa, Isa_),                                      \
-      FCB_ROW(dgrad_winograd4, kDgrad, winograd_applies, dgrad_winograd<4>, isa, Isa_),                          \
-      FCB_ROW(dgrad_winograd2, kDgrad, winograd_applies, dgrad_winograd<2>, isa, Isa_),                          \
+      FCB_ROW(dgrad_winograd4, kDgrad, winograd_applies, suits_winograd4<Stage::kDgrad>, isa, Isa_),             \
+      FCB_ROW(dgrad_winograd2, kDgrad, winograd_applies, suits_winograd2<Stage::kDgrad>, isa, Isa_),             \
       FCB_ROW(dgrad_columns, kDgrad, one_group, few_input_channels, isa, Isa_),                                  \
       FCB_ROW(dgrad_direct, kDgrad, any_problem, any_problem, isa, Isa_),                                        \
-      FCB_ROW(wgrad_winograd4, kWgrad, winograd_applies, wgrad_winograd<4>, isa, Isa_),                          \
-      FCB_ROW(wgrad_winograd2, kWgrad, winograd_applies, wgrad_winograd<2>, isa, Isa_),                          \
+      FCB_ROW(wgrad_winograd4, kWgrad, winograd_applies, suits_winograd4<Stage::kWgrad>, isa, Isa_),             \
+      FCB_ROW(wgrad_winograd2, kWgrad, winograd_applies, suits_winograd2<Stage::kWgrad>, isa, Isa_),             \
       FCB_ROW(wgrad_direct, kWgrad, any_problem, any_problem, isa, Isa_),                                        \
       FCB_ROW(backward_few_channels, kBackward, backward_few_channels_applies, suits_backward_few_channels, isa, \
               Isa_),                                                                                             \
@@ -261,9 +248,9 @@ const std::vector<Kernel>& kernel_table() {
       FCB_AMX_ROW(backward_direct_amx, kBackward, amx_backward_applies, suits_amx_backward),
       saving_moments(
           FCB_ROW(forward_moments_thirds, kForward, forward_float_moments_applies, suits_moments_thirds, amx, Amx)),
-      FCB_PACKING_ROW(forward_thirds, forward_thirds_applies, suits_forward_thirds, amx, Amx),
-      FCB_ROW(dgrad_thirds, kDgrad, dgrad_thirds_applies, suits_dgrad_thirds, amx, Amx),
-      FCB_ROW(wgrad_thirds, kWgrad, wgrad_thirds_applies, suits_wgrad_thirds, amx, Amx),
+      FCB_PACKING_ROW(forward_thirds, thirds_apply<Stage::kForward>, suits_forward_thirds, amx, Amx),
+      FCB_ROW(dgrad_thirds, kDgrad, thirds_apply<Stage::kDgrad>, suits_thirds<Stage::kDgrad>, amx, Amx),
+      FCB_ROW(wgrad_thirds, kWgrad, thirds_apply<Stage::kWgrad>, suits_thirds<Stage::kWgrad>, amx, Amx),
 #endif
 #if defined(__x86_64__)
       FCB_ROWS(avx512, Avx512),

@@ -89,20 +89,24 @@ inline double convolution_cost(const ConvolutionPrices& prices, const ThirdsProb
          output_price(prices, p) * static_cast<double>(p.outputs);
 }
 
-// By a margin: their filters take twice the memory. With a depth of one tile, or two and a residual, they also vary:
-// nothing hides then that windows are cut and results emitted.
-inline bool thirds_are_faster(const ThirdsPrices& prices, const ThirdsProblem& p) {
-  constexpr int64_t kLanes = 16, kSpan = 64, kMinChannels = 16;
-  constexpr double kMargin = 1.03, kMarginOfFew = 1.15;
-  if (std::min(p.depth, p.cols) < kMinChannels) return false;
-  const int64_t few = p.residual ? 2 * kThirdsTile : kThirdsTile;
-  const double margin = p.taps * p.depth <= few ? kMarginOfFew : kMargin;
+struct ThirdsCosts {
+  double thirds, direct;  // ns
+};
+
+inline ThirdsCosts thirds_costs(const ThirdsPrices& prices, const ThirdsProblem& p) {
+  constexpr int64_t kLanes = 16, kSpan = 64;
   const bool kept = thirds_in_cache(p) <= prices.kept_bytes, far = thirds_of_filters(p) >= prices.far_bytes;
-  const double thirds = convolution_cost(prices.thirds, p, whole_tiles(p.positions), whole_tiles(p.depth),
-                                         whole_tiles(p.cols), 1, kept, far);
-  const double direct = convolution_cost(prices.direct, p, p.positions, p.depth, whole(p.cols, kLanes),
-                                         ceil_div(p.cols, kSpan), kept, far);
-  return thirds * margin < direct;
+  return {convolution_cost(prices.thirds, p, whole_tiles(p.positions), whole_tiles(p.depth), whole_tiles(p.cols), 1,
+                           kept, far),
+          convolution_cost(prices.direct, p, p.positions, p.depth, whole(p.cols, kLanes), ceil_div(p.cols, kSpan), kept,
+                           far)};
+}
+
+// What thirds must be faster by: their filters take twice the memory. With a depth of one tile, or two and a residual,
+// they also vary: nothing hides then that windows are cut and results emitted.
+inline double margin_of_thirds(int64_t depth, bool residual) {
+  constexpr double kMargin = 1.03, kMarginOfFew = 1.15;
+  return depth <= (residual ? 2 * kThirdsTile : kThirdsTile) ? kMarginOfFew : kMargin;
 }
 
 // The gradient by the filters of a 1x1 convolution, in ns.
@@ -121,11 +125,9 @@ inline double filter_gradient_cost(const FilterGradientPrices& prices, int64_t p
   return (prices.product * pairs + channels) * static_cast<double>(pixels) + prices.sum * pairs;
 }
 
-inline bool thirds_are_faster_by_filters(int64_t pixels, int64_t inputs, int64_t outputs) {
-  constexpr int64_t kMinChannels = 16;
-  if (std::min(inputs, outputs) < kMinChannels) return false;
-  return filter_gradient_cost(kFilterGradientThirds, pixels, whole_tiles(inputs), whole_tiles(outputs)) <
-         filter_gradient_cost(kFilterGradientDirect, pixels, inputs, whole_tiles(outputs));
+inline ThirdsCosts filter_gradient_costs(int64_t pixels, int64_t inputs, int64_t outputs) {
+  return {filter_gradient_cost(kFilterGradientThirds, pixels, whole_tiles(inputs), whole_tiles(outputs)),
+          filter_gradient_cost(kFilterGradientDirect, pixels, inputs, whole_tiles(outputs))};
 }
 
 // What else trains 1x1 convolutions spares memory z or its gradient, and multiplies in float32. Prices in ns: of what

@@ -27,22 +27,22 @@ struct WinogradPrices {
 
 constexpr WinogradPrices kConvolutionPrices = {16,
                                                {8, 13, 13},
-                                               {0.0093, 0.0133, 0.0163},
-                                               {0, 0.11, 0.11},
-                                               {0, 0.058, 0.062},
-                                               {0, 0.1, 0.46},
-                                               {{0.35, 0.41, 0.35}, {0.40, 0.45, 0.32}, {0.88, 0.33, 0.21}},
-                                               {0, 0.35, 0.19},
+                                               {0.0093, 0.0135, 0.0163},
+                                               {0, 0.127, 0.11},
+                                               {0, 0.051, 0.064},
+                                               {0, 0.1, 0.5},
+                                               {{0.35, 0.33, 0.41}, {0.40, 0.45, 0.31}, {0.56, 0.66, 0.35}},
+                                               {0, 0.38, 0.19},
                                                {0, 0, 0}};
 // With filters packed before, as inference usually has them.
 constexpr WinogradPrices kPackedPrices = {16,
                                           {8, 16, 16},
                                           {0.0087, 0.0125, 0.0142},
-                                          {0, 0.17, 0.21},
-                                          {0, 0.060, 0.082},
-                                          {0, 0.1, 0.52},
-                                          {{0.02, 0.17, 0.21}, {0.03, 0.21, 0.11}, {0.03, 0.15, 0.07}},
-                                          {0, 0.15, 0.1},
+                                          {0, 0.188, 0.211},
+                                          {0, 0.048, 0.077},
+                                          {0, 0.1, 0.48},
+                                          {{0.02, 0.17, 0.165}, {0.02, 0.21, 0.075}, {0.03, 0.12, 0.085}},
+                                          {0, 0.124, 0.096},
                                           {0, 0, 0}};
 // With transposed filters, whose columns are the inputs' channels.
 constexpr WinogradPrices kInputGradientPrices = {16,
@@ -134,13 +134,18 @@ inline double direct_cost(const WinogradPrices& prices, const WinogradProblem& p
          prices.product[0] * static_cast<double>(kTaps * p.depth * worked * p.batch * p.height * p.width);
 }
 
+struct WinogradCosts {
+  double direct, two, four;  // ns
+};
+
+inline WinogradCosts winograd_costs(const WinogradPrices& prices, const WinogradProblem& p) {
+  return {direct_cost(prices, p), winograd_cost<2>(prices, p), winograd_cost<4>(prices, p)};
+}
+
 // The M of the fastest, 1, 2 or 4.
-inline int fastest_winograd(const WinogradPrices& prices, const WinogradProblem& p, bool strict) {
-  constexpr int64_t kMinChannels = 16;
-  if (std::min(p.depth, p.cols) < kMinChannels) return 1;
-  const double direct = direct_cost(prices, p), two = winograd_cost<2>(prices, p);
-  if (!strict && winograd_cost<4>(prices, p) < std::min(direct, two)) return 4;
-  return two < direct ? 2 : 1;
+inline int fastest_winograd(const WinogradCosts& costs, bool strict) {
+  if (!strict && costs.four < std::min(costs.direct, costs.two)) return 4;
+  return costs.two < costs.direct ? 2 : 1;
 }
 
 }  // namespace fusedconvbn

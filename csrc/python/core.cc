@@ -96,6 +96,17 @@ std::vector<std::string> kernel_names(const Plan& plan) {
   return names;
 }
 
+py::list estimates(const Plan& plan) {
+  py::list all;
+  for (const Comparison& each : plan.comparisons()) {
+    py::dict microseconds;
+    for (const Estimate& estimate : each.estimates)
+      microseconds[py::str(estimate.algorithm)] = estimate.nanoseconds / 1e3;
+    all.append(py::make_tuple(each.stage, microseconds));
+  }
+  return all;
+}
+
 // What decides how pack_filters() lays filters out: row, shape, groups, dtype and, where a row has several ways, bytes.
 py::tuple packed_form(const Plan& plan) {
   const ConvBnParams& p = plan.params;
@@ -227,7 +238,9 @@ void define_plan(py::module_* m) {
       .def_property_readonly(
           "conv_out_shape", [](const Plan& plan) { return conv_out_shape(plan.params, plan.saved); },
           "Forward: the shape of what it leaves; empty if that is nothing.")
-      .def("__str__", &Plan::describe)
+      .def_property_readonly("estimates", &estimates,
+                             "What was compared: stages with microseconds on one thread by algorithm.")
+      .def("__str__", &Plan::explain)
       .def("__repr__", [](const Plan& plan) { return "<Plan: " + plan.describe() + ">"; });
 }
 
