@@ -130,7 +130,8 @@ def pack_filters(plan: Any, filters: Any) -> PackedFilters:
             the same kernel, whatever the images' size, but for Winograd's, which read those for small images otherwise.
         filters: Of the shape and dtype that the plan was made for.
 
-    Raises a `ValueError` if the kernel packs no filters: `plan.packed_bytes` is 0.
+    Raises a `ValueError` if the kernel packs no filters, as the direct one in training of small images: then
+    `plan.packed_bytes` is 0.
     """
     if not plan.packed_bytes:
         _arguments.refuse(ValueError, "plan", "of a kernel that packs filters", plan)

@@ -38,6 +38,11 @@ IN_PARTS = {
     "many_blocks": Case(batch=5, height=10, width=10, in_channels=1100, out_channels=130, kernel=(1, 1)),
     "channels_first": Case(data_format="NCHW", height=9, width=12, in_channels=600, out_channels=70, kernel=(2, 1)),
     "float64": Case(dtype="f64", height=9, width=12, in_channels=300, out_channels=70, kernel=(2, 1)),
+    # In training these read filters where they lie, all columns of a part.
+    "rows": Case(height=7, width=7, in_channels=150, out_channels=1040, kernel=(1, 1), activation="relu"),
+    "rows_of_taps": Case(height=9, width=11, in_channels=80, out_channels=1024, strides=(2, 2), residual=True),
+    "rows_of_blocks": Case(batch=3, height=7, width=9, in_channels=1100, out_channels=240, kernel=(1, 1)),
+    "rows_of_float64": Case(dtype="f64", height=5, width=7, in_channels=150, out_channels=520, kernel=(1, 1)),
 }  # fmt: skip
 
 
@@ -48,7 +53,8 @@ def test_panels_in_parts(name, training, isa):
     problem, kernel = Problem(replace(IN_PARTS[name], training=training)), f"forward_direct_{isa}"
     result = problem.run_forward(kernel=kernel)
     problem.check_forward(result)
-    packed = raw.pack_filters(planned(problem.case, "forward", kernel=kernel), problem.arguments.filters)
+    plan = planned(problem.case, "forward", kernel=kernel)
+    packed = raw.pack_filters(plan, problem.arguments.filters) if plan.packed_bytes else None
     assert (
         problem.run_forward(kernel=kernel, threads=2, packed_filters=packed).output.tobytes() == result.output.tobytes()
     )
@@ -67,6 +73,17 @@ def test_filter_gradient_in_parts(case, isa):
     """Rows and columns beyond one part's, and parts that begin within a tap."""
     problem = Problem(replace(case, isa=isa, training=True))
     one, many = (problem.run_backward(threads=threads) for threads in (1, 7))
+    problem.check_backward(one)
+    assert one.filters.tobytes() == many.filters.tobytes()
+
+
+@pytest.mark.parametrize("isa", ["amx"])
+@pytest.mark.parametrize("channels", [(690, 709), (709, 690), (704, 768), (768, 704)], ids=str)
+def test_filter_gradient_in_thirds_by_parts(channels, isa):
+    """Parts are stored from L2; either image is the narrower one; the last two gradients go past the caches."""
+    case = Case(height=9, width=13, in_channels=channels[0], out_channels=channels[1], kernel=(1, 1), training=True)
+    problem, kernel = Problem(case), f"wgrad_thirds_{isa}"
+    one, many = (problem.run_backward(kernel=kernel, threads=threads) for threads in (1, 7))
     problem.check_backward(one)
     assert one.filters.tobytes() == many.filters.tobytes()
 

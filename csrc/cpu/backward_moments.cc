@@ -157,7 +157,7 @@ class BackwardByMoments {
                      ceil_div(count * panel.width, k_.outer_rows * k_.panel) * p_.out_channels, &in);
       const Tile<C> tile{w.tile, panel.width, first, count, panel.column, panel.cols, 0, 0};
       const bool direct = d_inputs_.direct();
-      k_.gemm(in, transposed_ + panel.column * p_.out_channels, panel.width,
+      k_.gemm(in, {transposed_ + panel.column * p_.out_channels, panel.width},
               direct ? sums_to(k_, d_inputs_, tile) : GemmOutput<C>{w.tile});
       if (!direct) d_inputs_.write(first, count, panel.column, panel.cols, {w.tile, panel.width});
     }
@@ -240,7 +240,8 @@ class BackwardByMoments {
     const ColumnPanel panel = column_panel(k_, p_.in_channels, index);
     transpose(index, nullptr);
     k_.gemm({scaled_rows_, p_.in_channels + 1, p_.in_channels + 1, 1, p_.out_channels, 0},
-            transposed_ + panel.column * p_.out_channels, panel.width, {square_ + panel.column * (p_.in_channels + 1)});
+            {transposed_ + panel.column * p_.out_channels, panel.width},
+            {square_ + panel.column * (p_.in_channels + 1)});
   }
 
   void clear_inputs_gradient(ParallelFor* parallel) const {
@@ -260,7 +261,7 @@ class BackwardByMoments {
       AffineBlock<C> add{};  // to the part that is there, in its place
       add.residual = add.y = part.data, add.ld_residual = add.ld_y = part.ld;
       add.cols = panel.cols, add.mean = zeros_, add.scale = ones_, add.beta = square + p_.in_channels * panel.width;
-      k_.gemm({w.x_rows, kBlockRows, count, 1, p_.in_channels, 0}, square, panel.width,
+      k_.gemm({w.x_rows, kBlockRows, count, 1, p_.in_channels, 0}, {square, panel.width},
               {w.tile, false, k_.emit[static_cast<int>(Activation::kNone)], add});
       d_inputs_.write(first, count, panel.column, panel.cols, part);
     }

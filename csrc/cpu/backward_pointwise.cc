@@ -98,7 +98,7 @@ class BackwardPointwise {
       GatheredRows<C> in{w.rows, kBlockRows, block.count, 1, p_.out_channels, 0};
       share_lines(values(b_.output_gradient) + at, panels() > 1 ? values(z_.address(next, 0)) : nullptr, elements,
                   {index, panels()}, steps(block.count, panel.width, p_.out_channels), &in);
-      k_.gemm(in, packed_ + panel.column * p_.out_channels, panel.width,
+      k_.gemm(in, {packed_ + panel.column * p_.out_channels, panel.width},
               sums_to(k_, d_inputs_,
                       Tile<C>{w.tile, panel.width, block.first, block.count, panel.column, panel.cols, 0, worker}));
     }

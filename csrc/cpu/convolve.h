@@ -24,6 +24,19 @@ namespace fusedconvbn {
 constexpr int64_t kBlockRows = 96;
 constexpr int64_t kMaxTaskRows = 4096;  // of a task that stages its source: longer lines need no more of them
 
+// Whether what so many positions read stays in half of an L2 of 2 MiB while the filters pass by. Then each panel of
+// them is used for all blocks at once, and read from memory once.
+inline bool source_fits_cache(int64_t positions, int64_t source_bytes) {
+  constexpr int64_t kMaxBytes = 1 << 20, kMaxBlocks = 4;  // and the pointers of all positions are few
+  return positions <= kMaxBlocks * kBlockRows && source_bytes <= kMaxBytes;
+}
+
+// Whether new filters, `rows` of all columns, are then read where they lie: there are few positions that packing them
+// would serve. Many read packed panels faster: rows share sets of L1, and sums of all columns leave it.
+inline bool outdoes_packing(int64_t positions, int64_t rows, int64_t cols) {
+  return positions <= kBlockRows || rows >= 2 * cols;
+}
+
 // Where the filters of a tap, of a reduced and of a produced channel lie: strides in elements.
 struct FilterLayout {
   const void* data;
@@ -87,6 +100,8 @@ GemmOutput<C> sums_in_place(const Image<C>& image, const Tile<C>& t) {
 
 struct Channels {
   int64_t groups, depth, cols;  // per group: reduced, produced
+  // Whether filters [taps][depth][cols] are new at each call, so that it is for that one alone that they are packed.
+  bool new_filters = false;
 };
 
 template <class C>
@@ -106,7 +121,8 @@ class Convolution {
         in_cache_(fits_cache(source.grid())),
         table_rows_(in_cache_ ? std::max(kBlockRows, windows.positions()) : kBlockRows),
         reader_(source, groups_ * depth_, windows, groups_ == 1, table_rows_, blocks_in_task_ * kBlockRows),
-        parts_(reader_.taps(), reader_.depth() * depth_, kPartBytes / (kernels.gemm_columns * sizeof(C))) {
+        unpacked_(channels.new_filters && reads_unpacked()),
+        parts_(reader_.taps(), reader_.depth() * depth_, rows_of_part()) {
     fetches_blocks_ = !in_cache_ && reader_.gapless();
     if (!reader_.staged() || reader_.stages_apart()) blocks_in_task_ = fetches_blocks_ ? kBlocksAhead : 1;
   }
@@ -114,7 +130,7 @@ class Convolution {
   struct Scratch {
     C* filters;  // [groups][panels][taps][depth][panel]
     C* zeros;
-    std::vector<C*> tile;   // a worker's [kBlockRows][panel], or where panels have parts, [table_rows_][panel]
+    std::vector<C*> tile;   // a worker's [kBlockRows][panel], or the sums of parts: see sums()
     std::vector<C*> panel;  // a worker's [taps][depth][panel], where each panel serves one task
     std::vector<typename WindowReader<C>::Scratch> reader;
   };
@@ -127,14 +143,14 @@ class Convolution {
     s.filters = arena->take<C>(packed_elements());
     s.zeros = arena->take<C>(reader_.zero_elements());
     for (int w = 0; w < workers; ++w) {
-      s.tile.push_back(arena->take<C>((parts_.count() > 1 ? table_rows_ : kBlockRows) * kernels_.gemm_columns));
-      s.panel.push_back(arena->take<C>(whole_source() ? taps() * depth_ * kernels_.gemm_columns : 0));
+      s.tile.push_back(arena->take<C>((parts_.count() > 1 ? table_rows_ : kBlockRows) * columns_at_once()));
+      s.panel.push_back(arena->take<C>(whole_source() && !unpacked_ ? taps() * depth_ * kernels_.gemm_columns : 0));
       s.reader.push_back(reader_.carve(arena, s.zeros));
     }
     return s;
   }
 
-  int64_t packed_elements() const { return groups_ * group_elements(); }
+  int64_t packed_elements() const { return unpacked_ ? 0 : groups_ * group_elements(); }
 
   void pack(const FilterLayout& filters, const Scratch&, C* packed, ParallelFor* parallel) const {
     parallel->run(panels(), [&](int64_t index, int) {
@@ -154,15 +170,15 @@ class Convolution {
     const int64_t task_blocks = all_blocks ? blocks() : std::min(blocks_in_task_, share);
     const int64_t block_tasks = ceil_div(blocks(), task_blocks);
     const int64_t panel_tasks = std::min(panels(), ceil_div(wanted, block_tasks));
-    const C* packed = static_cast<const C*>(filters.packed);
-    if (!packed && !all_blocks) {
+    const C* panels_at = static_cast<const C*>(unpacked_ ? filters.data : filters.packed);
+    if (!panels_at && !all_blocks) {
       pack(filters, s, s.filters, parallel);
-      packed = s.filters;
+      panels_at = s.filters;
     }
     parallel->run(block_tasks * panel_tasks, [&](int64_t task, int worker) {
       const int64_t block = task / panel_tasks * task_blocks, share = task % panel_tasks;
       run_task({block, std::min(block + task_blocks, blocks())}, part(share, panel_tasks, panels()), filters,
-               {packed, s, worker, epilogue});
+               {panels_at, s, worker, epilogue});
     });
   }
 
@@ -174,12 +190,12 @@ class Convolution {
   struct Panel {
     int64_t group, column, cols;  // in the group
     int64_t width;                // cols, rounded up to whole vectors
-    int64_t element;              // of the packed filters
+    int64_t element, ld;          // where its filters begin, and the distance of their rows
   };
 
   // What tasks have in common.
   struct Run {
-    const C* packed;  // null where each panel is packed just before its use, and never leaves the caches
+    const C* panels;  // null where each panel is packed just before its use, and never leaves the caches
     const Scratch& scratch;
     int worker;
     const TileEpilogue<C>& epilogue;
@@ -193,16 +209,27 @@ class Convolution {
     return (packed_elements() + 2 * kBlockRows * channels) * static_cast<int64_t>(sizeof(C)) > kMaxBytes;
   }
 
-  // Whether the source stays in half of an L2 of 2 MiB while the filters pass by. Then each panel of them is used for
-  // all blocks at once, and read from memory once.
   bool fits_cache(const Grid& source) const {
-    constexpr int64_t kMaxBytes = 1 << 20, kMaxBlocks = 4;  // and the pointers of all positions are few
     const int64_t pixels = windows_.taps.size() == 1 ? windows_.positions() : source.pixels();
-    return blocks() <= kMaxBlocks && pixels * groups_ * depth_ * static_cast<int64_t>(sizeof(C)) <= kMaxBytes;
+    return source_fits_cache(windows_.positions(), pixels * groups_ * depth_ * static_cast<int64_t>(sizeof(C)));
   }
 
   // Whether a task may serve all positions, so that each panel of the filters belongs to one task.
   bool whole_source() const { return in_cache_ && !reader_.staged(); }
+
+  bool reads_unpacked() const {
+    return whole_source() && groups_ == 1 && storage_.is_compute_type && cols_ % kernels_.lanes == 0 &&
+           outdoes_packing(windows_.positions(), taps() * depth_, cols_);
+  }
+
+  // Unpacked, a part is of all panels: their filters are read in the order of their addresses, which memory gives
+  // fastest, and the sums of all panels wait in L2 for the next part. Fewer rows would cost more for the sums.
+  int64_t rows_of_part() const {
+    constexpr int64_t kMinRows = 64, kAllBytes = 256 << 10, kElement = sizeof(C);
+    return unpacked_ ? std::max(kMinRows, kAllBytes / (cols_ * kElement))
+                     : kPartBytes / (kernels_.gemm_columns * kElement);
+  }
+  int64_t columns_at_once() const { return unpacked_ && parts_.count() > 1 ? cols_ : kernels_.gemm_columns; }
 
   int64_t panels_in_group() const { return ceil_div(cols_, kernels_.gemm_columns); }
   int64_t panels() const { return groups_ * panels_in_group(); }
@@ -215,7 +242,8 @@ class Convolution {
     p.group = index / panels_in_group();
     const ColumnPanel columns = column_panel(kernels_, cols_, index % panels_in_group());
     p.column = columns.column, p.cols = columns.cols, p.width = columns.width;
-    p.element = p.group * group_elements() + taps() * depth_ * p.column;
+    p.element = unpacked_ ? p.column : p.group * group_elements() + taps() * depth_ * p.column;
+    p.ld = unpacked_ ? cols_ : p.width;
     return p;
   }
 
@@ -240,27 +268,42 @@ class Convolution {
     for (int64_t first = blocks.begin * kBlockRows; first < end; first += table_rows_) {
       const Span positions{first, std::min(first + table_rows_, end)};
       reader_.point(first, positions.size(), scratch);
-      for (int64_t index = panels.begin; index < panels.end; ++index) {
-        if (!run.packed) pack(layout, panel_of(index), run.scratch.panel[run.worker]);
-        for (int64_t part = 0; part < parts_.count(); ++part) run_part(positions, panels, index, part, run);
-      }
+      run_parts(positions, panels, layout, run);
     }
     kernels_.end_streaming();
+  }
+
+  void run_parts(const Span& positions, const Span& panels, const FilterLayout& layout, const Run& run) const {
+    if (unpacked_) {
+      for (int64_t part = 0; part < parts_.count(); ++part)
+        for (int64_t index = panels.begin; index < panels.end; ++index) run_part(positions, panels, index, part, run);
+      return;
+    }
+    for (int64_t index = panels.begin; index < panels.end; ++index) {
+      if (!run.panels) pack(layout, panel_of(index), run.scratch.panel[run.worker]);
+      for (int64_t part = 0; part < parts_.count(); ++part) run_part(positions, panels, index, part, run);
+    }
+  }
+
+  // Of a panel of these positions, the block `done` rows behind the first.
+  C* sums(const Panel& panel, int64_t done, const Run& run) const {
+    C* const tile = run.scratch.tile[run.worker];
+    if (parts_.count() == 1) return tile;
+    return tile + (unpacked_ ? panel.column * table_rows_ : 0) + done * panel.width;
   }
 
   // A part of panel `index` for all these positions. The first one sets their sums, the last makes results of them.
   void run_part(const Span& positions, const Span& panels, int64_t index, int64_t number, const Run& run) const {
     const Panel panel = panel_of(index);
     const PanelPart part = parts_[number];
-    const C* filters = run.packed ? run.packed + panel.element : run.scratch.panel[run.worker];
-    filters += part.rows.begin * panel.width;
+    const C* filters = run.panels ? run.panels + panel.element : run.scratch.panel[run.worker];
+    filters += part.rows.begin * panel.ld;
     for (int64_t done = 0; done < positions.size(); done += kBlockRows) {
       const int64_t first = positions.begin + done, rows = std::min(kBlockRows, positions.size() - done);
-      C* sums = run.scratch.tile[run.worker] + (parts_.count() > 1 ? done * kernels_.gemm_columns : 0);
-      const Tile<C> tile{sums,       panel.width,        first,     rows, panel.group * cols_ + panel.column,
-                         panel.cols, first / kBlockRows, run.worker};
+      const int64_t channel = panel.group * cols_ + panel.column, block = first / kBlockRows;
+      const Tile<C> tile{sums(panel, done, run), panel.width, first, rows, channel, panel.cols, block, run.worker};
       const bool last = number + 1 == parts_.count();
-      GemmOutput<C> to = last ? run.epilogue.output(tile) : GemmOutput<C>{sums};
+      GemmOutput<C> to = last ? run.epilogue.output(tile) : GemmOutput<C>{tile.data};
       to.add = number > 0;
       GatheredRows<C> in{run.scratch.reader[run.worker].rows + part.taps.begin * table_rows_ + done,
                          table_rows_,
@@ -269,7 +312,7 @@ class Convolution {
                          part.depth.size(),
                          panel.group * depth_ + part.depth.begin};
       look_ahead(positions, done / kBlockRows, panels, index, number, run, &in);
-      kernels_.gemm(in, filters, panel.width, to);
+      kernels_.gemm(in, {filters, panel.width, panel.ld}, to);
       if (last) run.epilogue.end(to, tile);
     }
   }
@@ -279,10 +322,13 @@ class Convolution {
                   const Run& run, GatheredRows<C>* in) const {
     const int64_t blocks = ceil_div(positions.size(), kBlockRows);
     if (in_cache_) {
-      if (run.packed) in->ahead[0] = share_of(next_filters(panels, index, number, run.packed), block, blocks);
+      if (unpacked_)
+        in->ahead[0] = share_of(next_rows(panels, number, run.panels), index * blocks + block, panels.size() * blocks);
+      else if (run.panels)
+        in->ahead[0] = share_of(next_filters(panels, index, number, run.panels), block, blocks);
       return;
     }
-    if (exceeds_cache(run.epilogue.reads.ld)) in->ahead[0] = next_filters(panels, index, number, run.packed);
+    if (exceeds_cache(run.epilogue.reads.ld)) in->ahead[0] = next_filters(panels, index, number, run.panels);
     const int64_t share = (index - panels.begin) * parts_.count() + number, shares = panels.size() * parts_.count();
     fetch_pixels(positions.end, share, shares, run.epilogue.reads, in);
   }
@@ -305,6 +351,13 @@ class Convolution {
       in->ahead[2] = share_of({reads.data + first * reads.ld, reads.data + (first + count) * reads.ld}, number, shares);
   }
 
+  // The part of all panels behind this one; a task of fewer panels would ask for what others read.
+  Stretch<C> next_rows(const Span& panels, int64_t number, const C* filters) const {
+    if (panels.size() < this->panels() || number + 1 == parts_.count()) return {};
+    const Span rows = parts_[number + 1].rows;
+    return {filters + rows.begin * cols_, filters + rows.end * cols_};
+  }
+
   // The part behind this one. Behind the last are the first again: the next block begins with them.
   Stretch<C> next_filters(const Span& panels, int64_t index, int64_t number, const C* packed) const {
     if (++number == parts_.count()) number = 0, ++index;
@@ -325,6 +378,7 @@ class Convolution {
   bool fetches_blocks_;  // a block's pixels while the one before is multiplied: they are adjacent
   int64_t table_rows_;   // positions whose pointers are at hand at once
   WindowReader<C> reader_;
+  bool unpacked_;  // filters are read where they lie: new ones, and few positions that packing would serve
   PanelParts parts_;
 };
 

@@ -12,11 +12,11 @@ template <int N>
 constexpr int kRows = N == 1 ? 12 : 2 * kTileRows / N;
 constexpr int kMaxVectors = kTileRows >= 12 ? 4 : 2;
 
-// acc[r] += element k of row r of a times row k of b, k < K; b's rows are N vectors.
+// acc[r] += element k of row r of a times N vectors of row k of b, k < K.
 template <class C, int R, int N, int K>
-FCB_INLINE void accumulate(const C* const (&a)[R], int64_t begin, const C* b, Vector<C> (&acc)[R][N]) {
+FCB_INLINE void accumulate(const C* const (&a)[R], int64_t begin, const C* b, int64_t ldb, Vector<C> (&acc)[R][N]) {
 #pragma GCC unroll 4
-  for (int k = 0; k < K; ++k, b += N * kLanes<C>) {
+  for (int k = 0; k < K; ++k, b += ldb) {
     Vector<C> v[N];
 #pragma GCC unroll 4
     for (int n = 0; n < N; ++n) v[n] = load(b + n * kLanes<C>);
@@ -135,8 +135,10 @@ struct Meanwhile {
 
 // The sums of `valid` rows from `first` on, and of the last one again up to R.
 template <class C, int R, int N>
-FCB_INLINE void multiply_rows(const GatheredRows<C>& in, int64_t first, int64_t valid, const C* filters,
+FCB_INLINE void multiply_rows(const GatheredRows<C>& in, int64_t first, int64_t valid, const Filters<C>& b,
                               Meanwhile<C>* meanwhile, Vector<C> (&acc)[R][N]) {
+  const C* filters = b.rows;
+  const int64_t ldb = b.ld;
   for (int64_t t = 0; t < in.taps; ++t) {
     const C* const* rows = in.rows + t * in.row_stride + first;
     const C* a[R];
@@ -144,13 +146,13 @@ FCB_INLINE void multiply_rows(const GatheredRows<C>& in, int64_t first, int64_t 
     for (int r = 0; r < R; ++r) a[r] = rows[r < valid ? r : valid - 1] + in.offset;
     if (t + 1 < in.taps && valid == R) fetch_rows<C, R>(rows + in.row_stride, in.offset, in.depth);
     int64_t k = 0;
-    for (; k + kStep <= in.depth; k += kStep, filters += kStep * N * kLanes<C>) {
+    for (; k + kStep <= in.depth; k += kStep, filters += kStep * ldb) {
 #pragma GCC unroll 3
       for (Fetch& f : meanwhile->ahead) fetch(&f);
       move_row<C, N>(&meanwhile->rows);
-      accumulate<C, R, N, kStep>(a, k, filters, acc);
+      accumulate<C, R, N, kStep>(a, k, filters, ldb, acc);
     }
-    for (; k < in.depth; ++k, filters += N * kLanes<C>) accumulate<C, R, N, 1>(a, k, filters, acc);
+    for (; k < in.depth; ++k, filters += ldb) accumulate<C, R, N, 1>(a, k, filters, ldb, acc);
   }
 }
 
@@ -235,7 +237,7 @@ FCB_INLINE void finish_tile(Vector<C> (&acc)[R][N], int64_t first, const GemmOut
 
 // A whole tile, of kRows<N> rows. A function of its own, for the sake of its registers.
 template <class C, int N>
-static __attribute__((noinline)) void gemm_tile(const GatheredRows<C>& in, int64_t first, const C* filters,
+static __attribute__((noinline)) void gemm_tile(const GatheredRows<C>& in, int64_t first, const Filters<C>& filters,
                                                 Meanwhile<C>* meanwhile, const GemmOutput<C>& to) {
   constexpr int R = kRows<N>;
   Vector<C> acc[R][N] = {};
@@ -247,8 +249,8 @@ static __attribute__((noinline)) void gemm_tile(const GatheredRows<C>& in, int64
 
 // The last rows, by a tile of about as many.
 template <class C, int N, int R>
-static void gemm_rest(const GatheredRows<C>& in, int64_t first, int64_t rows, const C* filters, Meanwhile<C>* meanwhile,
-                      C* tile, bool add) {
+static void gemm_rest(const GatheredRows<C>& in, int64_t first, int64_t rows, const Filters<C>& filters,
+                      Meanwhile<C>* meanwhile, C* tile, bool add) {
   if constexpr (R > 1)
     if (rows <= R / 2) return gemm_rest<C, N, R / 2>(in, first, rows, filters, meanwhile, tile, add);
   Vector<C> acc[R][N] = {};
@@ -258,11 +260,11 @@ static void gemm_rest(const GatheredRows<C>& in, int64_t first, int64_t rows, co
 }
 
 template <class C, int N>
-static void gemm_of(const GatheredRows<C>& in, const C* filters, const GemmOutput<C>& to) {
+static void gemm_of(const GatheredRows<C>& in, const Filters<C>& filters, const GemmOutput<C>& to) {
   constexpr int64_t R = kRows<N>, kLd = N * kLanes<C>;
   const int64_t tile_steps = in.taps * (in.depth / kStep), steps = (in.count + R - 1) / R * tile_steps;
   Meanwhile<C> meanwhile{{}, {tile_steps, R}};
-  plan_fetches(in.ahead, steps > 0 ? steps : 1, filters, meanwhile.ahead);
+  plan_fetches(in.ahead, steps > 0 ? steps : 1, filters.rows, meanwhile.ahead);
   int64_t first = 0;
   for (; first + R <= in.count; first += R) gemm_tile<C, N>(in, first, filters, &meanwhile, to);
   const int64_t rest = in.count - first;
@@ -272,9 +274,9 @@ static void gemm_of(const GatheredRows<C>& in, const C* filters, const GemmOutpu
 }
 
 template <class C, int N = kMaxVectors>
-static void gemm(const GatheredRows<C>& in, const C* filters, int64_t columns, const GemmOutput<C>& to) {
+static void gemm(const GatheredRows<C>& in, const Filters<C>& filters, const GemmOutput<C>& to) {
   if constexpr (N > 0) {
-    if (columns < N * kLanes<C>) return gemm<C, N - 1>(in, filters, columns, to);
+    if (filters.columns < N * kLanes<C>) return gemm<C, N - 1>(in, filters, to);
     gemm_of<C, N>(in, filters, to);
   }
 }

@@ -26,6 +26,14 @@ struct GatheredRows {
   Stretch<C> ahead[3] = {};  // gemm: memory to be fetched meanwhile, evenly
 };
 
+// Columns of filters: rows [taps][depth], one every `ld` elements.
+template <class C>
+struct Filters {
+  const C* rows;
+  int64_t columns;  // a multiple of `lanes`
+  int64_t ld = columns;
+};
+
 // Memory that the next block will read. A kernel asks for a line of it every `steps` steps of its own, so that few are
 // in flight at once and the multiplications do not wait; it moves on `row` and `line`. Line after line, since a stream
 // is what the hardware walks to the next page for: with every other line missing, the multiplications wait for that.
@@ -255,9 +263,8 @@ struct ComputeKernels {
   int64_t lanes;         // of a vector
   int64_t gemm_columns;  // at most
 
-  // tile[count][columns] = sum over taps and depth of rows * filters[taps][depth][columns]; columns: a multiple of
-  // `lanes`. What it streams is ordered by end_streaming().
-  void (*gemm)(const GatheredRows<C>& rows, const C* filters, int64_t columns, const GemmOutput<C>& to);
+  // tile[count][columns] = sum over taps and depth of rows * filters. What it streams is ordered by end_streaming().
+  void (*gemm)(const GatheredRows<C>& rows, const Filters<C>& filters, const GemmOutput<C>& to);
   void (*end_streaming)();
   // tile[rows][panel] = the sum over depth of a[depth][outer_rows]' * b[depth][panel], or that added to it; rows <=
   // outer_rows, and the tile's other rows may change. `ahead` may be null.

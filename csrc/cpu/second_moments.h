@@ -175,7 +175,7 @@ class MomentsTimesFilters {
       pack(column, count, s.filters[worker]);
       for (int64_t first = 0; first < channels_; first += kBlockRows) {
         const int64_t rows = std::min(kBlockRows, channels_ - first);
-        k_.gemm({s.rows + first, kBlockRows, rows, 1, channels_, 0}, s.filters[worker], k_.panel, {s.tile[worker]});
+        k_.gemm({s.rows + first, kBlockRows, rows, 1, channels_, 0}, {s.filters[worker], k_.panel}, {s.tile[worker]});
         f(column, count, first, rows, s.tile[worker], s.filters[worker], worker);
       }
     });

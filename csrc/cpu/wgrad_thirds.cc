@@ -3,7 +3,8 @@
 //
 // The narrower of the two images is the left operand, which is transposed as it is cut in thirds; the wider one passes
 // by in panels, each cut just before its products. Ranges of blocks of pixels have sums of their own, added in their
-// order: the bits do not depend on the threads.
+// order: the bits do not depend on the threads. Of a single range each part of the panels is stored as soon as its sums
+// are complete, from L2.
 #include <algorithm>
 #include <vector>
 
@@ -20,7 +21,8 @@ class ThirdsFilterGradient {
                        const BackwardBuffers& buffers, const void* conv_grad, char* scratch)
       : p_(p),
         k_(set.f32),
-        d_filters_(static_cast<float*>(buffers.d_filters)),
+        d_filters_(buffers.d_filters, storage_of<float>(set, DType::kFloat32),
+                   image_grid(DataFormat::kNHWC, 1, 1, p.in_channels, p.out_channels)),
         inputs_narrower_(p.in_channels <= p.out_channels),
         narrow_{static_cast<const float*>(inputs_narrower_ ? buffers.inputs : conv_grad),
                 std::min(p.in_channels, p.out_channels)},
@@ -32,10 +34,11 @@ class ThirdsFilterGradient {
         parts_(std::min(panels(), std::max(ceil_div(sum_elements(), kMaxPart),
                                            ceil_div(device.threads == 1 ? 1 : kTasks * device.threads, ranges_)))) {
     Arena arena(scratch);
-    sums_ = arena.take<float>(ranges_ * sum_elements());
+    sums_ = arena.take<float>(one_range() ? 0 : ranges_ * sum_elements());
     for (int w = 0; w < device.threads; ++w)
       workers_.push_back(
-          {arena.take<const float*>(kDepth),
+          {arena.take<float>(one_range() ? rows() * ceil_div(panels(), parts_) * kThirdsColumns : 0),
+           arena.take<const float*>(kDepth),
            arena.take<uint16_t>(left_elements(rows(), chunks())),
            {arena.take<uint16_t>(right_elements(chunks())), arena.take<uint16_t>(right_elements(chunks()))},
            arena.take<float>(kThirdsRows * padded(p.out_channels))});
@@ -46,10 +49,16 @@ class ThirdsFilterGradient {
 
   void run(ParallelFor* parallel) const {
     parallel->run(ranges_ * parts_, [&](int64_t task, int worker) {
-      accumulate(task / parts_, part(task % parts_, parts_, panels()), workers_[worker]);
+      const Span panels = part(task % parts_, parts_, this->panels());
+      if (one_range())
+        make(panels, workers_[worker]);
+      else
+        accumulate(task / parts_, panels,
+                   {sums_ + task / parts_ * sum_elements() + panels.begin * kThirdsColumns, ld()}, workers_[worker]);
     });
+    if (one_range()) return;
     parallel->run(ceil_div(p_.in_channels, kThirdsRows),
-                  [&](int64_t rows, int worker) { finish(rows * kThirdsRows, workers_[worker].transposed); });
+                  [&](int64_t rows, int worker) { merge(rows * kThirdsRows, workers_[worker].transposed); });
   }
 
  private:
@@ -64,6 +73,7 @@ class ThirdsFilterGradient {
     const float* at(int64_t pixel) const { return data + pixel * channels; }
   };
   struct Worker {
+    float* sums;             // of a part, where there is one range
     const float** pointers;  // [kDepth]
     uint16_t* left;          // of a block
     uint16_t* right[2];      // of a panel of it, and of the next one, which is cut meanwhile
@@ -76,12 +86,23 @@ class ThirdsFilterGradient {
   int64_t chunks() const { return depth_ / kThirdsChunk; }
   int64_t ld() const { return panels() * kThirdsColumns; }
   int64_t sum_elements() const { return rows() * ld(); }
+  bool one_range() const { return ranges_ == 1; }
+
+  // Some panels of the result.
+  void make(const Span& panels, const Worker& w) const {
+    const Block<float> sums{w.sums, panels.size() * kThirdsColumns};
+    accumulate(0, panels, sums, w);
+    const int64_t column = panels.begin * kThirdsColumns;
+    const Span wide{column, std::min(column + sums.ld, wide_.channels)}, narrow{0, narrow_.channels};
+    store(sums, inputs_narrower_ ? narrow : wide, inputs_narrower_ ? wide : narrow, w.transposed);
+    k_.end_streaming();
+  }
 
   // Some panels of the sums of a range.
-  void accumulate(int64_t range, const Span& panels, const Worker& w) const {
-    float* sums = sums_ + range * sum_elements();
+  void accumulate(int64_t range, const Span& panels, const Block<float>& sums, const Worker& w) const {
     const int64_t begin = range * blocks_ / ranges_, end = (range + 1) * blocks_ / ranges_;
-    if (begin == end) std::fill_n(sums, sum_elements(), 0.0f);
+    if (begin == end)
+      for (int64_t r = 0; r < rows(); ++r) std::fill_n(sums.data + r * sums.ld, panels.size() * kThirdsColumns, 0.0f);
     k_.amx.begin(kThirdsChunk);
     for (int64_t block = begin; block < end; ++block) {
       const int64_t first = block * depth_, count = std::min(depth_, p_.pixels() - first);
@@ -102,7 +123,8 @@ class ThirdsFilterGradient {
         if (panel + 1 < panels.end) start_cut(pixels, panel + 1, w, chunks * rows() / kThirdsRows, &aside.right);
         for (int64_t row = 0; row < rows(); row += kThirdsRows)
           k_.thirds->multiply({w.left + row * kThirdsChunk, rows(), cut.to, chunks, careful, cut.careful},
-                              block > begin, sums + row * ld() + panel * kThirdsColumns, ld(), &aside);
+                              block > begin, sums.data + row * sums.ld + (panel - panels.begin) * kThirdsColumns,
+                              sums.ld, &aside);
       }
     }
     k_.amx.end();
@@ -122,26 +144,34 @@ class ThirdsFilterGradient {
   }
 
   // Rows of the gradient, of all ranges.
-  void finish(int64_t first, float* transposed) const {
+  void merge(int64_t first, float* transposed) const {
     const int64_t count = std::min(kThirdsRows, p_.in_channels - first), columns = p_.out_channels;
     const int64_t rows = inputs_narrower_ ? count : columns, cols = inputs_narrower_ ? columns : count;
     float* sums = sums_ + first * (inputs_narrower_ ? ld() : 1);
     for (int64_t range = 1; range < ranges_; ++range)
       for (int64_t r = 0; r < rows; ++r)
         for (int64_t c = 0; c < cols; ++c) sums[r * ld() + c] += sums[range * sum_elements() + r * ld() + c];
-    if (!inputs_narrower_) k_.transpose(sums, ld(), columns, count, transposed, padded(columns));
-    for (int64_t r = 0; r < count; ++r)
-      std::copy_n(inputs_narrower_ ? sums + r * ld() : transposed + r * padded(columns), columns,
-                  d_filters_ + (first + r) * columns);
+    store({sums, ld()}, {first, first + count}, {0, columns}, transposed);
+  }
+
+  // The gradient by the filters of these channels.
+  void store(const Block<float>& sums, const Span& inputs, const Span& outputs, float* transposed) const {
+    if (inputs_narrower_) return d_filters_.write(inputs.begin, inputs.size(), outputs.begin, outputs.size(), sums);
+    const Block<float> rows{transposed, padded(outputs.size())};
+    for (int64_t first = inputs.begin; first < inputs.end; first += kThirdsRows) {
+      const int64_t count = std::min(kThirdsRows, inputs.end - first);
+      k_.transpose(sums.data + first - inputs.begin, sums.ld, outputs.size(), count, rows.data, rows.ld);
+      d_filters_.write(first, count, outputs.begin, outputs.size(), rows);
+    }
   }
 
   const ConvBnParams& p_;
   const ComputeKernels<float>& k_;
-  float* d_filters_;
+  Image<float> d_filters_;  // a pixel an input
   bool inputs_narrower_;
   Pixels narrow_, wide_;
   int64_t depth_, blocks_, ranges_, parts_;
-  float* sums_;  // [ranges][narrower channels][ld()]
+  float* sums_;  // [ranges][narrower channels][ld()], where there are several
   std::vector<Worker> workers_;
   size_t scratch_bytes_;
 };

@@ -5,7 +5,7 @@
 #include <cstdint>
 
 #include "../conv_bn.h"
-#include "image.h"
+#include "convolve.h"
 
 namespace fusedconvbn {
 
@@ -23,6 +23,7 @@ struct WinogradPrices {
   double filter[3][3];
   double filter_in_cache[3];  // the same, of few windows: transformed part by part in L2; 0: not done
   double far_filter[3];       // more for it, for each MiB of the filters as they come
+  double unpacked_filter;     // of an element that the direct algorithm reads where it lies; 0: not done
 };
 
 constexpr WinogradPrices kConvolutionPrices = {16,
@@ -33,7 +34,8 @@ constexpr WinogradPrices kConvolutionPrices = {16,
                                                {0, 0.1, 0.5},
                                                {{0.35, 0.33, 0.41}, {0.40, 0.45, 0.31}, {0.56, 0.66, 0.35}},
                                                {0, 0.38, 0.19},
-                                               {0, 0, 0}};
+                                               {0, 0, 0},
+                                               0.2};
 // With filters packed before, as inference usually has them.
 constexpr WinogradPrices kPackedPrices = {16,
                                           {8, 16, 16},
@@ -43,7 +45,8 @@ constexpr WinogradPrices kPackedPrices = {16,
                                           {0, 0.1, 0.48},
                                           {{0.02, 0.17, 0.165}, {0.02, 0.21, 0.075}, {0.03, 0.12, 0.085}},
                                           {0, 0.124, 0.096},
-                                          {0, 0, 0}};
+                                          {0, 0, 0},
+                                          0};
 // With transposed filters, whose columns are the inputs' channels.
 constexpr WinogradPrices kInputGradientPrices = {16,
                                                  {12, 12, 7},
@@ -53,7 +56,8 @@ constexpr WinogradPrices kInputGradientPrices = {16,
                                                  {0, 0.1, 0.52},
                                                  {{0.28, 0.55, 0.39}, {0.46, 0.83, 0.51}, {0.55, 0.75, 0.42}},
                                                  {0, 0.28, 0.15},
-                                                 {0, 0.051, 0.027}};
+                                                 {0, 0.051, 0.027},
+                                                 0};
 // Sums of elements of filters are transformed in cache.
 constexpr WinogradPrices kFilterGradientPrices = {32,
                                                   {0, 0, 0},
@@ -63,7 +67,8 @@ constexpr WinogradPrices kFilterGradientPrices = {32,
                                                   {0, 0, 0},
                                                   {{0, 0.1, 0.1}, {0.2, 0.18, 0.14}, {0.2, 0.18, 0.14}},
                                                   {0, 0, 0},
-                                                  {0, 0, 0}};
+                                                  {0, 0, 0},
+                                                  0};
 
 // Whether the transformed inputs of so many windows of F(MxM), and their products by a panel, stay in an L2 of 2 MiB,
 // with some filters.
@@ -133,13 +138,22 @@ inline int64_t direct_columns_worked(const WinogradPrices& prices, int64_t cols)
                         : 0);
 }
 
+// Whether the direct algorithm reads new filters where they lie.
+inline bool direct_is_unpacked(const WinogradProblem& p, int64_t rows) {
+  constexpr int64_t kLanes = 16, kElementBytes = 4;
+  const int64_t pixels = p.batch * p.height * p.width;
+  return p.cols % kLanes == 0 && source_fits_cache(pixels, pixels * p.depth * kElementBytes) &&
+         outdoes_packing(pixels, rows, p.cols);
+}
+
 inline double direct_cost(const WinogradPrices& prices, const WinogradProblem& p) {
   constexpr int64_t kTaps = 9;
-  const int64_t cols = ceil_div(p.cols, prices.direct_columns) * prices.direct_columns;
+  const int64_t cols = ceil_div(p.cols, prices.direct_columns) * prices.direct_columns, rows = kTaps * p.depth;
   const int64_t worked = direct_columns_worked(prices, cols);
-  const double filters = static_cast<double>(kTaps * p.depth * cols);
-  return filters * filter_price(prices, 0, kTaps * p.depth * cols) +
-         prices.product[0] * static_cast<double>(kTaps * p.depth * worked * p.batch * p.height * p.width);
+  const bool unpacked = prices.unpacked_filter > 0 && direct_is_unpacked(p, rows);
+  const double filter = unpacked ? prices.unpacked_filter : filter_price(prices, 0, rows * cols);
+  return filter * static_cast<double>(rows * cols) +
+         prices.product[0] * static_cast<double>(rows * worked * p.batch * p.height * p.width);
 }
 
 struct WinogradCosts {
