@@ -37,10 +37,28 @@ def _aligned(array: np.ndarray | None) -> np.ndarray | None:
     return copy
 
 
+class Workspace:
+    """Memory for calls one after the other, as ops of one thread take the same in turn: it stays in the caches."""
+
+    def __init__(self) -> None:
+        self._memory = _empty((1,), np.dtype(np.uint8))
+
+    def of(self, plan: Any) -> np.ndarray:
+        if self._memory.size < plan.workspace_bytes:
+            self._memory = _empty((plan.workspace_bytes,), np.dtype(np.uint8))
+        return self._memory
+
+
 class KernelCalls:
     """The arrays of one copy of a problem, in training with what forward saves; calls fill them again and again."""
 
-    def __init__(self, problem: Problem, copy: int = 0, output_gradient: np.ndarray | None = None):
+    def __init__(
+        self,
+        problem: Problem,
+        copy: int = 0,
+        output_gradient: np.ndarray | None = None,
+        workspace: Workspace | None = None,
+    ):
         self._problem = problem
         data = make_data(problem, copy)
         weights = data.weights
@@ -51,7 +69,7 @@ class KernelCalls:
         shape = problem.case.output_shape(problem.batch)
         self.output = _empty(shape, data.inputs.dtype)
         self._kept: dict[str, np.ndarray | None] = {"nothing": None}  # what forward leaves for backward, by its kind
-        self._workspace = _empty((1,), np.dtype(np.uint8))
+        self._workspace = workspace or Workspace()
         self.moments = [np.empty_like(weights.gamma) for _ in range(4)]  # new moving mean and variance, mean, 1 / std
 
     def plan(self, direction: str, kernel: str | None = None, saved: str = "conv", threads: int = 1) -> Any:
@@ -69,14 +87,8 @@ class KernelCalls:
             self._kept[plan.saved] = _empty(tuple(plan.conv_out_shape), self.output.dtype)
         given = (*self._images, *self._vectors, self._residual, packed)
         arrays = (*given, self.output, *self.moments, self._kept[plan.saved])
-        workspace = self._workspace_for(plan)
+        workspace = self._workspace.of(plan)
         return lambda: _load.core().forward(plan, *arrays, workspace)
-
-    def _workspace_for(self, plan: Any) -> np.ndarray:
-        """One for all calls, as long as it is large enough."""
-        if self._workspace.size < plan.workspace_bytes:
-            self._workspace = _empty((plan.workspace_bytes,), np.dtype(np.uint8))
-        return self._workspace
 
     @functools.cached_property
     def gradients(self) -> list[np.ndarray | None]:
@@ -92,7 +104,7 @@ class KernelCalls:
         d_inputs, d_filters, *others = self.gradients
         results = (d_inputs if needs_inputs else None, d_filters if needs_filters else None, *others)
         arrays = (self._gradient, no_gradient, no_gradient, *self._images, *self._vectors, *left, *results)
-        workspace = self._workspace_for(plan)
+        workspace = self._workspace.of(plan)
         return lambda: _load.core().backward(plan, *arrays, workspace)
 
 
@@ -105,7 +117,8 @@ class MeasuredKernels(Measured):
 
     def build(self, problem: Problem, expected: pathlib.Path) -> tuple[MeasuredCall, Naming]:
         gradient = np.load(expected / "output_gradient.npy") if problem.mode == TRAIN_STEP else None
-        copies = [KernelCalls(problem, copy, None if copy else gradient) for copy in range(problem.copies)]
+        workspace = Workspace()
+        copies = [KernelCalls(problem, copy, None if copy else gradient, workspace) for copy in range(problem.copies)]
         plan = copies[0].plan("forward", threads=self._threads)
         packed = copies[0].packed(plan)  # of all: they have the same filters
         runs = [copy.forward(plan, packed) for copy in copies]

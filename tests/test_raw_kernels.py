@@ -65,6 +65,11 @@ AMX_LINES = [
 DEEP = Case(batch=1, height=5, width=6, in_channels=290, out_channels=525, algorithm="winograd4", training=True)
 # More windows than L2 has room for: their filters are transformed before.
 MANY = Case(batch=3, height=40, width=41, in_channels=40, out_channels=35, activation="relu")
+# Images in whose last line and column Winograd's F(4x4) has windows of two outputs: of all kinds, of only small ones.
+EDGES = [
+    Case(batch=b, height=h, width=w, in_channels=c, out_channels=35, training=t, algorithm="winograd4")
+    for b, h, w, c, t in ((5, 14, 10, 70, True), (1, 18, 13, 21, False), (9, 2, 1, 40, True), (3, 1, 6, 24, True))
+]
 # Deep and wide products in thirds, in blocks of fewer rows or pixels; strides, odd sizes, few pixels.
 THIRDS = [case for case in op_cases() if case.dtype == "f32" and case.groups == 1 and case.data_format == "NHWC"]
 THIRDS_DEEP = [
@@ -110,7 +115,7 @@ SPECIAL_CASES = {  # by a word in the names of the rows that serve no others
         if case.training and case.data_format == "NHWC"
     ],
     "amx": AMX_CASES[::2] + AMX_DEEP + AMX_EMITTED + AMX_LINES,
-    "winograd": [replace(case, isa=None) for case in winograd_cases()[::23]] + [DEEP, MANY],
+    "winograd": [replace(case, isa=None) for case in winograd_cases()[::23]] + [DEEP, MANY, *EDGES],
     "depthwise": [replace(case, isa=None) for case in depthwise_cases()[::5] + sliding_cases()],
     "backward_few_channels": [case for case in FEW_CHANNELS_CASES if case.training][::3],
     "few_channels": FEW_CHANNELS_CASES[::4],

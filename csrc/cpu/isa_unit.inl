@@ -107,8 +107,21 @@ static constexpr AmxKernels amx_kernels() {
 #endif
 template <class C, int M>
 static constexpr WinogradKernels<C> winograd_kernels() {
-  return {winograd_window<C, M>, winograd_gradient<C, M>, winograd_filter<C, M>, winograd_filter_gradient<C, M>,
-          winograd_output<C, M>};
+  WinogradKernels<C> k{};
+  k.window[0][0] = winograd_window<C, M, M, M>;
+  k.output[0][0] = winograd_output<C, M, M, M>;
+  if constexpr (M == 4) {
+    k.window[0][1] = winograd_window<C, M, M, 2>;
+    k.window[1][0] = winograd_window<C, M, 2, M>;
+    k.window[1][1] = winograd_window<C, M, 2, 2>;
+    k.output[0][1] = winograd_output<C, M, M, 2>;
+    k.output[1][0] = winograd_output<C, M, 2, M>;
+    k.output[1][1] = winograd_output<C, M, 2, 2>;
+  }
+  k.gradient = winograd_gradient<C, M>;
+  k.filter = winograd_filter<C, M>;
+  k.filter_gradient = winograd_filter_gradient<C, M>;
+  return k;
 }
 
 template <class C>

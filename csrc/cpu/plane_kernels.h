@@ -37,15 +37,17 @@ struct PlaneLayout {
   int64_t ld, block, plane;
 };
 
-// The transforms of Winograd's F(MxM, 3x3), winograd.inl: (M+2)^2 planes of `plane` elements.
+// The transforms of Winograd's F(MxM, 3x3), winograd.inl: (M+2)^2 planes of `plane` elements. Of F(4x4), windows of 2
+// lines, of 2 columns or of both have transforms of their own, [2 lines][2 columns], that need 24, 24 and 16 planes.
 template <class C>
 struct WinogradKernels {
-  void (*window)(const GatheredRows<C>& rows, const PlaneLayout<C>& to);
+  void (*window[2][2])(const GatheredRows<C>& rows, const PlaneLayout<C>& to);
   void (*gradient)(const GatheredRows<C>& rows, const PlaneLayout<C>& to);
   // filters[9 taps, `tap` elements apart][depth][ld], of which a panel; planes[depth][panel].
   void (*filter)(const C* filters, int64_t tap, int64_t ld, int64_t depth, C* planes, int64_t plane, bool streams);
   void (*filter_gradient)(const C* planes, int64_t plane, int64_t rows, C* filters);
-  void (*output)(const C* planes, int64_t plane, int64_t count, int64_t pixels, int64_t lines, C* rows);
+  void (*output[2][2])(const C* planes, int64_t plane, int64_t count, int64_t pixels, int64_t lines, C* rows,
+                       int64_t pitch);
 };
 
 }  // namespace fusedconvbn

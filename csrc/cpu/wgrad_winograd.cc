@@ -125,8 +125,8 @@ class WinogradFilterGradient {
   void transform(int64_t first, int64_t count, const FilterBlock& b, const Worker& w) const {
     inputs_.stage(first, count, w.inputs);
     inputs_.point(first, count, w.inputs);
-    transforms_.window({w.inputs.rows, kChunk, count, kPlanes, b.rows, b.row},
-                       {w.input_planes, input_ld(), kPlaneDepth, input_plane()});
+    transforms_.window[0][0]({w.inputs.rows, kChunk, count, kPlanes, b.rows, b.row},
+                             {w.input_planes, input_ld(), kPlaneDepth, input_plane()});
     dz_.point(first, count, w.dz);
     transforms_.gradient({w.dz.rows, kChunk, count, M * M, b.cols, b.column},
                          {w.dz_planes, dz_ld(), kPlaneDepth, dz_plane()});

@@ -15,17 +15,9 @@
 #include "image.h"
 #include "windows.h"
 #include "winograd_choice.h"
+#include "winograd_windows.h"
 
 namespace fusedconvbn {
-
-// The windows of F(MxM, 3x3) that cover the positions of `w`, whose taps are 3x3 and steps 1.
-template <int M>
-Windows winograd_windows(const Windows& w) {
-  Windows tiles{w.batch, ceil_div(w.height, M), ceil_div(w.width, M), M, M, {}};
-  for (int64_t h = 0; h < M + 2; ++h)
-    for (int64_t v = 0; v < M + 2; ++v) tiles.taps.push_back({w.taps[0].height + h, w.taps[0].width + v});
-  return tiles;
-}
 
 template <class C, int M>
 const WinogradKernels<C>& winograd_kernels(const ComputeKernels<C>& kernels) {
@@ -41,14 +33,13 @@ class WinogradConvolution {
       : kernels_(kernels),
         transforms_(winograd_kernels<C, M>(kernels)),
         storage_(storage),
-        outputs_(windows),
-        windows_(winograd_windows<M>(windows)),
+        windows_(windows),
         depth_(channels.depth),
         cols_(channels.cols),
         few_(inputs_fit_cache()),
         pass_panels_(few_ ? 1 : std::min(kMaxPassPanels, ceil_div(channels.cols, kernels.panel))),
         block_windows_(block_windows()),
-        reader_(source, depth_, windows_, false, block_windows_, block_windows_) {}
+        reader_(source, depth_, windows_.windows(), false, block_windows_, block_windows_) {}
 
   struct Worker {
     typename WindowReader<C>::Scratch reader;
@@ -75,7 +66,8 @@ class WinogradConvolution {
   int64_t blocks() const { return ceil_div(windows_.positions(), kGroup); }
   int64_t block_pixels(int64_t block) const {
     int64_t pixels = 0;
-    for_lines(block, [&](const Line& line) { pixels += line.pixels * line.lines; });
+    windows_.for_lines(block * kGroup, block_end(block),
+                       [&](const WindowLine& line) { pixels += line.pixels * line.lines; });
     return pixels;
   }
 
@@ -118,12 +110,7 @@ class WinogradConvolution {
   static constexpr int64_t kPartDepth = (M == 2 ? 2 : 1) * kPlaneDepth;  // 256 KiB of transformed floats, or 288
   static constexpr int64_t kOdd = 64 / sizeof(C);  // elements that make a plane an odd number of cache lines
 
-  // A run of windows of one image line: `lines` output lines of `pixels`, fewer than M where the image ends.
-  struct Line {
-    int64_t window, windows;  // within the group
-    int64_t first, pixels, lines;
-  };
-
+  int64_t block_end(int64_t block) const { return std::min((block + 1) * kGroup, windows_.positions()); }
   int64_t depth_block() const { return block_windows_ * kPlaneDepth; }
   int64_t plane() const { return ceil_div(depth_, kPlaneDepth) * depth_block() + kOdd; }
   int64_t product_plane() const { return block_windows_ * kernels_.panel + kOdd; }
@@ -189,84 +176,114 @@ class WinogradConvolution {
   void run_task(int64_t begin, int64_t end, int64_t panel_begin, int64_t panel_end, const C* packed, const Scratch& s,
                 int worker, const TileEpilogue<C>& epilogue) const {
     const Worker& w = s.workers[worker];
-    const int64_t first = begin * kGroup, count = std::min(end * kGroup, windows_.positions()) - first;
-    reader_.stage(first, count, w.reader);
-    reader_.point(first, count, w.reader);
-    transforms_.window({w.reader.rows, block_windows_, count, kPlanes, depth_, 0},
-                       {w.planes, kPlaneDepth, depth_block(), plane()});
+    const int64_t first = begin * kGroup, last = block_end(end - 1);
+    const WindowRows rows = windows_.rows(first, last);
+    reader_.stage(first, last - first, w.reader);
+    point(first, last, rows, w.reader);
+    transform_windows(rows, w);
     for (int64_t panel = panel_begin; panel < panel_end; panel += pass_panels_) {
       const int64_t pass_end = std::min(panel + pass_panels_, panel_end);
       if (few_)
-        multiply_by_parts(count, packed + panel * panel_elements(), w);
+        multiply_by_parts(rows, packed + panel * panel_elements(), w);
       else
-        multiply(count, packed + panel * panel_elements(), pass_end - panel, w);
-      for (int64_t block = begin; block < end; ++block)
+        multiply(rows, packed + panel * panel_elements(), pass_end - panel, w);
+      WindowRows from = rows, behind = rows;
+      for (int64_t block = begin; block < end; ++block, from = behind)
         for (int64_t p = panel; p < pass_end; ++p)
-          emit(block, p, w.products + (p - panel) * product_panel() + (block - begin) * kGroup * kernels_.panel, worker,
-               w.outputs, epilogue);
+          behind = emit(block, p, w.products + (p - panel) * product_panel(), from, worker, w.outputs, epilogue);
     }
   }
 
+  // Points the table's column of each window's row at its pixels.
+  void point(int64_t first, int64_t last, WindowRows rows, typename WindowReader<C>::Scratch reader) const {
+    const C** const table = reader.rows;
+    windows_.for_lines(first, last, [&](const WindowLine& line) {
+      reader.rows = table + rows.take(window_kind(line.low, false), line.wide());
+      reader_.point(line.window, line.wide(), reader);
+      if (!line.narrow) return;
+      reader.rows = table + rows.take(window_kind(line.low, true), 1);
+      reader_.point(line.window + line.wide(), 1, reader);
+    });
+  }
+
+  void transform_windows(const WindowRows& rows, const Worker& w) const {
+    for (const WindowKind kind : {kLowWindow, kWholeWindow, kNarrowWindow, kLowNarrowWindow})
+      if (const int64_t row = rows.begin[kind], count = rows.count(kind); count > 0)
+        transforms_.window[is_low(kind)][is_narrow(kind)](
+            {w.reader.rows + row, block_windows_, count, kPlanes, depth_, 0},
+            {w.planes + row * kPlaneDepth, kPlaneDepth, depth_block(), plane()});
+  }
+
   // The products of some panels, plane by plane: a plane's rows stay in L2 meanwhile.
-  void multiply(int64_t count, const C* packed, int64_t panels, const Worker& w) const {
-    for (int64_t p = 0; p < kPlanes; ++p)
-      kernels_.multiply_planes({panels, count, depth_, w.planes + p * plane(), depth_block(), 0,
-                                packed + p * filter_plane(), kernels_.panel, panel_elements(),
-                                w.products + p * product_plane(), product_panel(), false,
-                                packed + p * filter_plane() + panel_elements(), kernels_.panel});
+  void multiply(const WindowRows& rows, const C* packed, int64_t panels, const Worker& w) const {
+    for (int64_t p = 0; p < kPlanes; ++p, packed += filter_plane())
+      multiply_plane(rows, p, 0,
+                     {panels, 0, depth_, nullptr, depth_block(), 0, packed, kernels_.panel, panel_elements(), nullptr,
+                      product_panel(), false, packed + panel_elements(), kernels_.panel},
+                     w);
   }
 
   // The products of a panel, whose parts lie one after the other: while one is multiplied, the next is asked for.
-  void multiply_by_parts(int64_t count, const C* filters, const Worker& w) const {
+  void multiply_by_parts(const WindowRows& rows, const C* filters, const Worker& w) const {
     const int64_t panel = kernels_.panel, ahead_row = ceil_div(9 * panel, kPlanes);
     for (int64_t begin = 0; begin < depth_; begin += kPartDepth) {
       const int64_t depth = std::min(kPartDepth, depth_ - begin);
       const C* const next = filters + part_element(begin + depth);
       transforms_.filter(filters + part_element(begin), depth * panel, panel, depth, w.filters, part_plane(), false);
       for (int64_t p = 0; p < kPlanes; ++p)
-        kernels_.multiply_planes({1, count, depth, w.planes + p * plane() + begin / kPlaneDepth * depth_block(),
-                                  depth_block(), 0, w.filters + p * part_plane(), panel, 0,
-                                  w.products + p * product_plane(), 0, begin > 0, next + p * depth * ahead_row,
-                                  ahead_row});
+        multiply_plane(rows, p, begin,
+                       {1, 0, depth, nullptr, depth_block(), 0, w.filters + p * part_plane(), panel, 0, nullptr, 0,
+                        begin > 0, next + p * depth * ahead_row, ahead_row},
+                       w);
     }
   }
 
-  // Transforms the products of a group back, line by line, so that the outputs of a line are consecutive rows.
-  void emit(int64_t group, int64_t panel, const C* products, int worker, C* outputs,
-            const TileEpilogue<C>& epilogue) const {
+  // `product` of the rows that plane p has, from the depth `begin` on.
+  void multiply_plane(const WindowRows& rows, int64_t p, int64_t begin, Planes<C> product, const Worker& w) const {
+    const Span span = rows.of_plane<M>(p);
+    if (span.begin == span.end) return;
+    product.rows = span.end - span.begin;
+    product.a = w.planes + p * plane() + begin / kPlaneDepth * depth_block() + span.begin * kPlaneDepth;
+    product.c = w.products + p * product_plane() + span.begin * kernels_.panel;
+    kernels_.multiply_planes(product);
+  }
+
+  // Transforms the products of a group back, line by line, so that the outputs of a line are consecutive rows. Returns
+  // the rows behind those of the group.
+  WindowRows emit(int64_t group, int64_t panel, const C* products, WindowRows rows, int worker, C* outputs,
+                  const TileEpilogue<C>& epilogue) const {
     const int64_t column = panel * kernels_.panel, cols = std::min(kernels_.panel, cols_ - column);
     Tile<C> tile{outputs, kernels_.panel, 0, 0, column, cols, group, worker};
-    for_lines(group, [&](const Line& line) {
-      transforms_.output(products + line.window * kernels_.panel, product_plane(), line.windows, line.pixels,
-                         line.lines, tile.data);
+    windows_.for_lines(group * kGroup, block_end(group), [&](const WindowLine& line) {
+      transform_line(line, products, &rows, tile.data);
       tile.rows = line.pixels;
       for (int64_t l = 0; l < line.lines; ++l, tile.data += line.pixels * kernels_.panel) {
-        tile.first = line.first + l * outputs_.width;
+        tile.first = line.first + l * windows_.output_width();
         epilogue.emit(tile);
       }
     });
-    if (!epilogue.finish) return;
+    if (!epilogue.finish) return rows;
     tile.rows = (tile.data - outputs) / kernels_.panel;
     tile.data = outputs;
     epilogue.finish(tile);
+    return rows;
   }
 
-  template <class F>
-  void for_lines(int64_t group, F f) const {
-    const int64_t begin = group * kGroup, end = std::min(begin + kGroup, windows_.positions());
-    for (int64_t at = begin, count; at < end; at += count) {
-      const int64_t line = at / windows_.width, column = at % windows_.width;
-      count = std::min(end - at, windows_.width - column);
-      const int64_t image = line / windows_.height, h = line % windows_.height * M;
-      f(Line{at - begin, count, (image * outputs_.height + h) * outputs_.width + M * column,
-             std::min(M * count, outputs_.width - M * column), std::min<int64_t>(M, outputs_.height - h)});
-    }
+  void transform_line(const WindowLine& line, const C* products, WindowRows* rows, C* outputs) const {
+    const int64_t panel = kernels_.panel, wide = line.wide(), pixels = std::min(M * wide, line.pixels);
+    const auto transform = [&](bool narrow, int64_t count, int64_t first, int64_t end) {
+      const C* from = products + rows->take(window_kind(line.low, narrow), count) * panel;
+      transforms_.output[line.low][narrow](from, product_plane(), count, end - first, line.lines,
+                                           outputs + first * panel, line.pixels);
+    };
+    if (wide > 0) transform(false, wide, 0, pixels);
+    if (line.narrow) transform(true, 1, pixels, line.pixels);
   }
 
   const ComputeKernels<C>& kernels_;
   const WinogradKernels<C>& transforms_;
   Storage<C> storage_;
-  Windows outputs_, windows_;
+  WinogradWindows<M> windows_;
   int64_t depth_, cols_;
   bool few_;               // windows: see inputs_fit_cache()
   int64_t pass_panels_;    // multiplied in a pass over the planes

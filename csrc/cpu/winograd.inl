@@ -10,69 +10,81 @@ struct WinogradLine;
 #include "winograd2.inl"
 #include "winograd4.inl"
 
-// Transforms an In x In matrix of vectors into an Out x Out one: `line` does a column, then a row, of which only the
-// first `lines` are wanted. read(y, x) has and write(y, x, v) takes the elements.
-template <int In, int Out, class C, class Line, class Read, class Write>
-FCB_INLINE void transform_square(Line line, Read read, Write write, int64_t lines = Out) {
-  Vector<C> half[Out][In], from[In], to[Out];
+// Transforms a matrix of vectors: `line` does a column, then a row, of which only the first `lines` are wanted.
+// read(y, x) has and write(y, x, v) takes the elements.
+template <int InY, int InX, int OutY, int OutX, class C, class Line, class Read, class Write>
+FCB_INLINE void transform_matrix(Line line, Read read, Write write, int64_t lines = OutY) {
+  Vector<C> half[OutY][InX], from[InY], column[OutY], to[OutX];
 #pragma GCC unroll 6
-  for (int x = 0; x < In; ++x) {
+  for (int x = 0; x < InX; ++x) {
 #pragma GCC unroll 6
-    for (int y = 0; y < In; ++y) from[y] = read(y, x);
-    line(from, to);
+    for (int y = 0; y < InY; ++y) from[y] = read(y, x);
+    line(from, column);
 #pragma GCC unroll 6
-    for (int y = 0; y < Out; ++y) half[y][x] = to[y];
+    for (int y = 0; y < OutY; ++y) half[y][x] = column[y];
   }
 #pragma GCC unroll 6
-  for (int y = 0; y < Out; ++y) {
+  for (int y = 0; y < OutY; ++y) {
     if (y >= lines) break;
     line(half[y], to);
 #pragma GCC unroll 6
-    for (int x = 0; x < Out; ++x) write(y, x, to[x]);
+    for (int x = 0; x < OutX; ++x) write(y, x, to[x]);
   }
 }
 
-// Asks for the pixels of a window that the one before it has not: its last M columns.
-template <int In, int M, class C>
+// Asks for the pixels of a window that the one before it has not, its columns from Old on; `rows` has Pitch pixels for
+// each line of a window.
+template <int Pitch, int Height, int Width, int Old, class C>
 FCB_INLINE void fetch_window(const C* const* rows, int64_t row_stride, int64_t offset) {
 #pragma GCC unroll 6
-  for (int y = 0; y < In; ++y)
+  for (int y = 0; y < Height; ++y)
 #pragma GCC unroll 6
-    for (int x = In - M; x < In; ++x) __builtin_prefetch(rows[(y * In + x) * row_stride] + offset);
+    for (int x = Old; x < Width; ++x) __builtin_prefetch(rows[(y * Pitch + x) * row_stride] + offset);
 }
 
-// Channels in.offset + begin .. end of each row: `line` of squares of In x In pixels.
-template <int In, int M, class C, class Line>
+// Which of M + 2 planes in a line the n-th of `Count` goes to: all, or those of the first points and of infinity.
+template <int M, int Count>
+constexpr int plane_of(int n) {
+  return n + 1 < Count ? n : M + 1;
+}
+
+// Channels in.offset + begin .. end of each row: `line` of matrices of InY x InX pixels, of Pitch x Pitch in the table.
+template <int M, int Pitch, int InY, int InX, int OutY, int OutX, class C, class Line>
 FCB_INLINE void channels_to_planes(const GatheredRows<C>& in, int64_t begin, int64_t end, C* planes,
                                    const PlaneLayout<C>& to, Line line) {
+  constexpr int kOld = InX == OutX ? 2 : 0;
   for (int64_t r = 0; r < in.count; ++r, planes += to.ld)
     for_vectors<C>(end - begin, [&](auto read, auto write, int64_t c) {
       const int64_t channel = in.offset + begin + c;
-      if (r + 1 < in.count) fetch_window<In, M>(in.rows + r + 1, in.row_stride, channel);
-      transform_square<In, M + 2, C>(
-          line, [&](int y, int x) { return read(in.rows[(y * In + x) * in.row_stride + r] + channel); },
-          [&](int y, int x, Vector<C> v) { write(planes + (y * (M + 2) + x) * to.plane + c, v); });
+      if (r + 1 < in.count) fetch_window<Pitch, InY, InX, kOld>(in.rows + r + 1, in.row_stride, channel);
+      transform_matrix<InY, InX, OutY, OutX, C>(
+          line, [&](int y, int x) { return read(in.rows[(y * Pitch + x) * in.row_stride + r] + channel); },
+          [&](int y, int x, Vector<C> v) {
+            write(planes + (plane_of<M, OutY>(y) * (M + 2) + plane_of<M, OutX>(x)) * to.plane + c, v);
+          });
     });
 }
 
 // A block of depth after the other, so that each plane is written from its beginning to its end.
-template <int In, int M, class C, class Line>
+template <int M, int Pitch, int InY, int InX, int OutY, int OutX, class C, class Line>
 FCB_INLINE void pixels_to_planes(const GatheredRows<C>& in, const PlaneLayout<C>& to, Line line) {
   for (int64_t k = 0; k < in.depth; k += kPlaneDepth)
-    channels_to_planes<In, M>(in, k, k + kPlaneDepth < in.depth ? k + kPlaneDepth : in.depth,
-                              to.planes + k / kPlaneDepth * to.block, to, line);
+    channels_to_planes<M, Pitch, InY, InX, OutY, OutX>(in, k, k + kPlaneDepth < in.depth ? k + kPlaneDepth : in.depth,
+                                                       to.planes + k / kPlaneDepth * to.block, to, line);
 }
 
-// B' d B of in.taps = (M+2)^2 pixels.
-template <class C, int M>
+// B' d B of in.taps = (M+2)^2 pixels, of which windows of fewer outputs than M x M take what they need.
+template <class C, int M, int Height, int Width>
 static void winograd_window(const GatheredRows<C>& in, const PlaneLayout<C>& to) {
-  pixels_to_planes<M + 2, M>(in, to, [](const auto& from, auto& to) { WinogradLine<M>::window(from, to); });
+  constexpr int Y = Height + 2, X = Width + 2;
+  pixels_to_planes<M, M + 2, Y, X, Y, X>(in, to, [](const auto& from, auto& to) { WinogradLine<M>::window(from, to); });
 }
 
 // A dy A' of in.taps = M^2 pixels.
 template <class C, int M>
 static void winograd_gradient(const GatheredRows<C>& in, const PlaneLayout<C>& to) {
-  pixels_to_planes<M, M>(in, to, [](const auto& from, auto& to) { WinogradLine<M>::gradient(from, to); });
+  pixels_to_planes<M, M, M, M, M + 2, M + 2>(in, to,
+                                             [](const auto& from, auto& to) { WinogradLine<M>::gradient(from, to); });
 }
 
 // G g G' of a panel of filters[9][depth][ld], the taps `tap` elements apart.
@@ -81,7 +93,7 @@ FCB_INLINE void filters_to_planes(const C* filters, int64_t tap, int64_t ld, int
                                   Write write) {
   for (int64_t k = 0; k < depth; ++k)
     for (int64_t c = 0; c < kPanel<C>; c += kLanes<C>)
-      transform_square<3, M + 2, C>(
+      transform_matrix<3, 3, M + 2, M + 2, C>(
           [](const auto& from, auto& to) { WinogradLine<M>::filter(from, to); },
           [&](int y, int x) { return load(filters + (3 * y + x) * tap + k * ld + c); },
           [&](int y, int x, Vector<C> v) { write(planes + (y * (M + 2) + x) * plane + k * kPanel<C> + c, v); });
@@ -101,22 +113,27 @@ template <class C, int M>
 static void winograd_filter_gradient(const C* planes, int64_t plane, int64_t rows, C* filters) {
   const int64_t tap = rows * kPanel<C>;
   for (int64_t i = 0; i < tap; i += kLanes<C>)
-    transform_square<M + 2, 3, C>([](const auto& from, auto& to) { WinogradLine<M>::filter_gradient(from, to); },
-                                  [&](int y, int x) { return load(planes + (y * (M + 2) + x) * plane + i); },
-                                  [&](int y, int x, Vector<C> v) { store(filters + (3 * y + x) * tap + i, v); });
+    transform_matrix<M + 2, M + 2, 3, 3, C>(
+        [](const auto& from, auto& to) { WinogradLine<M>::filter_gradient(from, to); },
+        [&](int y, int x) { return load(planes + (y * (M + 2) + x) * plane + i); },
+        [&](int y, int x, Vector<C> v) { store(filters + (3 * y + x) * tap + i, v); });
 }
 
-// A' m A of each of `count` adjacent windows of planes[(M+2)^2][count][panel]: `lines` lines, M or fewer, of `pixels`
-// rows each, M * count or up to M - 1 less.
-template <class C, int M>
-static void winograd_output(const C* planes, int64_t plane, int64_t count, int64_t pixels, int64_t lines, C* rows) {
+// A' m A of each of `count` adjacent windows of planes[(M+2)^2][count][panel]: `lines` lines, Height or fewer, of
+// `pixels` rows each, Width * count or up to Width - 1 less; lines begin `pitch` rows apart.
+template <class C, int M, int Height, int Width>
+static void winograd_output(const C* planes, int64_t plane, int64_t count, int64_t pixels, int64_t lines, C* rows,
+                            int64_t pitch) {
+  constexpr int Y = Height + 2, X = Width + 2;
   for (int64_t r = 0; r < count; ++r)
     for (int64_t c = 0; c < kPanel<C>; c += kLanes<C>)
-      transform_square<M + 2, M, C>(
+      transform_matrix<Y, X, Height, Width, C>(
           [](const auto& from, auto& to) { WinogradLine<M>::output(from, to); },
-          [&](int y, int x) { return load(planes + (y * (M + 2) + x) * plane + r * kPanel<C> + c); },
+          [&](int y, int x) {
+            return load(planes + (plane_of<M, Y>(y) * (M + 2) + plane_of<M, X>(x)) * plane + r * kPanel<C> + c);
+          },
           [&](int y, int x, Vector<C> v) {
-            if (M * r + x < pixels) store(rows + (y * pixels + M * r + x) * kPanel<C> + c, v);
+            if (Width * r + x < pixels) store(rows + (y * pitch + Width * r + x) * kPanel<C> + c, v);
           },
           lines);
 }

@@ -33,6 +33,18 @@ struct WinogradLine<4> {
     t[5] = (d[1] + d[5]) - d[3] * S(kA2 + kB2);
   }
 
+  // Of F(2, 3) for the points 0, a, -a and infinity, t[3] being that of infinity; scaled so that the filters are those
+  // of F(4, 3) for these points.
+  template <class V>
+  FCB_INLINE void window(const V (&d)[4], V (&t)[4]) {
+    typedef decltype(d[0][0] + d[0][0]) S;
+    const V even = d[2] * S(kA2 - kB2), odd = d[1] * S(kA * (kA2 - kB2));
+    t[0] = d[0] - d[2] * S(kB2);
+    t[1] = even + odd;
+    t[2] = even - odd;
+    t[3] = d[3] - d[1] * S(kA2);
+  }
+
   template <class V>
   FCB_INLINE void filter(const V (&g)[3], V (&t)[6]) {  // G g
     typedef decltype(g[0][0] + g[0][0]) S;
@@ -55,6 +67,13 @@ struct WinogradLine<4> {
     y[1] = odd_a + odd_b;
     y[2] = even_a * S(kA2) + even_b * S(kB2);
     y[3] = m[5] + odd_a * S(kA2) + odd_b * S(kB2);
+  }
+
+  template <class V>
+  FCB_INLINE void output(const V (&m)[4], V (&y)[2]) {  // of F(2, 3), as above
+    typedef decltype(m[0][0] + m[0][0]) S;
+    y[0] = m[0] + m[1] + m[2];
+    y[1] = m[3] + (m[1] - m[2]) * S(kA);
   }
 
   template <class V>

@@ -104,6 +104,13 @@ inline bool is_deep(int64_t elements, const WinogradProblem& p) {
   return kWindows * elements * (p.depth + products) * 4 > kMaxBytes;
 }
 
+// How many elements cover so many outputs of a line: windows of F(4) have 6, or 4 at its end for one or two outputs.
+template <int M>
+constexpr int64_t line_elements(int64_t outputs) {
+  const int64_t left = outputs % M;
+  return outputs / M * (M + 2) + (left == 0 ? 0 : (left > 2 ? M : 2) + 2);
+}
+
 // By F(MxM).
 template <int M>
 double winograd_cost(const WinogradPrices& prices, const WinogradProblem& p) {
@@ -116,8 +123,9 @@ double winograd_cost(const WinogradPrices& prices, const WinogradProblem& p) {
       in_cache ? filter_in_cache_price(prices, i, kTaps * p.depth * cols) : filter_price(prices, i, filters);
   const double input = prices.input[i] + (in_cache || !is_deep(kElements, p) ? 0 : prices.deep[i]);
   const double transforms = input * static_cast<double>(p.depth) + prices.output[i] * static_cast<double>(cols);
-  return static_cast<double>(filters) * (filter + prices.product[i] * static_cast<double>(windows)) +
-         static_cast<double>(kElements * windows) * transforms;
+  const double elements = static_cast<double>(p.batch * line_elements<M>(p.height) * line_elements<M>(p.width));
+  return static_cast<double>(filters) * filter +
+         elements * (prices.product[i] * static_cast<double>(p.depth * cols) + transforms);
 }
 
 // Columns and what panels of them cost more.
