@@ -66,8 +66,8 @@ struct ConvBnParams {
 };
 
 // Statistics, gamma and beta are float32; float64 for float64 inputs ("stat" below). [K] is [out_channels].
-// "data" is the type that ConvBnParams::dtype names; image shapes are in the order of data_format. In inference the
-// statistics that forward writes are those it reads: null pointers save the copies.
+// "data" is the type that ConvBnParams::dtype names; image shapes are in the order of data_format. In inference forward
+// writes the statistics that it reads, and what follows from them: null pointers save that.
 struct ForwardBuffers {
   const void* inputs = nullptr;           // data [N,H,W,C] or [N,C,H,W]
   const void* filters = nullptr;          // data [kh,kw,C/groups,K]
@@ -141,7 +141,8 @@ Status detect_device(int threads, DeviceInfo* device);
 int useful_threads(const ConvBnParams& params, int threads);
 
 // What a choice among algorithms of a stage compared: estimates for one thread, of float32 with AVX-512 (thirds: AMX),
-// whatever the problem's type and the device. The least is chosen first.
+// whatever the problem's type and the device. The least is chosen, unless something else rules it out: few channels, a
+// margin for thirds, FUSEDCONVBN_STRICT, what the caller names.
 struct Estimate {
   std::string algorithm;
   double nanoseconds;

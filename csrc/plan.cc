@@ -168,6 +168,7 @@ Status plan_backward(const ConvBnParams& params, const DeviceInfo& device, const
 }
 
 Status pack_filters(const Plan& plan, const void* filters, void* packed, void* workspace, ParallelFor* parallel) {
+  if (plan.packed_bytes == 0) return Status::error("plan must pack filters. Received: " + plan.describe());
   ForwardBuffers buffers;
   buffers.filters = filters;
   return run_forward(plan, buffers, packed, workspace, parallel);

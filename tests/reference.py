@@ -125,7 +125,7 @@ def backward(
     d_filters = bilinear(convolution.filters_gradient, problem.count, dz, problem.inputs, mixed)
     if lost is not None:  # equal dz round alike, and z of few channels has few values
         if not convolution.padded:
-            lost = lost - lost.mean((0, 1, 2))  # taps that read no padding restore this
+            lost = lost - lost.mean((0, 1, 2))  # where this counts, taps that read no padding restore it
         systematic = np.abs(convolution.filters_gradient(lost, problem.inputs.value))
         d_filters = Real(d_filters.value, d_filters.error + systematic, d_filters.eps)
     return Backward(

@@ -33,6 +33,7 @@ CASES = [
     replace(LARGE, dtype="f64", padding="VALID", dilations=(2, 1)),
     replace(LARGE, dtype="f16", kernel=(7, 7), in_channels=3, strides=(2, 2)),
     replace(LARGE, in_channels=33, out_channels=70, algorithm="winograd2"),
+    replace(LARGE, batch=3, height=29, width=30, in_channels=40, algorithm="winograd4"),
     replace(LARGE, batch=1, data_format="NCHW", out_channels=130, dtype="bf16", algorithm="winograd2"),
 ]
 

@@ -25,9 +25,14 @@ FAST, ALL, ON_PAGES = 300, 2100, 40
 LEAST = 10  # cases of the fast part that each row is to meet
 FIRST = int(os.environ.get("FUSEDCONVBN_FUZZ_SEED", 0))
 CASES = int(os.environ.get("FUSEDCONVBN_FUZZ_CASES", ALL))
+KEPT = (3108,)  # beyond them, what failed once: few values of z, whose gradients round alike
 SEEDS = [
-    pytest.param(seed, id=f"seed{seed}", marks=[pytest.mark.slow] if CASES == ALL and seed >= FIRST + FAST else [])
-    for seed in range(FIRST, FIRST + CASES)
+    pytest.param(
+        seed,
+        id=f"seed{seed}",
+        marks=[pytest.mark.slow] if CASES == ALL and seed >= FIRST + FAST and seed not in KEPT else [],
+    )
+    for seed in (*range(FIRST, FIRST + CASES), *(KEPT if FIRST == 0 else ()))
 ]
 
 

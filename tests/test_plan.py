@@ -127,6 +127,7 @@ def test_algorithm(inputs, filters, attributes, expected, direction):
         ((1, 14, 14, 64), (3, 3, 64, 256), "dgrad", "winograd4"),
         ((4, 14, 14, 256), (3, 3, 256, 64), "dgrad", "winograd4"),
         ((16, 21, 21, 16), (3, 3, 16, 48), "dgrad", "winograd4"),  # panels of 16 columns waste as many in gradients
+        ((4, 6, 6, 256), (3, 3, 256, 256), "wgrad", "winograd2"),  # no windows of two outputs there
         ((4, 14, 14, 832), (3, 3, 832, 16), "forward", "direct"),  # less elsewhere: half of Winograd's panel is empty
         ((4, 14, 14, 832), (3, 3, 832, 32), "forward", "winograd2"),
         ((1, 7, 7, 1024), (3, 3, 1024, 512), "forward", "direct"),  # reads the filters where they lie

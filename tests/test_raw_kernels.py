@@ -70,6 +70,8 @@ EDGES = [
     Case(batch=b, height=h, width=w, in_channels=c, out_channels=35, training=t, algorithm="winograd4")
     for b, h, w, c, t in ((5, 14, 10, 70, True), (1, 18, 13, 21, False), (9, 2, 1, 40, True), (3, 1, 6, 24, True))
 ]
+# The same of several tasks, whose blocks of windows hold whole ones and some of two outputs.
+EDGES += [replace(EDGES[0], batch=3, height=29, width=30, in_channels=40, training=t) for t in (True, False)]
 # Deep and wide products in thirds, in blocks of fewer rows or pixels; strides, odd sizes, few pixels.
 THIRDS = [case for case in op_cases() if case.dtype == "f32" and case.groups == 1 and case.data_format == "NHWC"]
 THIRDS_DEEP = [

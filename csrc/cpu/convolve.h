@@ -32,8 +32,11 @@ inline bool source_fits_cache(int64_t positions, int64_t source_bytes) {
 }
 
 // Whether new filters, `rows` of all columns, are then read where they lie: there are few positions that packing them
-// would serve. Many read packed panels faster: rows share sets of L1, and sums of all columns leave it.
+// would serve. Many read packed panels faster: rows share sets of L1, and sums of all columns leave it. Of very many
+// columns they would leave L2, and each worker has some.
 inline bool outdoes_packing(int64_t positions, int64_t rows, int64_t cols) {
+  constexpr int64_t kMaxSums = 256 << 10;  // 1 MiB of floats
+  if (std::max(positions, kBlockRows) * cols > kMaxSums) return false;
   return positions <= kBlockRows || rows >= 2 * cols;
 }
 

@@ -24,6 +24,7 @@ struct WinogradPrices {
   double filter_in_cache[3];  // the same, of few windows: transformed part by part in L2; 0: not done
   double far_filter[3];       // more for it, for each MiB of the filters as they come
   double unpacked_filter;     // of an element that the direct algorithm reads where it lies; 0: not done
+  bool narrow_windows;        // whether F(4x4) has windows of two outputs
 };
 
 constexpr WinogradPrices kConvolutionPrices = {16,
@@ -35,7 +36,8 @@ constexpr WinogradPrices kConvolutionPrices = {16,
                                                {{0.35, 0.33, 0.41}, {0.40, 0.45, 0.31}, {0.56, 0.66, 0.35}},
                                                {0, 0.38, 0.19},
                                                {0, 0, 0},
-                                               0.2};
+                                               0.2,
+                                               true};
 // With filters packed before, as inference usually has them.
 constexpr WinogradPrices kPackedPrices = {16,
                                           {8, 16, 16},
@@ -46,7 +48,8 @@ constexpr WinogradPrices kPackedPrices = {16,
                                           {{0.02, 0.17, 0.165}, {0.02, 0.21, 0.075}, {0.03, 0.12, 0.085}},
                                           {0, 0.124, 0.096},
                                           {0, 0, 0},
-                                          0};
+                                          0,
+                                          true};
 // With transposed filters, whose columns are the inputs' channels.
 constexpr WinogradPrices kInputGradientPrices = {16,
                                                  {12, 12, 7},
@@ -57,7 +60,8 @@ constexpr WinogradPrices kInputGradientPrices = {16,
                                                  {{0.28, 0.55, 0.39}, {0.46, 0.83, 0.51}, {0.55, 0.75, 0.42}},
                                                  {0, 0.28, 0.15},
                                                  {0, 0.051, 0.027},
-                                                 0};
+                                                 0,
+                                                 true};
 // Sums of elements of filters are transformed in cache.
 constexpr WinogradPrices kFilterGradientPrices = {32,
                                                   {0, 0, 0},
@@ -68,7 +72,8 @@ constexpr WinogradPrices kFilterGradientPrices = {32,
                                                   {{0, 0.1, 0.1}, {0.2, 0.18, 0.14}, {0.2, 0.18, 0.14}},
                                                   {0, 0, 0},
                                                   {0, 0, 0},
-                                                  0};
+                                                  0,
+                                                  false};
 
 // Whether the transformed inputs of so many windows of F(MxM), and their products by a panel, stay in an L2 of 2 MiB,
 // with some filters.
@@ -104,11 +109,12 @@ inline bool is_deep(int64_t elements, const WinogradProblem& p) {
   return kWindows * elements * (p.depth + products) * 4 > kMaxBytes;
 }
 
-// How many elements cover so many outputs of a line: windows of F(4) have 6, or 4 at its end for one or two outputs.
+// How many elements cover so many outputs of a line: windows of F(4) have 6, or 4 at its end for one or two outputs
+// where windows of two are to be had.
 template <int M>
-constexpr int64_t line_elements(int64_t outputs) {
+constexpr int64_t line_elements(int64_t outputs, bool narrow_windows) {
   const int64_t left = outputs % M;
-  return outputs / M * (M + 2) + (left == 0 ? 0 : (left > 2 ? M : 2) + 2);
+  return outputs / M * (M + 2) + (left == 0 ? 0 : (left > 2 || !narrow_windows ? M : 2) + 2);
 }
 
 // By F(MxM).
@@ -123,7 +129,8 @@ double winograd_cost(const WinogradPrices& prices, const WinogradProblem& p) {
       in_cache ? filter_in_cache_price(prices, i, kTaps * p.depth * cols) : filter_price(prices, i, filters);
   const double input = prices.input[i] + (in_cache || !is_deep(kElements, p) ? 0 : prices.deep[i]);
   const double transforms = input * static_cast<double>(p.depth) + prices.output[i] * static_cast<double>(cols);
-  const double elements = static_cast<double>(p.batch * line_elements<M>(p.height) * line_elements<M>(p.width));
+  const int64_t lines = line_elements<M>(p.height, prices.narrow_windows);
+  const double elements = static_cast<double>(p.batch * lines * line_elements<M>(p.width, prices.narrow_windows));
   return static_cast<double>(filters) * filter +
          elements * (prices.product[i] * static_cast<double>(p.depth * cols) + transforms);
 }

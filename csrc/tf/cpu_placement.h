@@ -19,7 +19,8 @@ inline int this_cpu() {
 }
 
 // Moves this thread to another one of the processors that it may use, if it runs on `cpu`. It may use the same ones
-// afterwards: the scheduler is free to move it again.
+// afterwards, unless another thread has just said which: the scheduler is free to move it again. (Linux keeps them as
+// the thread's own: of processors that its control group is given later, it uses none.)
 inline void leave_cpu(int cpu) {
 #if defined(__linux__)
   if (cpu < 0 || this_cpu() != cpu) return;
@@ -28,7 +29,9 @@ inline void leave_cpu(int cpu) {
   cpu_set_t others = allowed;
   CPU_CLR(cpu, &others);
   if (CPU_COUNT(&others) == 0 || sched_setaffinity(0, sizeof(others), &others) != 0) return;
-  sched_setaffinity(0, sizeof(allowed), &allowed);
+  cpu_set_t now;
+  if (sched_getaffinity(0, sizeof(now), &now) == 0 && CPU_EQUAL(&now, &others))
+    sched_setaffinity(0, sizeof(allowed), &allowed);
 #endif
 }
 

@@ -41,7 +41,7 @@ class IntraOpThreads : public ParallelFor {
     const int cpu = this_cpu();
     for (int worker = 1; worker <= helpers; ++worker)
       call_helper([work, worker, cpu] {
-        leave_cpu(cpu);
+        if (work->unfinished.load() > 0) leave_cpu(cpu);
         work->claim(worker);
       });
     work->claim(0);
