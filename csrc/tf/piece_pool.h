@@ -3,6 +3,7 @@
 // bfloat16: 7 % of the kernels' time).
 #pragma once
 
+#include <algorithm>
 #include <iterator>
 #include <list>
 #include <map>
@@ -24,13 +25,9 @@ class PiecePool {
   // 64-byte aligned, for as long as somebody refers to it; null if there is no memory left.
   std::shared_ptr<void> take(size_t bytes) {
     bytes = (bytes + kAlignment - 1) / kAlignment * kAlignment;
-    std::lock_guard<std::mutex> lock(mutex_);
-    for (auto block = blocks_.begin(); block != blocks_.end(); ++block)
-      if (auto gap = block->find(bytes); gap != block->gaps.end()) return cut(block, gap, bytes);
-    const Memory memory = allocate(std::max(bytes, kBlock));
-    if (memory.data == nullptr) return nullptr;
-    blocks_.push_back({memory, {{0, memory.bytes}}});
-    return cut(std::prev(blocks_.end()), blocks_.back().gaps.begin(), bytes);
+    const Piece piece = cut(bytes);
+    if (piece.data == nullptr) return nullptr;
+    return {piece.data, [this, piece, bytes](void*) { give_back(piece, bytes); }};
   }
 
  private:
@@ -47,19 +44,35 @@ class PiecePool {
   };
   using Place = std::list<Block>::iterator;
 
-  std::shared_ptr<void> cut(Place block, Gaps::iterator gap, size_t bytes) {
+  struct Piece {
+    Place block;
+    size_t offset;
+    void* data;  // null: there is no memory left
+  };
+
+  Piece cut(size_t bytes) {
+    std::lock_guard<std::mutex> lock(mutex_);
+    for (auto block = blocks_.begin(); block != blocks_.end(); ++block)
+      if (auto gap = block->find(bytes); gap != block->gaps.end()) return cut(block, gap, bytes);
+    const Memory memory = allocate(std::max(bytes, kBlock));
+    if (memory.data == nullptr) return {};
+    blocks_.push_back({memory, {{0, memory.bytes}}});
+    return cut(std::prev(blocks_.end()), blocks_.back().gaps.begin(), bytes);
+  }
+
+  static Piece cut(Place block, Gaps::iterator gap, size_t bytes) {
     const auto [offset, size] = *gap;
     block->gaps.erase(gap);
     if (size > bytes) block->gaps[offset + bytes] = size - bytes;
-    const auto give_back = [this, block, offset = offset, bytes](void*) { this->give_back(block, offset, bytes); };
-    return {static_cast<char*>(block->memory.data) + offset, give_back};
+    return {block, offset, static_cast<char*>(block->memory.data) + offset};
   }
 
   // Joins neighbouring gaps; a block that is one gap goes back to the system.
-  void give_back(Place block, size_t offset, size_t bytes) {
+  void give_back(const Piece& piece, size_t bytes) {
     std::lock_guard<std::mutex> lock(mutex_);
+    const Place block = piece.block;
     Gaps& gaps = block->gaps;
-    auto gap = gaps.emplace(offset, bytes).first;
+    auto gap = gaps.emplace(piece.offset, bytes).first;
     join(&gaps, gap, std::next(gap));
     if (gap != gaps.begin()) join(&gaps, std::prev(gap), gap);
     if (gaps.begin()->second < block->memory.bytes) return;
