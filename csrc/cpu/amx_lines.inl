@@ -86,7 +86,7 @@ class AmxLines {
 
 struct AmxNothing {
   FCB_INLINE_MEMBER explicit AmxNothing(const AmxEmission&) {}
-  FCB_INLINE_MEMBER void slot(int) {}
+  FCB_INLINE_MEMBER void slot(int) { amx_keep_awake(); }
   FCB_INLINE_MEMBER void finish() {}
 };
 
