@@ -61,6 +61,21 @@ AMX_LINES = [
         (1, 6, 7, 256, 256, (3, 3), (1, 1), "relu", False),
     )
 ]  # fmt: skip
+# More filters than L2 holds, whose taps pass chunk by chunk: in blocks of 64 rows, of 32, by tiles.
+AMX_TAPS_INNER = [
+    Case(
+        dtype="bf16", batch=n, height=h, width=w, in_channels=c, out_channels=k, strides=(s, s), activation=activation,
+        residual=residual, training=training,
+    )
+    for n, h, w, c, k, s, activation, residual, training in (
+        (1, 7, 7, 512, 256, 1, "relu", True, False),
+        (2, 13, 11, 420, 320, 2, "relu6", False, False),
+        (1, 10, 11, 384, 320, 1, None, False, False),
+        (1, 9, 4, 400, 330, 1, "elu", True, False),
+        (2, 6, 7, 330, 400, 1, "relu", False, True),
+        (1, 9, 10, 512, 256, 2, "relu", False, True),
+    )
+]  # fmt: skip
 # Sums in several passes, and more filters than a pass over the planes takes.
 DEEP = Case(batch=1, height=5, width=6, in_channels=290, out_channels=525, algorithm="winograd4", training=True)
 # More windows than L2 has room for: their filters are transformed before.
@@ -113,10 +128,10 @@ SPECIAL_CASES = {  # by a word in the names of the rows that serve no others
     "moments_amx": AMX_EXPANDING,
     "backward_direct_amx": [
         case
-        for case in AMX_CASES + AMX_DEEP + AMX_STREAMED + AMX_PHASES
+        for case in AMX_CASES + AMX_DEEP + AMX_STREAMED + AMX_PHASES + AMX_TAPS_INNER
         if case.training and case.data_format == "NHWC"
     ],
-    "amx": AMX_CASES[::2] + AMX_DEEP + AMX_EMITTED + AMX_LINES,
+    "amx": AMX_CASES[::2] + AMX_DEEP + AMX_EMITTED + AMX_LINES + AMX_TAPS_INNER,
     "winograd": [replace(case, isa=None) for case in winograd_cases()[::23]] + [DEEP, MANY, *EDGES],
     "depthwise": [replace(case, isa=None) for case in depthwise_cases()[::5] + sliding_cases()],
     "backward_few_channels": [case for case in FEW_CHANNELS_CASES if case.training][::3],

@@ -48,6 +48,15 @@ FCB_INLINE void amx_store(float* tile, int64_t ld) {
   _tile_stored(3, tile + kAmxTile * ld + kAmxTile, bytes);
 }
 
+// The same where they are of 64 rows and 16 columns.
+FCB_INLINE void amx_store_tall(float* tile, int64_t ld) {
+  const int64_t bytes = ld * static_cast<int64_t>(sizeof(float));
+  _tile_stored(0, tile, bytes);
+  _tile_stored(1, tile + kAmxTile * ld, bytes);
+  _tile_stored(2, tile + 2 * kAmxTile * ld, bytes);
+  _tile_stored(3, tile + 3 * kAmxTile * ld, bytes);
+}
+
 // After a product. Where tiles wait for L2, a step was measured to take up to 1.4 times as long, unless floating-point
 // instructions of the vector units run beside it: one for each product, scalar, is enough; integer ones do nothing.
 FCB_INLINE void amx_keep_awake() {
@@ -113,24 +122,22 @@ class AmxSlices {
   AmxEmission* e_;
 };
 
-// Adds the products of 32 rows from `first` on and of chunks [begin, end) of all taps. Each tile is loaded for the next
+// Adds the products of 32 rows from `first` on and of steps [begin, end). Each tile is loaded for the next
 // step right after its last product in this one: the longest time for what comes from L2.
 template <AmxOnce Once, class Emitter>
 FCB_INLINE void amx_multiply_chunks(const AmxRows& in, int64_t first, int64_t begin, int64_t end,
                                     const uint16_t* filters, AmxFetch* fetch, Emitter* emitter) {
   constexpr bool kRows = Once == AmxOnce::kRows, kFilters = Once == AmxOnce::kFilters;
-  const int64_t row_bytes = in.stride * 2, half = in.chunk * kAmxTile, lower = kAmxTile * in.stride;
-  const uint16_t* const from = in.rows + first * in.stride + begin * in.chunk;
-  const int64_t steps = in.taps * (end - begin);
-  if (steps == 0) return;
-  const uint16_t* rows = from + in.tap_offset[0];
+  const int64_t row_bytes = in.stride * 2, half = in.filter_half, lower = kAmxTile * in.stride;
+  const uint16_t* const from = in.rows + first * in.stride;
+  if (begin == end) return;
+  const uint16_t* rows = from + in.step_offset[begin];
   FCB_AMX_LOAD(4, kRows, rows, row_bytes);
   FCB_AMX_LOAD(5, kRows, rows + lower, row_bytes);
   FCB_AMX_LOAD(6, kFilters, filters, 64);
   FCB_AMX_LOAD(7, kFilters, filters + half, 64);
-  for (int64_t step = 1, tap = 0, j = begin + 1; step < steps; ++step, ++j) {
-    filters += 2 * half, rows += in.chunk;
-    if (j == end) j = begin, rows = from + in.tap_offset[++tap];
+  for (int64_t step = begin + 1; step < end; ++step) {
+    filters += in.filter_step, rows = from + in.step_offset[step];
     _tile_dpbf16ps(0, 4, 6);
     emitter->slot(0);
     _tile_dpbf16ps(1, 4, 7);
@@ -156,6 +163,35 @@ FCB_INLINE void amx_multiply_chunks(const AmxRows& in, int64_t first, int64_t be
   emitter->slot(3);
 }
 
+// The same of 64 rows and 16 columns: half as many filters pass, which are all there is to read where rows stay in L1.
+template <class Emitter>
+FCB_INLINE void amx_multiply_tall(const AmxRows& in, const uint16_t* filters, AmxFetch* fetch, Emitter* emitter) {
+  const int64_t row_bytes = in.stride * 2, lower = kAmxTile * in.stride, steps = in.taps * in.chunks;
+  const uint16_t* rows = in.rows + in.step_offset[0];
+  _tile_stream_loadd(7, filters, 64);
+  _tile_loadd(4, rows, row_bytes);
+  _tile_loadd(5, rows + lower, row_bytes);
+  for (int64_t step = 1; step <= steps; ++step) {
+    const uint16_t* const next = in.rows + in.step_offset[step < steps ? step : 0];
+    if (step < steps) filters += in.filter_step;
+    _tile_dpbf16ps(0, 4, 7);
+    _tile_loadd(4, rows + 2 * lower, row_bytes);
+    emitter->slot(0);
+    _tile_dpbf16ps(1, 5, 7);
+    _tile_loadd(5, rows + 3 * lower, row_bytes);
+    amx_fetch(fetch);
+    emitter->slot(1);
+    _tile_dpbf16ps(2, 4, 7);
+    _tile_loadd(4, next, row_bytes);
+    emitter->slot(2);
+    _tile_dpbf16ps(3, 5, 7);
+    _tile_stream_loadd(7, filters, 64);
+    _tile_loadd(5, next + lower, row_bytes);
+    emitter->slot(3);
+    rows = next;
+  }
+}
+
 // The last 32 rows end with the last row: some are computed twice rather than any read behind it. They lie in the tile
 // as if they did not; then those twice computed are dropped.
 FCB_INLINE int64_t amx_first_row(const AmxRows& in, int64_t r) {
@@ -173,16 +209,17 @@ template <AmxOnce Once, class Emitter>
 FCB_INLINE void amx_multiply_with(const AmxRows& in, const uint16_t* filters, float* tile, int64_t ld, AmxFetch* fetch,
                                   Emitter* emitter) {
   constexpr int64_t kPartChunks = 18;  // 36 KiB of filters
-  const int64_t parts = Once == AmxOnce::kRows ? (in.chunks + kPartChunks - 1) / kPartChunks : 1;
+  const int64_t steps = in.taps * in.chunks;
+  const int64_t parts = Once == AmxOnce::kRows ? (steps + kPartChunks - 1) / kPartChunks : 1;
   for (int64_t p = 0; p < parts; ++p) {
-    const int64_t begin = p * in.chunks / parts, end = (p + 1) * in.chunks / parts;
+    const int64_t begin = p * steps / parts, end = (p + 1) * steps / parts;
     for (int64_t r = 0; r < in.count; r += kAmxRows) {
       p > 0 ? amx_load(tile + r * ld, ld) : amx_zero();
       amx_multiply_chunks<Once>(in, amx_first_row(in, r), begin, end, filters, fetch, emitter);
       emitter->emit_before(r + kAmxRows);
       amx_store(tile + r * ld, ld);
     }
-    filters += (end - begin) * in.chunk * kAmxPanel;
+    filters += (end - begin) * in.filter_step;
   }
 }
 
@@ -196,6 +233,19 @@ static void amx_multiply(const AmxRows& in, const uint16_t* filters, float* tile
 }
 
 #include "amx_lines.inl"
+
+// A call of memcpy for each pixel of a strided line would take three times as long.
+static void amx_copy_pixels(const uint16_t* from, int64_t distance, int64_t count, int64_t elements, uint16_t* to,
+                            int64_t to_distance) {
+  constexpr int64_t kVector = 32;
+  const int64_t whole = elements / kVector * kVector;
+  const __mmask32 rest = (1u << (elements - whole)) - 1;
+  for (int64_t i = 0; i < count; ++i, from += distance, to += to_distance) {
+#pragma GCC unroll 4
+    for (int64_t c = 0; c < whole; c += kVector) _mm512_storeu_si512(to + c, _mm512_loadu_si512(from + c));
+    if (rest) _mm512_mask_storeu_epi16(to + whole, rest, _mm512_maskz_loadu_epi16(rest, from + whole));
+  }
+}
 
 // 16 columns of two rows, as pairs.
 FCB_INLINE __m512i amx_pairs(const uint16_t* even, const uint16_t* odd, __mmask16 columns) {
@@ -273,10 +323,11 @@ FCB_INLINE int64_t amx_consecutive(const uint16_t* const* rows, int64_t chunk) {
 }
 
 static void amx_pack(const uint16_t* const* rows, int64_t column_stride, int64_t cols, int64_t chunks, int64_t chunk,
-                     uint16_t* packed) {
+                     uint16_t* of_tap, int64_t chunk_distance, int64_t half_distance) {
   for (int64_t j = 0; j < chunks; ++j, rows += chunk) {
     const int64_t depth = amx_consecutive(rows, chunk);
-    for (int64_t c = 0; c < kAmxPanel; c += kAmxTile, packed += chunk * kAmxTile) {
+    uint16_t* packed = of_tap + j * chunk_distance;
+    for (int64_t c = 0; c < kAmxPanel; c += kAmxTile, packed += half_distance) {
       const int64_t width = cols <= c ? 0 : cols - c < kAmxTile ? cols - c : kAmxTile, skipped = c * column_stride;
       if (column_stride == 1)
         amx_pack_rows(rows, skipped, width, chunk, packed);

@@ -21,9 +21,16 @@ class AmxConvolution {
         depth_(channels.depth),
         cols_(channels.cols),
         filter_taps_(static_cast<int64_t>(windows.taps.size())),
-        reader_(source.memory(), source.grid(), channels.depth, windows) {
+        reader_(kernels.amx, source.memory(), source.grid(), channels.depth, windows) {
     // Outputs are best stored two cache lines at a time; but where products are deep, half as many leave L1 to filters.
     span_ = tap_chunks() <= kShallow ? kMaxSpan : 1;
+    // Filters that L2 cannot hold pass in an order in which few rows serve many steps. How they are packed must not
+    // depend on more than their shape.
+    constexpr int64_t kMostHeld = 2 << 20;
+    taps_inner_ = reader_.taps() > 1 && reader_.depth().chunks > 1 && 2 * panels() * panel_elements() > kMostHeld;
+    if (taps_inner_ && reader_.strips() > 0 && reader_.max_rows() > kTileRows && reader_.max_rows() <= kTallRows)
+      block_rows_ = kTallRows;
+    set_steps();
     // Filters that fit no cache are read once for a group of strips.
     if (2 * panels() * panel_elements() > kFilterBytes)
       group_ = std::clamp<int64_t>(kGroupBytes / (2 * reader_.max_read_rows() * reader_.row_elements()), 1, kMaxGroup);
@@ -49,7 +56,7 @@ class AmxConvolution {
     for (int w = 0; w < workers; ++w) {
       s.filter_rows.push_back(arena->take<const uint16_t*>(reader_.depth().elements()));
       s.staged.push_back(arena->take<uint16_t>(group_ * reader_.staged_elements()));
-      s.tile.push_back(arena->take<C>(kChunk * columns()));
+      s.tile.push_back(arena->take<C>(std::max(kChunk, 2 * block_rows_) * columns()));
     }
     return s;
   }
@@ -110,26 +117,40 @@ class AmxConvolution {
 
   static constexpr int64_t kChunk = AmxRowReader::kChunk, kUnit = sizeof(C);
   static constexpr int64_t kPanel = 32, kMaxSpan = 2;
-  static constexpr int64_t kTileRows = 32;  // of a step
-  static constexpr int64_t kLine = 64;      // bytes of a cache line
+  static constexpr int64_t kTileRows = 32, kTallRows = 64;  // of a step
+  static constexpr int64_t kLine = 64;                      // bytes of a cache line
 
   int64_t panels() const { return ceil_div(cols_, kPanel); }
   int64_t spans() const { return ceil_div(panels(), span_); }
   int64_t columns() const { return span_ * kPanel; }  // of a tile
   int64_t tap_elements() const { return reader_.depth().elements() * kPanel; }
   int64_t panel_elements() const { return reader_.taps() * tap_elements(); }
+  // Packed filters: elements of a step by half a panel, and how far apart these lie.
+  int64_t piece() const { return reader_.depth().chunk * kPanel / 2; }
+  int64_t filter_step() const { return taps_inner_ ? piece() : 2 * piece(); }
+  int64_t filter_half() const { return taps_inner_ ? panel_elements() / 2 : piece(); }
+
+  void set_steps() {
+    const int64_t taps = reader_.taps(), chunks = reader_.depth().chunks;
+    for (int64_t i = 0; i < taps * chunks; ++i) {
+      const int64_t tap = taps_inner_ ? i % taps : i / chunks, chunk = taps_inner_ ? i / taps : i % chunks;
+      step_offset_.push_back(reader_.tap_offset()[tap] + chunk * reader_.depth().chunk);
+    }
+  }
 
   // A merged tap has a row for each element of its pixels.
   void pack(const FilterLayout& f, int64_t panel, const uint16_t** rows, uint16_t* packed) const {
     const int64_t column = panel * kPanel, cols = std::min(kPanel, cols_ - column);
     const int64_t merged = reader_.taps() ? filter_taps_ / reader_.taps() : 0;
     const uint16_t* data = static_cast<const uint16_t*>(f.data) + column * f.column_stride;
-    for (int64_t t = 0; t < reader_.taps(); ++t, packed += tap_elements()) {
+    const int64_t chunk_distance = taps_inner_ ? reader_.taps() * piece() : 2 * piece();
+    for (int64_t t = 0; t < reader_.taps(); ++t, packed += taps_inner_ ? piece() : tap_elements()) {
       std::fill(rows, rows + reader_.depth().elements(), nullptr);
       for (int64_t m = 0; m < merged; ++m)
         for (int64_t k = 0; k < depth_; ++k)
           rows[m * reader_.pixel() + k] = data + f.tap_offset[t * merged + m] + k * f.depth_stride;
-      kernels_.amx.pack(rows, f.column_stride, cols, reader_.depth().chunks, reader_.depth().chunk, packed);
+      kernels_.amx.pack(rows, f.column_stride, cols, reader_.depth().chunks, reader_.depth().chunk, packed,
+                        chunk_distance, filter_half());
     }
   }
 
@@ -160,7 +181,7 @@ class AmxConvolution {
       for (int64_t span = begin; span < end; ++span)
         run_tile(rows, row / kChunk, span, job, s.tile[job.worker], &aside, epilogue);
     };
-    const int64_t height = lines.multiply ? kTileRows : kChunk;
+    const int64_t height = lines.multiply ? block_rows_ : kChunk;
     kernels_.amx.begin(reader_.depth().chunk);
     if (filter_bytes(job.end - job.begin) <= kFilterBytes) {
       aside.fetch = fetch_during(job, job.end - job.begin, job.next, kLine);
@@ -177,7 +198,7 @@ class AmxConvolution {
     if (epilogue.in_place) kernels_.end_streaming();
   }
 
-  // Blocks of 32 rows, each emitted line by line during the next.
+  // Blocks of 32 or 64 rows, each emitted line by line during the next.
   struct Lines {
     void (*multiply)(AmxLineBlocks*, AmxAside*);  // null: by tiles
     GemmOutput<C> to;                             // of the first position and channel
@@ -192,28 +213,33 @@ class AmxConvolution {
     lines.multiply = kernels_.amx.multiply_lines[lines.to.activation];
     lines.blocks.emission.block = lines.to.block;
     lines.blocks.distance = panel_elements(), lines.blocks.width = span_;
-    lines.blocks.tile[0] = tile, lines.blocks.tile[1] = tile + kTileRows * columns();
+    lines.blocks.tile[0] = tile, lines.blocks.tile[1] = tile + block_rows_ * columns();
     return lines;
   }
 
   void run_lines(const Rows& rows, int64_t row, int64_t begin, int64_t end, const Job& job, Lines* lines,
                  AmxAside* aside) const {
-    const int64_t first = first_row(row, std::min(row + kTileRows, rows.strip.rows()));
+    const int64_t first = first_row(row, std::min(row + block_rows_, rows.strip.rows()));
     AmxLineBlocks& b = lines->blocks;
     const int64_t panel = begin * span_, stride = reader_.row_elements();
-    b.rows = {rows.data + first * stride, stride,   reader_.tap_offset().data(), reader_.taps(), reader_.depth().chunks,
-              reader_.depth().chunk,      kTileRows};
+    b.rows = rows_of(rows.data + first * stride, block_rows_);
     b.filters = job.filters + panel * panel_elements();
     b.panels = std::min(end * span_, panels()) - panel;
     set_emission(rows.strip, row, row - first, panel * kPanel, lines->to.block, &b.emission);
     lines->multiply(&b, aside);
   }
 
+  AmxRows rows_of(const uint16_t* first, int64_t count) const {
+    const AmxDepth& depth = reader_.depth();
+    return {first,       reader_.row_elements(), step_offset_.data(), reader_.taps(), depth.chunks,
+            depth.chunk, filter_step(),          filter_half(),       count};
+  }
+
   // Of `row` and those behind it, which lie `twice` rows into a block.
-  static void set_emission(const AmxRowReader::Strip& strip, int64_t row, int64_t twice, int64_t channel,
-                           const AffineBlock<C>& all, AmxEmission* e) {
+  void set_emission(const AmxRowReader::Strip& strip, int64_t row, int64_t twice, int64_t channel,
+                    const AffineBlock<C>& all, AmxEmission* e) const {
     const int64_t before = strip.positions_before(row), position = strip.first + before;
-    e->rows = strip.positions_before(std::min(row + kTileRows, strip.rows())) - before;
+    e->rows = strip.positions_before(std::min(row + block_rows_, strip.rows())) - before;
     e->row = twice;
     set_width(strip, row, e);
     AffineBlock<C>& b = e->block;
@@ -271,9 +297,8 @@ class AmxConvolution {
     if (epilogue.in_place) emission = emission_of(tile, epilogue.in_place(tile), strip, row, twice);
     aside->emission.ahead = static_cast<const char*>(emission.block.residual);
     for (int64_t panel = span * span_; panel < std::min((span + 1) * span_, panels()); ++panel)
-      kernels_.amx.multiply({rows.data + first * stride, stride, reader_.tap_offset().data(), reader_.taps(),
-                             reader_.depth().chunks, reader_.depth().chunk, end - first},
-                            job.filters + panel * panel_elements(), data + panel % span_ * kPanel, ld, aside);
+      kernels_.amx.multiply(rows_of(rows.data + first * stride, end - first), job.filters + panel * panel_elements(),
+                            data + panel % span_ * kPanel, ld, aside);
     kernels_.amx.emit(&aside->emission);
     aside->emission = emission;
     if (epilogue.in_place) return;
@@ -327,8 +352,11 @@ class AmxConvolution {
   const ComputeKernels<C>& kernels_;
   int64_t depth_, cols_, filter_taps_;
   AmxRowReader reader_;
-  int64_t group_ = 1;  // strips of a task
-  int64_t span_ = 1;   // panels of a tile, of which a job has one or more
+  int64_t group_ = 1;                 // strips of a task
+  int64_t span_ = 1;                  // panels of a tile, of which a job has one or more
+  bool taps_inner_ = false;           // of each chunk the steps of all taps, not of each tap those of all chunks
+  int64_t block_rows_ = kTileRows;    // that are emitted line by line
+  std::vector<int64_t> step_offset_;  // [taps][chunks], or [chunks][taps]
 };
 
 }  // namespace fusedconvbn

@@ -1,5 +1,5 @@
-// Blocks of 32 rows by 32 or 64 columns whose epilogue is normalization and a cheap activation: each is emitted line by
-// line between the products of the next.
+// Blocks of 32 rows by 32 or 64 columns, or of 64 by 32, whose epilogue is normalization and a cheap activation: each
+// is emitted line by line between the products of the next.
 //
 // A product takes 16 cycles of a unit of its own but 52 until it retires, and meanwhile some 190 results of vector
 // instructions can be in flight, of which a line of 64 channels makes 16 to 24. So lines are spread over the products,
@@ -97,14 +97,31 @@ FCB_INLINE void amx_multiply_panels(const AmxLineBlocks& b, int64_t panel, int64
   float* tile = b.tile[0];
   for (; panel < end; ++panel, tile += kAmxPanel) {
     amx_zero();
-    amx_multiply_chunks<Once>(b.rows, 0, 0, b.rows.chunks, b.filters + panel * b.distance, fetch, &emitter);
+    amx_multiply_chunks<Once>(b.rows, 0, 0, b.rows.taps * b.rows.chunks, b.filters + panel * b.distance, fetch,
+                              &emitter);
     amx_store(tile, ld);
   }
   emitter.finish();
 }
 
+// The same of 64 rows, by 16 columns at a time.
+template <class Emitter>
+FCB_INLINE void amx_multiply_tall_panels(const AmxLineBlocks& b, int64_t panel, int64_t end, AmxFetch* fetch,
+                                         Emitter emitter) {
+  const int64_t ld = (end - panel) * kAmxPanel;
+  float* tile = b.tile[0];
+  for (; panel < end; ++panel)
+    for (int half = 0; half < 2; ++half, tile += kAmxTile) {
+      amx_zero();
+      amx_multiply_tall(b.rows, b.filters + panel * b.distance + half * b.rows.filter_half, fetch, &emitter);
+      amx_store_tall(tile, ld);
+    }
+  emitter.finish();
+}
+
 template <class Emitter>
 static void amx_multiply_block(const AmxLineBlocks& b, int64_t panel, int64_t end, AmxAside* aside) {
+  if (b.rows.count > kAmxRows) return amx_multiply_tall_panels(b, panel, end, &aside->fetch, Emitter(aside->emission));
   const bool all = b.panels > b.width;  // rows stay in L1 for all blocks, and filters pass
   if (all)
     amx_multiply_panels<AmxOnce::kFilters>(b, panel, end, &aside->fetch, Emitter(aside->emission));
@@ -161,7 +178,8 @@ static void amx_finish_lines(AmxAside* aside) {
 template <Activation A>
 static void amx_multiply_lines(AmxLineBlocks* blocks, AmxAside* aside) {
   if (blocks->panels == 0) return amx_finish_lines<A>(aside);
-  const int64_t products = 4 * blocks->width * blocks->rows.taps * blocks->rows.chunks;
+  const int64_t tiles = blocks->rows.count / kAmxTile * 2 * blocks->width;
+  const int64_t products = tiles * blocks->rows.taps * blocks->rows.chunks;
   const AffineBlock<float>& all = blocks->emission.block;
   amx_spread(products, &blocks->emission);
   for (int64_t panel = 0, end; panel < blocks->panels; panel = end) {

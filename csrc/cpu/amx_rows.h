@@ -16,6 +16,7 @@
 #include <cstring>
 #include <vector>
 
+#include "kernels.h"
 #include "windows.h"
 
 namespace fusedconvbn {
@@ -39,8 +40,13 @@ class AmxRowReader {
   static constexpr int64_t kChunk = 96;  // rows that are multiplied at a time: 3 times 2 tiles
 
   // Strips of about `max_rows`; 0: of what suits products with filters.
-  AmxRowReader(const void* source, const Grid& grid, int64_t channels, const Windows& windows, int64_t max_rows = 0)
-      : source_(static_cast<const uint16_t*>(source)), grid_(grid), channels_(channels), windows_(windows) {
+  AmxRowReader(const AmxKernels& kernels, const void* source, const Grid& grid, int64_t channels,
+               const Windows& windows, int64_t max_rows = 0)
+      : kernels_(kernels),
+        source_(static_cast<const uint16_t*>(source)),
+        grid_(grid),
+        channels_(channels),
+        windows_(windows) {
     plan_rows();
     if (windows.positions() == 0) return;
     for (const Tap& tap : windows_.taps) add_plane(tap);
@@ -156,6 +162,9 @@ class AmxRowReader {
   int64_t plane_rows() const { return (lines_ + high_ - low_) * pitch_; }
   int64_t column_step() const { return merged_ ? 1 : windows_.step_width; }
 
+  // Rows at distances of 1 KB and its multiples would share few sets of L1.
+  int64_t spare() const { return depth_.elements() % 512 == 0 ? 32 : 0; }
+
   void plan_rows() {
     const auto& taps = windows_.taps;
     const bool at_origin = taps.size() == 1 && taps[0].height == 0 && taps[0].width == 0;
@@ -167,7 +176,7 @@ class AmxRowReader {
       merge(run);
     } else {
       depth_ = AmxDepth(channels_);
-      pixel_ = unit_ = depth_.elements();
+      pixel_ = unit_ = depth_.elements() + (flat_ ? 0 : spare());
     }
     in_order_ = flat_ && windows_.step_height == 1 && windows_.step_width == 1 && windows_.height == grid_.height &&
                 windows_.width == grid_.width;
@@ -244,6 +253,8 @@ class AmxRowReader {
       std::memcpy(to, from, static_cast<size_t>(count * pixel_) * sizeof *to);
       return;
     }
+    if (grid_.channel_stride == 1 && channels_ == depth_.elements())
+      return kernels_.copy_pixels(from, distance, count, channels_, to, pixel_);
     if (grid_.channel_stride == 1 && channels_ == 3 && pixel_ == 4) return stage_colors(from, distance, count, to);
     const bool lines = grid_.channel_stride == 1 && channels_ > kMaxMergedChannels;
     for (int64_t i = 0; i < count; ++i, from += distance, to += pixel_) {
@@ -305,6 +316,7 @@ class AmxRowReader {
     std::fill(to + end * pixel_, to + pixels * pixel_, uint16_t{0});
   }
 
+  const AmxKernels& kernels_;
   const uint16_t* source_;
   Grid grid_;
   int64_t channels_;

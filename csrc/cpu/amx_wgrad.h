@@ -22,7 +22,7 @@ class AmxFilterGradient {
       : p_(p),
         k_(set.f32.amx),
         storage_(storage_of<float>(set, p.dtype)),
-        reader_(inputs, input_grid(p), p.in_channels, forward_windows(p), strip_rows(p)) {
+        reader_(k_, inputs, input_grid(p), p.in_channels, forward_windows(p), strip_rows(p)) {
     // Sums are read and written once a group: small ones are in L2, and a group in L1 is better for all taps.
     const int64_t rows = 4 * sum_elements() > kSumsInCache ? kMaxGroupRows : kMinGroupRows;
     group_strips_ =

@@ -96,6 +96,7 @@ static constexpr AmxKernels amx_kernels() {
   k.multiply_lines[static_cast<int>(Activation::kRelu)] = amx_multiply_lines<Activation::kRelu>;
   k.multiply_lines[static_cast<int>(Activation::kRelu6)] = amx_multiply_lines<Activation::kRelu6>;
   k.emit = amx_emit;
+  k.copy_pixels = amx_copy_pixels;
   k.pack = amx_pack;
   k.transpose = amx_transpose;
   k.pairs = amx_pairs_of_rows;

@@ -152,13 +152,15 @@ struct GradientBlock {
   bool stream;  // d_residual, as in AffineBlock; 16-bit numbers only
 };
 
-// Rows of bfloat16 at equal distances times packed filters. Row r of tap t begins at rows + tap_offset[t] + r * stride
-// and has chunks * chunk elements; all in elements.
+// Rows of bfloat16 at equal distances times packed filters. A step is a chunk of a tap's depth: of its row r, the chunk
+// lies at rows + step_offset[step] + r * stride, its filters step * filter_step behind the first ones, and those of the
+// right half of the columns filter_half behind the left; all in elements.
 struct AmxRows {
   const uint16_t* rows;
   int64_t stride;
-  const int64_t* tap_offset;
+  const int64_t* step_offset;  // [taps * chunks]
   int64_t taps, chunks, chunk;
+  int64_t filter_step, filter_half;
   int64_t count;  // at least 32, or there is memory behind the last row: whole tiles are read
 };
 
@@ -198,8 +200,8 @@ struct AmxPieces {
   int64_t pieces, depth;
 };
 
-// Packed filters: [taps][chunks][2 halves of the panel][chunk / 2][16 columns][2], the last pair being the elements 2i
-// and 2i + 1 of the depth.
+// A panel of packed filters: [taps][chunks][2 halves of the panel], or [2 halves][chunks][taps], of [chunk / 2]
+// [16 columns][2], the last pair being the elements 2i and 2i + 1 of the depth.
 struct AmxKernels {
   // Between these a thread's tiles are set up for rows of `chunk` elements, even, at most 32.
   void (*begin)(int64_t chunk);
@@ -211,16 +213,19 @@ struct AmxKernels {
   void (*mask[kActivationCount])(const GradientBlock<float>&);
   // tile[count][32] = the sum over taps and chunks of rows * filters; whole 32 rows of `tile` are written.
   void (*multiply)(const AmxRows& rows, const uint16_t* filters, float* tile, int64_t ld, AmxAside* aside);
-  // The same block by block. Each is left to be emitted during the products of the next, line by line, as
+  // The same block by block, of 32 or 64 rows. Each is left to be emitted during the products of the next, line by line, as
   // affine_of_tile of this activation does but for rounding; so is what is left when this is called. Null for
   // activations that take longer.
   void (*multiply_lines[kActivationCount])(AmxLineBlocks* blocks, AmxAside* aside);
   // Emits the rows that are left.
   void (*emit)(AmxEmission* emission);
+  // `count` pixels of so many elements, which lie and are to lie at these distances.
+  void (*copy_pixels)(const uint16_t* from, int64_t distance, int64_t count, int64_t elements, uint16_t* to,
+                      int64_t to_distance);
   // Packs a tap: element k of its depth has the columns at rows[k], or is 0 where rows[k] is null; cols <= 32, the
-  // others are 0.
+  // others are 0. Chunks and halves of the panel are to lie at these distances.
   void (*pack)(const uint16_t* const* rows, int64_t column_stride, int64_t cols, int64_t chunks, int64_t chunk,
-               uint16_t* packed);
+               uint16_t* packed, int64_t chunk_distance, int64_t half_distance);
 
   // For the gradient by the filters, rows are the depth; both fill up to a multiple of 32 of them with 0.
   // columns[cols][ld] = the transposed rows[count][stride]; cols is rounded up to a multiple of 32, the others
