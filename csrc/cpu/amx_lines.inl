@@ -123,7 +123,7 @@ template <class Emitter>
 static void amx_multiply_block(const AmxLineBlocks& b, int64_t panel, int64_t end, AmxAside* aside) {
   if (b.rows.count > kAmxRows) return amx_multiply_tall_panels(b, panel, end, &aside->fetch, Emitter(aside->emission));
   const bool all = b.panels > b.width;  // rows stay in L1 for all blocks, and filters pass
-  if (all)
+  if (all || (b.rows.taps > 1 && (end - panel) * b.distance > kAmxHeld))
     amx_multiply_panels<AmxOnce::kFilters>(b, panel, end, &aside->fetch, Emitter(aside->emission));
   else if (b.rows.taps == 1)
     amx_multiply_panels<AmxOnce::kRows>(b, panel, end, &aside->fetch, Emitter(aside->emission));
