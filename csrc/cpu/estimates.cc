@@ -15,9 +15,15 @@ const WinogradPrices& winograd_prices(Stage stage, const ConvBnParams& p) {
   return p.training ? kConvolutionPrices : kPackedPrices;
 }
 
-ThirdsCosts forward_costs(const ThirdsPrices& prices, const ConvBnParams& p) {
-  return thirds_costs(
-      prices, {p.pixels(), 1, p.taps(), p.in_channels, p.out_channels, p.pixels() * p.out_channels, p.has_residual});
+ThirdsProblem forward_problem(const ConvBnParams& p) {
+  return {p.pixels(), 1, p.taps(), p.in_channels, p.out_channels, p.pixels() * p.out_channels, p.has_residual};
+}
+
+ThirdsProblem input_gradient_problem(const ConvBnParams& p) {
+  const int64_t taps = p.taps();  // no overflow: strides may be huge
+  const int64_t phases = std::min(taps, std::min(taps, p.stride_height) * std::min(taps, p.stride_width));
+  const int64_t inputs = p.batch * p.in_height * p.in_width * p.in_channels;
+  return {p.pixels(), phases, taps, p.out_channels, p.in_channels, inputs, false};
 }
 
 bool is_by(const Kernel& kernel, const std::string& algorithm) {
@@ -47,21 +53,15 @@ bool thirds_apply(Stage stage, const ConvBnParams& p) {
 
 ThirdsCosts thirds_costs(Stage stage, const ConvBnParams& p) {
   if (stage == Stage::kWgrad) return filter_gradient_costs(p.pixels(), p.in_channels, p.out_channels);
-  if (stage == Stage::kDgrad) {
-    const int64_t taps = p.taps();  // no overflow: strides may be huge
-    const int64_t phases = std::min(taps, std::min(taps, p.stride_height) * std::min(taps, p.stride_width));
-    return thirds_costs(kInputGradientThirds, {p.pixels(), phases, p.taps(), p.out_channels, p.in_channels,
-                                               p.batch * p.in_height * p.in_width * p.in_channels, false});
-  }
-  return forward_costs(p.training ? kTrainingThirds : kPackedThirds, p);
+  if (stage == Stage::kDgrad) return thirds_costs(kInputGradientThirds, input_gradient_problem(p));
+  return thirds_costs(p.training ? kTrainingThirds : kPackedThirds, forward_problem(p));
 }
 
-ThirdsCosts moments_costs(const ConvBnParams& p) { return forward_costs(kPackedThirds, p); }
+ThirdsCosts moments_costs(const ConvBnParams& p) { return thirds_costs(kPackedThirds, forward_problem(p)); }
 
 double margin_of_thirds(Stage stage, const ConvBnParams& p) {
   if (stage == Stage::kWgrad) return 1;
-  if (stage == Stage::kDgrad) return margin_of_thirds(p.taps() * p.out_channels, false);
-  return margin_of_thirds(p.taps() * p.in_channels, p.has_residual);
+  return margin_of_thirds(stage == Stage::kDgrad ? input_gradient_problem(p) : forward_problem(p));
 }
 
 std::vector<Comparison> comparisons_of(const Kernel& kernel, const ConvBnParams& p, Isa device) {
