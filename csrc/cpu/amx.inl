@@ -1,7 +1,8 @@
 // Products of bfloat16 on AMX: tiles of 16 rows of 64 bytes, of which there are 8.
 //
 // Budget: 2 x 2 accumulators of 16 x 16 floats, 2 tiles of rows, 2 of filters: 4 loads (8 cycles each from L1) for 4
-// products (16 cycles each). Products are exact and summed in float, to nearest; subnormals count as 0.
+// products (16 cycles each). Where filters come from beyond L2, 4 x 1: 5 loads, but each filter is read once for 64
+// rows. Products are exact and summed in float, to nearest; subnormals count as 0.
 
 struct alignas(64) TileConfig {
   uint8_t palette = 1, start_row = 0, reserved[14] = {};

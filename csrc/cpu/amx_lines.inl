@@ -122,8 +122,8 @@ FCB_INLINE void amx_multiply_tall_panels(const AmxLineBlocks& b, int64_t panel, 
 template <class Emitter>
 static void amx_multiply_block(const AmxLineBlocks& b, int64_t panel, int64_t end, AmxAside* aside) {
   if (b.rows.count > kAmxRows) return amx_multiply_tall_panels(b, panel, end, &aside->fetch, Emitter(aside->emission));
-  const bool all = b.panels > b.width;  // rows stay in L1 for all blocks, and filters pass
-  if (all || (b.rows.taps > 1 && (end - panel) * b.distance > kAmxHeld))
+  const bool overflow = b.rows.taps > 1 && (end - panel) * b.distance > kAmxHeld;
+  if (b.panels > b.width || overflow)  // rows stay in L1, for all blocks or taps, and filters pass
     amx_multiply_panels<AmxOnce::kFilters>(b, panel, end, &aside->fetch, Emitter(aside->emission));
   else if (b.rows.taps == 1)
     amx_multiply_panels<AmxOnce::kRows>(b, panel, end, &aside->fetch, Emitter(aside->emission));
