@@ -68,12 +68,12 @@ AMX_TAPS_INNER = [
         residual=residual, training=training,
     )
     for n, h, w, c, k, s, activation, residual, training in (
-        (1, 7, 7, 512, 256, 1, "relu", True, False),
-        (2, 13, 11, 420, 320, 2, "relu6", False, False),
-        (1, 10, 11, 384, 320, 1, None, False, False),
-        (1, 9, 4, 400, 330, 1, "elu", True, False),
-        (2, 6, 7, 330, 400, 1, "relu", False, True),
-        (1, 9, 10, 512, 256, 2, "relu", False, True),
+        (1, 7, 7, 512, 352, 1, "relu", True, False),
+        (2, 13, 11, 420, 448, 2, "relu6", False, False),
+        (1, 10, 11, 384, 480, 1, None, False, False),
+        (1, 9, 4, 400, 450, 1, "elu", True, False),
+        (2, 6, 7, 330, 544, 1, "relu", False, True),
+        (1, 9, 10, 512, 352, 2, "relu", False, True),
     )
 ]  # fmt: skip
 # Sums in several passes, and more filters than a pass over the planes takes.

@@ -21,13 +21,10 @@ class AmxConvolution {
         depth_(channels.depth),
         cols_(channels.cols),
         filter_taps_(static_cast<int64_t>(windows.taps.size())),
-        reader_(kernels.amx, source.memory(), source.grid(), channels.depth, windows) {
+        taps_inner_(exceed_cache(filter_taps_, channels)),
+        reader_(kernels.amx, source.memory(), source.grid(), channels.depth, windows, 0, taps_inner_) {
     // Outputs are best stored two cache lines at a time; but where products are deep, half as many leave L1 to filters.
     span_ = tap_chunks() <= kShallow ? kMaxSpan : 1;
-    // Filters that L2 cannot hold pass in an order in which few rows serve many steps. How they are packed must not
-    // depend on more than their shape.
-    constexpr int64_t kMostHeld = 2 << 20;
-    taps_inner_ = reader_.taps() > 1 && reader_.depth().chunks > 1 && 2 * panels() * panel_elements() > kMostHeld;
     if (taps_inner_ && reader_.strips() > 0 && reader_.max_rows() > kTileRows && reader_.max_rows() <= kTallRows)
       block_rows_ = kTallRows;
     set_steps();
@@ -119,6 +116,13 @@ class AmxConvolution {
   static constexpr int64_t kPanel = 32, kMaxSpan = 2;
   static constexpr int64_t kTileRows = 32, kTallRows = 64;  // of a step
   static constexpr int64_t kLine = 64;                      // bytes of a cache line
+
+  // Filters that L2 cannot hold pass in an order in which few rows serve many steps. How they are packed must not
+  // depend on more than their shape.
+  static bool exceed_cache(int64_t taps, const Channels& channels) {
+    constexpr int64_t kMostBytes = 3 << 20;
+    return taps > 1 && channels.depth > kPanel && 2 * taps * channels.depth * channels.cols > kMostBytes;
+  }
 
   int64_t panels() const { return ceil_div(cols_, kPanel); }
   int64_t spans() const { return ceil_div(panels(), span_); }
@@ -351,10 +355,10 @@ class AmxConvolution {
 
   const ComputeKernels<C>& kernels_;
   int64_t depth_, cols_, filter_taps_;
+  bool taps_inner_;  // of each chunk the steps of all taps, not of each tap those of all chunks
   AmxRowReader reader_;
   int64_t group_ = 1;                 // strips of a task
   int64_t span_ = 1;                  // panels of a tile, of which a job has one or more
-  bool taps_inner_ = false;           // of each chunk the steps of all taps, not of each tap those of all chunks
   int64_t block_rows_ = kTileRows;    // that are emitted line by line
   std::vector<int64_t> step_offset_;  // [taps][chunks], or [chunks][taps]
 };

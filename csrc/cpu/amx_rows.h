@@ -39,15 +39,16 @@ class AmxRowReader {
  public:
   static constexpr int64_t kChunk = 96;  // rows that are multiplied at a time: 3 times 2 tiles
 
-  // Strips of about `max_rows`; 0: of what suits products with filters.
+  // Strips of about `max_rows`; 0: of what suits products with filters. With `apart`, staged rows do not share few sets
+  // of L1, as those at distances of 1 KB and its multiples do.
   AmxRowReader(const AmxKernels& kernels, const void* source, const Grid& grid, int64_t channels,
-               const Windows& windows, int64_t max_rows = 0)
+               const Windows& windows, int64_t max_rows = 0, bool apart = false)
       : kernels_(kernels),
         source_(static_cast<const uint16_t*>(source)),
         grid_(grid),
         channels_(channels),
         windows_(windows) {
-    plan_rows();
+    plan_rows(apart);
     if (windows.positions() == 0) return;
     for (const Tap& tap : windows_.taps) add_plane(tap);
     if (!flat_) set_pitch();
@@ -162,10 +163,7 @@ class AmxRowReader {
   int64_t plane_rows() const { return (lines_ + high_ - low_) * pitch_; }
   int64_t column_step() const { return merged_ ? 1 : windows_.step_width; }
 
-  // Rows at distances of 1 KB and its multiples would share few sets of L1.
-  int64_t spare() const { return depth_.elements() % 512 == 0 ? 32 : 0; }
-
-  void plan_rows() {
+  void plan_rows(bool apart) {
     const auto& taps = windows_.taps;
     const bool at_origin = taps.size() == 1 && taps[0].height == 0 && taps[0].width == 0;
     flat_ = taps.empty() || (at_origin && (windows_.height - 1) * windows_.step_height < grid_.height &&
@@ -176,7 +174,7 @@ class AmxRowReader {
       merge(run);
     } else {
       depth_ = AmxDepth(channels_);
-      pixel_ = unit_ = depth_.elements() + (flat_ ? 0 : spare());
+      pixel_ = unit_ = depth_.elements() + (apart && !flat_ && depth_.elements() % 512 == 0 ? 32 : 0);
     }
     in_order_ = flat_ && windows_.step_height == 1 && windows_.step_width == 1 && windows_.height == grid_.height &&
                 windows_.width == grid_.width;
