@@ -95,14 +95,16 @@ class Forward {
         set_clamp(&to);
         return to;
       };
-      if (residual_.present()) epilogue.reads = residual_.read(0, 1, 0, 1, nullptr);
     }
     if (output_.in_place())
       epilogue.in_place = [this](const Tile<C>& t) {
         GemmOutput<C> to{t.data, false, in_place_of_tile(), in_place_block(t.data, t.ld, t)};
-        to.activation = static_cast<int>(p_.activation);
+        set_clamp(&to);
+        to.activation = static_cast<int>(p_.activation), to.rows = storage_.row_type;
         return to;
       };
+    if (residual_.present() && residual_.rows())
+      epilogue.reads = {residual_.memory(), residual_.ld() * residual_.element_bytes()};
     convolve(parallel, epilogue);
   }
 

@@ -174,7 +174,7 @@ static constexpr ComputeKernels<C> compute_kernels() {
 
 template <class C, class T>
 static constexpr StorageKernels<C> storage_kernels() {
-  return {load_block<C, T>, store_block<C, T>, in_place_kernels<C, T>()};
+  return {load_block<C, T>, store_block<C, T>, load_rows<C, T>, in_place_kernels<C, T>()};
 }
 
 static constexpr KernelSet kernel_set() {
