@@ -193,8 +193,8 @@ FCB_INLINE void emit_rows(const C* tile, int64_t ld, int64_t first, int64_t rows
   if (to.emit) to.emit(rows_of(to, first, rows, tile, ld));
 }
 
-// acc = y, as GemmOutput::clamps says.
-template <class C, int R, int N>
+// acc = y, as GemmOutput::clamps says. Bounded: from above, too.
+template <bool Bounded, class C, int R, int N>
 FCB_INLINE void clamp_tile(const GemmOutput<C>& to, Vector<C> (&acc)[R][N]) {
   const Vector<C> low = broadcast(to.low), high = broadcast(to.high);
 #pragma GCC unroll 4
@@ -202,7 +202,10 @@ FCB_INLINE void clamp_tile(const GemmOutput<C>& to, Vector<C> (&acc)[R][N]) {
     const Vector<C> mean = load(to.block.mean + n * kLanes<C>), scale = load(to.block.scale + n * kLanes<C>),
                     beta = load(to.block.beta + n * kLanes<C>);
 #pragma GCC unroll 16
-    for (int r = 0; r < R; ++r) acc[r][n] = smaller(high, larger(low, (acc[r][n] - mean) * scale + beta));
+    for (int r = 0; r < R; ++r) {
+      const Vector<C> y = larger(low, (acc[r][n] - mean) * scale + beta);
+      acc[r][n] = Bounded ? smaller(high, y) : y;
+    }
   }
 }
 
@@ -237,7 +240,7 @@ FCB_INLINE void finish_tile(Vector<C> (&acc)[R][N], int64_t first, const GemmOut
   const bool computed = to.rows == RowType::kCompute, stores = to.block.cols == kLd && !to.keep && !to.block.stream;
   const bool clamps = to.clamps && to.block.cols == kLd && !to.keep && (computed || stores);
   const bool done = clamps || to.emit == emit_sums<C>;
-  if (clamps) clamp_tile<C, R, N>(to, acc);
+  if (clamps) to.high < __builtin_huge_val() ? clamp_tile<true, C, R, N>(to, acc) : clamp_tile<false, C, R, N>(to, acc);
   if (done && stores) return store_rows<C, R, N>(acc, to, first);
   store_tile<C, R, N>(acc, R, tile);
   if (!to.emit) return;

@@ -99,6 +99,14 @@ FCB_INLINE void store_part(uint16_t* to, Vector<float> v, int64_t n) {
 #endif
 }
 
+#if defined(__AVX2__)
+template <class T>
+constexpr bool kLoadsVectors = true;
+#else
+template <class T>
+constexpr bool kLoadsVectors = !__is_same(T, Half);
+#endif
+
 template <class T>
 constexpr bool kIsSmall = __is_same(T, Half) || __is_same(T, BFloat16);
 
@@ -122,6 +130,9 @@ FCB_INLINE void row_to_compute(const T* from, int64_t count, C* to, [[maybe_unus
 #endif
   for (; i < count; ++i) to[i] = to_compute(from[i]);
 }
+
+// A store waits for its line, and stores wait for each other: so the lines of a row are asked for this many rows ahead.
+constexpr int64_t kFetchRows = 16;
 
 #if defined(__AVX512F__)
 // 32 numbers as a cache line.
@@ -181,6 +192,7 @@ FCB_INLINE void store_lines(C* block, int64_t ld, int64_t rows, int64_t cols, T*
         const Lanes lanes = lanes_of(cols - c);
         C* from = block + r * ld + c;
         T* to = memory + r * ld_memory + c;
+        if (!stream) __builtin_prefetch(to + kFetchRows * ld_memory, 1);
         const __m512i both = narrow(load_lanes(from, lanes.half[0]), load_lanes(from + 16, lanes.half[1]), to);
         store_32(to, both, lanes, stream);
         kept(from, _mm512_castsi512_si256(both), lanes.half[0]);
@@ -218,13 +230,40 @@ FCB_INLINE void row_to_storage(const C* from, int64_t count, T* to) {
   for (; i < count; ++i) to_storage(from[i], to + i);
 }
 
-// A store waits for its line, and stores wait for each other: so the lines of a row are asked for this many rows ahead.
-constexpr int64_t kFetchRows = 16;
-
 template <class T>
 FCB_INLINE void fetch_row(const T* row, int64_t count) {
   for (int64_t i = 0; i < count; i += 64 / static_cast<int64_t>(sizeof(T))) __builtin_prefetch(row + i, 1);
 }
+
+template <class C, class T>
+FCB_INLINE void load_square(const T* from, int64_t stride, C* to, int64_t ld) {
+  constexpr int64_t L = kLanes<C>;
+  if constexpr (kLoadsVectors<T>) {
+    C columns[L * L];
+    for (int64_t c = 0; c < L; ++c) store(columns + c * L, load(from + c * stride));
+    transpose_square(columns, L, to, ld);
+  }
+}
+
+// The columns at from + c * stride: in squares, each of which is a part of few streams of memory.
+template <class C, class T>
+FCB_INLINE void load_columns(const T* from, int64_t stride, int64_t rows, int64_t cols, C* block, int64_t ld) {
+  constexpr int64_t L = kLanes<C>;
+  const int64_t whole_rows = rows / L * L, whole_cols = cols / L * L;
+  for (int64_t c = 0; c < cols; c += L)
+    for (int64_t r = 0; r < rows; r += L) {
+      const T* const square = from + c * stride + r;
+      C* const to = block + r * ld + c;
+      if (c < whole_cols && r < whole_rows)
+        load_square(square, stride, to, ld);
+      else
+        for (int64_t i = c; i < c + L && i < cols; ++i)
+          for (int64_t k = r; k < r + L && k < rows; ++k)
+            to[(k - r) * ld + i - c] = to_compute(square[(i - c) * stride + k - r]);
+    }
+}
+
+constexpr int64_t kFetchElements = 512;  // ahead of a store, where rows follow each other
 
 // Whole rows where channels are consecutive, whole columns where pixels are, single elements elsewhere.
 template <class C, class T>
@@ -232,9 +271,11 @@ static void load_block(const void* memory, int64_t pixel_stride, int64_t channel
                        C* block, int64_t ld) {
   const T* from = static_cast<const T*>(memory);
   if (channel_stride == 1) {
+    if (pixel_stride == cols && ld == cols) return row_to_compute(from, rows * cols, block, kFetchElements);
     for (int64_t r = 0; r < rows; ++r) row_to_compute(from + r * pixel_stride, cols, block + r * ld, ld);
     return;
   }
+  if (kLoadsVectors<T> && pixel_stride == 1) return load_columns(from, channel_stride, rows, cols, block, ld);
   for (int64_t r0 = 0; r0 < rows; r0 += 16) {  // 16 pixels by `cols` channels: the block's lines stay in L1
     const int64_t r1 = r0 + 16 < rows ? r0 + 16 : rows;
     for (int64_t c = 0; c < cols; ++c)

@@ -55,7 +55,7 @@ class WindowReader {
     converts_ = may_convert && !merged_ && !source.direct() && source.rows() && windows.taps.size() == 1;
     staged_ = merged_ || !(source.direct() || converts_);
     if (merged_) merge();
-    in_order_ = staged_ && !merged_ && one_for_one();
+    in_order_ = staged_ && !merged_ && windows.taps.size() == 1 && (source.rows() || one_for_one());
   }
 
   bool staged() const { return staged_; }
@@ -78,14 +78,14 @@ class WindowReader {
 
   struct Scratch {
     const C** rows;        // [taps][table_rows]
-    const void** sources;  // [table_rows], of rows to be converted
+    const void** sources;  // of rows to be converted
     int64_t* image_base;   // [images]: element offset of the line 0 of an image; or the first position
     C* lines;              // staged lines
     const C* zeros;        // one row of a tap
   };
 
   Scratch carve(Arena* arena, const C* zeros) const {
-    return {arena->take<const C*>(taps() * table_rows_), arena->take<const void*>(converts_ ? table_rows_ : 0),
+    return {arena->take<const C*>(taps() * table_rows_), arena->take<const void*>(source_rows()),
             arena->take<int64_t>(max_images()), arena->take<C>(staged_elements()), zeros};
   }
   int64_t zero_elements() const { return channels_ * depth_; }
@@ -108,11 +108,16 @@ class WindowReader {
 
   // Converts the source lines that positions first .. first + count - 1 read, count <= stage_rows; nothing to do for a
   // direct source.
-  void stage(int64_t first, int64_t count, const Scratch& s) const {
+  void stage(int64_t first, int64_t count, const Scratch& s) const { stage(first, count, {0, channels_}, s); }
+  // Of lines whose taps may not merge, only some channels.
+  void stage(int64_t first, int64_t count, const Span& channels, const Scratch& s) const {
     if (!staged_) return;
     if (in_order_) {
       s.image_base[0] = first;
-      return source_.copy(first, count, 0, channels_, {s.lines, channels_});
+      C* const to = s.lines + channels.begin;
+      if (!source_.rows()) return source_.copy(first, count, channels.begin, channels.size(), {to, channels_});
+      point_at(first, count, static_cast<const uint16_t*>(source_.memory()), s.sources, s);
+      return source_.kernels().load_rows(s.sources, channels.begin, count, channels.size(), to, channels_);
     }
     const Position begin = position(first), end = position(first + count - 1);
     s.image_base[max_images() - 1] = begin.image;
@@ -128,7 +133,8 @@ class WindowReader {
       const int64_t left = one_line ? std::clamp<int64_t>(begin.column * windows_.step_width + left_, 0, width) : 0;
       const int64_t right =
           one_line ? std::clamp<int64_t>(end.column * windows_.step_width + right_ + 1, left, width) : width;
-      for (int64_t h = from; h < to; ++h, ++slot) stage_line(b, h, left, right, s.lines + slot * line_elements());
+      for (int64_t h = from; h < to; ++h, ++slot)
+        stage_line(b, h, {left, right}, channels, s.lines + slot * line_elements());
     }
   }
 
@@ -145,14 +151,15 @@ class WindowReader {
   template <class E, class Pointer>
   void point_at(int64_t first, int64_t count, const E* base, Pointer* table, const Scratch& s) const {
     const Grid& grid = source_.grid();
-    const int64_t height = grid.height, width = staged_ ? line_pixels() : grid.width;
-    const int64_t pixel = staged_ ? channels_ : grid.pixel_stride;
-    const int64_t line = staged_ ? line_elements() : grid.line_stride;
-    const int64_t first_image = staged_ ? s.image_base[max_images() - 1] : 0;
+    const bool lines = staged_ && !in_order_;
+    const int64_t height = grid.height, width = lines ? line_pixels() : grid.width;
+    const int64_t pixel = lines ? channels_ : grid.pixel_stride;
+    const int64_t line = lines ? line_elements() : grid.line_stride;
+    const int64_t first_image = lines ? s.image_base[max_images() - 1] : 0;
     for (int64_t done = 0, run; done < count; done += run) {
       const Position at = position(first + done);
       run = std::min(count - done, windows_.width - at.column);
-      const int64_t image = staged_ ? s.image_base[at.image - first_image] : at.image * grid.image_stride;
+      const int64_t image = lines ? s.image_base[at.image - first_image] : at.image * grid.image_stride;
       for (int64_t t = 0; t < taps(); ++t) {
         Pointer* rows = table + t * table_rows_ + done;
         const int64_t h = at.line * windows_.step_height + windows_.taps[t].height;
@@ -218,6 +225,11 @@ class WindowReader {
     if (windows_.positions() == 0) return 1;
     return std::min(windows_.batch, (stage_rows_ - 1) / (windows_.height * windows_.width) + 2) + 1;
   }
+  // Of 16-bit numbers, whose addresses are listed.
+  int64_t source_rows() const {
+    if (converts_) return table_rows_;
+    return in_order_ && source_.rows() ? stage_rows_ : 0;
+  }
   int64_t staged_elements() const {
     if (in_order_) return stage_rows_ * channels_;
     if (converts_) return table_rows_ * channels_;
@@ -230,16 +242,17 @@ class WindowReader {
     return std::min(positions * windows_.step_height + images * span, images * source_.grid().height);
   }
 
-  // Columns [left, right) of source line h, and all of its padding.
-  void stage_line(int64_t image, int64_t h, int64_t left, int64_t right, C* line) const {
+  // Some columns of source line h, and all of its padding.
+  void stage_line(int64_t image, int64_t h, const Span& columns, const Span& channels, C* line) const {
     const Grid& grid = source_.grid();
     const int64_t before = margin() * channels_, pixels = grid.width * channels_;
     std::fill(line, line + before, C(0));
     std::fill(line + before + pixels, line + line_elements(), C(0));
-    const int64_t first = (image * grid.height + h) * grid.width + left;
-    C* to = line + before + left * channels_;
-    const Block<C> block = source_.read(first, right - left, 0, channels_, to);
-    if (block.data != to) std::copy(block.data, block.data + (right - left) * channels_, to);
+    const int64_t first = (image * grid.height + h) * grid.width + columns.begin;
+    C* const to = line + before + columns.begin * channels_ + channels.begin;
+    if (!source_.direct()) return source_.copy(first, columns.size(), channels.begin, channels.size(), {to, channels_});
+    const C* const from = source_.read(first, columns.size(), 0, channels_, nullptr).data;
+    std::copy(from, from + columns.size() * channels_, to);
   }
 
   static constexpr int64_t kFar = int64_t{1} << 60;
