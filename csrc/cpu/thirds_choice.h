@@ -65,8 +65,10 @@ inline int64_t whole_tiles(int64_t size) { return whole(size, kThirdsTile); }
 // that filters need not be read twice.
 inline int64_t thirds_block_rows(int64_t positions, int64_t depth, int64_t filter_bytes) {
   constexpr int64_t kManyDepths = 640, kFewFilters = 5 << 18, kManyFilters = 1 << 20, kFewWindows = 512 << 10;  // bytes
-  const int64_t rows = whole_tiles(positions);
-  if (filter_bytes >= kManyFilters && rows <= kFewWindows / (kThirdsBytes * depth)) return std::max(rows, kThirdsTile);
+  constexpr int64_t kMaxRows = 256;
+  const int64_t rows = std::max(kThirdsTile, whole_tiles(positions));
+  const bool few = rows <= std::min(kMaxRows, kFewWindows / (kThirdsBytes * depth));
+  if (few && filter_bytes >= kManyFilters) return rows;
   return depth > kManyDepths && filter_bytes <= kFewFilters ? kThirdsTile : kBlockRows;
 }
 
