@@ -62,12 +62,13 @@ bool forward_float_moments_applies(const ConvBnParams& p) {
   return p.dtype == DType::kFloat32 && forward_moments_applies(p);
 }
 
-// Where memory limits the layer: few inputs, much output, and far more pixels than channels for S to be made from.
+// Where memory limits the layer: few inputs, much output, and so many pixels that S W, C products an element of the
+// filters, costs less than a pass over z.
 bool suits_moments(const ConvBnParams& p) {
-  constexpr int64_t kMinBytes = 512 << 10, kMinPixelsPerChannel = 16;
+  constexpr int64_t kMinBytes = 512 << 10, kPixelsFor = 3;  // of so many products
   if (p.algorithm != Algorithm::kAuto || p.strict) return false;
   return (p.in_channels <= 64 || (p.in_channels <= 128 && p.out_channels >= 4 * p.in_channels)) &&
-         p.pixels() * p.out_channels * 4 >= kMinBytes && p.pixels() >= kMinPixelsPerChannel * p.in_channels;
+         p.pixels() * p.out_channels * 4 >= kMinBytes && kPixelsFor * p.pixels() >= p.in_channels * p.in_channels;
 }
 // Where AMX has nothing faster.
 bool suits_moments_beside_thirds(const ConvBnParams& p) { return suits_moments(p) && moments_outdo_thirds(p); }
@@ -109,17 +110,20 @@ bool few_source_channels(const ConvBnParams& p) {
          p.out_width >= 12;
 }
 
-// The same, and enough outputs: a vector of them is all that the direct algorithm needs for its tiles.
+// The same, and enough outputs: a vector of them is all that the direct algorithm needs for its tiles. With a panel of
+// them its tiles are as fast, unless windows are large.
 bool suits_forward_few_channels(const ConvBnParams& p) {
-  constexpr int64_t kMinOutputs = 17;
-  return few_source_channels(p) && p.out_channels >= kMinOutputs;
+  constexpr int64_t kMinOutputs = 17, kPanel = 64, kLargeWindow = 64;  // elements
+  return few_source_channels(p) && p.out_channels >= kMinOutputs &&
+         (p.out_channels < kPanel || p.taps() * p.in_channels >= kLargeWindow);
 }
 
 bool backward_few_channels_applies(const ConvBnParams& p) { return one_group(p) && has_conv_out(p) && p.pixels() > 0; }
-// And the gradient of z, which stages hand on in memory, exceeds L2.
+// And the gradient of z, which stages hand on in memory, exceeds L2; or a residual's gradient, which they would write
+// in a pass of their own, is worth it.
 bool suits_backward_few_channels(const ConvBnParams& p) {
-  constexpr int64_t kMinOutput = 512 << 10;  // elements; 2 MiB
-  return few_source_channels(p) && p.pixels() * p.out_channels >= kMinOutput;
+  constexpr int64_t kMinOutput = 512 << 10, kMinResidual = 32 << 10;  // elements; 2 MiB, 128 KiB
+  return few_source_channels(p) && p.pixels() * p.out_channels >= (p.has_residual ? kMinResidual : kMinOutput);
 }
 
 // It reads z where there is one, else recomputes it, unrounded.
