@@ -15,15 +15,17 @@ const WinogradPrices& winograd_prices(Stage stage, const ConvBnParams& p) {
   return p.training ? kConvolutionPrices : kPackedPrices;
 }
 
-ThirdsProblem forward_problem(const ConvBnParams& p) {
-  return {p.pixels(), 1, p.taps(), p.in_channels, p.out_channels, p.pixels() * p.out_channels, p.has_residual};
+const ThirdsPrices& thirds_prices(Stage stage, const ConvBnParams& p) {
+  if (stage == Stage::kDgrad) return kInputGradientThirds;
+  return p.training ? kTrainingThirds : kPackedThirds;
 }
 
-ThirdsProblem input_gradient_problem(const ConvBnParams& p) {
+ThirdsProblem thirds_problem(Stage stage, const ConvBnParams& p) {
   const int64_t taps = p.taps();  // no overflow: strides may be huge
   const int64_t phases = std::min(taps, std::min(taps, p.stride_height) * std::min(taps, p.stride_width));
   const int64_t inputs = p.batch * p.in_height * p.in_width * p.in_channels;
-  return {p.pixels(), phases, taps, p.out_channels, p.in_channels, inputs, false};
+  if (stage == Stage::kDgrad) return {p.pixels(), phases, taps, p.out_channels, p.in_channels, inputs, false};
+  return {p.pixels(), 1, taps, p.in_channels, p.out_channels, p.pixels() * p.out_channels, p.has_residual};
 }
 
 bool is_by(const Kernel& kernel, const std::string& algorithm) {
@@ -53,15 +55,16 @@ bool thirds_apply(Stage stage, const ConvBnParams& p) {
 
 ThirdsCosts thirds_costs(Stage stage, const ConvBnParams& p) {
   if (stage == Stage::kWgrad) return filter_gradient_costs(p.pixels(), p.in_channels, p.out_channels);
-  if (stage == Stage::kDgrad) return thirds_costs(kInputGradientThirds, input_gradient_problem(p));
-  return thirds_costs(p.training ? kTrainingThirds : kPackedThirds, forward_problem(p));
+  return thirds_costs(thirds_prices(stage, p), thirds_problem(stage, p));
 }
 
-ThirdsCosts moments_costs(const ConvBnParams& p) { return thirds_costs(kPackedThirds, forward_problem(p)); }
+ThirdsCosts moments_costs(const ConvBnParams& p) {
+  return thirds_costs(kPackedThirds, thirds_problem(Stage::kForward, p));
+}
 
 double margin_of_thirds(Stage stage, const ConvBnParams& p) {
   if (stage == Stage::kWgrad) return 1;
-  return margin_of_thirds(stage == Stage::kDgrad ? input_gradient_problem(p) : forward_problem(p));
+  return margin_of_thirds(thirds_prices(stage, p), thirds_problem(stage, p));
 }
 
 std::vector<Comparison> comparisons_of(const Kernel& kernel, const ConvBnParams& p, Isa device) {

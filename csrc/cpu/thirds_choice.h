@@ -27,20 +27,25 @@ struct ThirdsPrices {
   ConvolutionPrices thirds, direct;
   int64_t kept_bytes;  // of the operands of thirds that stay in L2; of kLeavingBytes more the filters do not
   int64_t far_bytes;   // thirds of so many bytes of filters are far
+  double margin;       // what thirds must be faster by where the depth is one tile
 };
 
 constexpr int64_t kLeavingBytes = 1 << 20;
+constexpr int64_t kMaxWindows = 960 << 10;  // bytes of a block of windows that stay in L2 beside two panels of filters
 
 constexpr ThirdsPrices kTrainingThirds = {
-    {0.0052, 0.24, 0.72, 0, 0, 0.31, 0, 0.17}, {0.0076, 0.16, 0.75, 0.25, 0, 0.06, 0, 0}, 7 << 18, INT64_MAX};
+    {0.0052, 0.24, 0.72, 0, 0, 0.31, 0, 0.17}, {0.0076, 0.16, 0.75, 0.25, 0, 0.06, 0, 0}, 7 << 18, INT64_MAX, 1.15};
 // With filters packed before; and by moments, whose second pass takes about as long. Layers that are timed over and
 // over find filters that fill L2 in L3, networks of such layers do not: far ones cost the times of 8 and 4 bytes at its
 // 30 GB/s.
-constexpr ThirdsPrices kPackedThirds = {
-    {0.0053, 0.25, 0.27, 0, 0.34, 0.05, 0.26, 0.2}, {0.0077, 0.14, 0.25, 0.25, 0.33, 0.065, 0.2, 0}, 10 << 18, 2 << 20};
+constexpr ThirdsPrices kPackedThirds = {{0.0053, 0.25, 0.27, 0, 0.34, 0.05, 0.26, 0.2},
+                                        {0.0077, 0.14, 0.25, 0.25, 0.33, 0.065, 0.2, 0},
+                                        10 << 18,
+                                        2 << 20,
+                                        1.15};
 // With transposed filters, whose columns are the inputs' channels.
 constexpr ThirdsPrices kInputGradientThirds = {
-    {0.0059, 0.36, 0.34, 0, 0, 0.54, 0.22, 0.13}, {0.0056, 0.35, 0.36, 0.25, 0, 0.17, 0.16, 0}, 5 << 18, 4 << 20};
+    {0.0059, 0.36, 0.34, 0, 0, 0.54, 0.22, 0.2}, {0.0056, 0.35, 0.36, 0.25, 0, 0.17, 0.16, 0}, 5 << 18, 4 << 20, 1.4};
 
 struct ThirdsProblem {
   int64_t positions;          // of windows
@@ -53,15 +58,21 @@ struct ThirdsProblem {
 constexpr int64_t kThirdsTile = 32;                                // rows, columns, depth
 constexpr int64_t kThirdsBytes = kThirdPlanes * sizeof(uint16_t);  // of an element
 
-// Rows of a block of ThirdsConvolution, of a depth in whole tiles: few where the operands of two blocks would take too
-// much of L2; unless filters do, so that they had better be read for many rows.
-inline int64_t thirds_block_rows(int64_t depth, int64_t filter_bytes) {
-  constexpr int64_t kManyDepths = 640, kFewFilters = 5 << 18;  // bytes
+inline int64_t whole(int64_t size, int64_t unit) { return ceil_div(size, unit) * unit; }
+inline int64_t whole_tiles(int64_t size) { return whole(size, kThirdsTile); }
+
+// Rows of a block of ThirdsConvolution, of a depth in whole tiles. Few where the operands of two blocks would take too
+// much of L2, unless filters do, so that they had better be read for many rows; all where the windows are so small
+// that filters need not be read twice.
+inline int64_t thirds_block_rows(int64_t positions, int64_t depth, int64_t filter_bytes) {
+  constexpr int64_t kManyDepths = 640, kFewFilters = 5 << 18, kManyFilters = 1 << 20, kFewWindows = 512 << 10;  // bytes
+  constexpr int64_t kMaxRows = 256;
+  const int64_t rows = std::max(kThirdsTile, whole_tiles(positions));
+  const bool few = rows <= std::min(kMaxRows, kFewWindows / (kThirdsBytes * depth));
+  if (few && filter_bytes >= kManyFilters) return rows;
   return depth > kManyDepths && filter_bytes <= kFewFilters ? kThirdsTile : kBlockRows;
 }
 
-inline int64_t whole(int64_t size, int64_t unit) { return ceil_div(size, unit) * unit; }
-inline int64_t whole_tiles(int64_t size) { return whole(size, kThirdsTile); }
 inline double product_of(int64_t a, int64_t b) { return static_cast<double>(a) * static_cast<double>(b); }
 
 // Bytes of filters in thirds, of the windows of a block, and of what ThirdsConvolution has in L2: filters and two
@@ -70,7 +81,7 @@ inline int64_t thirds_of_filters(const ThirdsProblem& p) {
   return kThirdsBytes * p.taps * whole_tiles(p.depth) * whole_tiles(p.cols);
 }
 inline int64_t thirds_block_rows(const ThirdsProblem& p) {
-  return thirds_block_rows(p.taps * whole_tiles(p.depth), thirds_of_filters(p));
+  return thirds_block_rows(p.positions, p.taps * whole_tiles(p.depth), thirds_of_filters(p));
 }
 inline int64_t windows_of_thirds(const ThirdsProblem& p) {
   return kThirdsBytes * p.taps * whole_tiles(p.depth) * thirds_block_rows(p) / p.phases;
@@ -116,9 +127,8 @@ struct ThirdsCosts {
 };
 
 // Filters are read once a block of rows: the larger the operands, the fewer of them are still in L2. Its windows are
-// read once a panel of filters, and leave L2 where they take half of it and have no room beside two panels.
+// read once a panel of filters, and leave L2 where they take about half of it and have no room beside two panels.
 inline ThirdsTraffic traffic_of_thirds(const ThirdsPrices& prices, const ThirdsProblem& p) {
-  constexpr int64_t kMaxWindows = 960 << 10;  // bytes
   const double beyond = static_cast<double>(thirds_in_cache(p) - prices.kept_bytes) / kLeavingBytes;
   const int64_t blocks = ceil_div(p.positions, thirds_block_rows(p)) / p.phases;
   const int64_t panels = windows_of_thirds(p) > kMaxWindows ? ceil_div(p.cols, kThirdsTile) : 0;
@@ -136,11 +146,11 @@ inline ThirdsCosts thirds_costs(const ThirdsPrices& prices, const ThirdsProblem&
 
 // What thirds must be faster by: their filters take twice the memory. They vary with a depth of one tile; and lose 20 %
 // where nothing hides that windows are cut, residuals read from memory and results written there.
-inline double margin_of_thirds(const ThirdsProblem& p) {
-  constexpr double kMargin = 1.03, kMarginOfFew = 1.15, kMarginOfMany = 1.4;
+inline double margin_of_thirds(const ThirdsPrices& prices, const ThirdsProblem& p) {
+  constexpr double kMargin = 1.03, kMarginOfResiduals = 1.4;
   const int64_t depth = p.taps * p.depth;
-  if (p.residual && depth <= 2 * kThirdsTile && results_leave_caches(p)) return kMarginOfMany;
-  return depth <= kThirdsTile ? kMarginOfFew : kMargin;
+  if (p.residual && depth <= 2 * kThirdsTile && results_leave_caches(p)) return kMarginOfResiduals;
+  return depth <= kThirdsTile ? prices.margin : kMargin;
 }
 
 // The gradient by the filters of a 1x1 convolution, in ns.

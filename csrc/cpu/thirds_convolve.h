@@ -42,7 +42,7 @@ class ThirdsConvolution {
         depth_(channels.depth),
         cols_(channels.cols),
         source_(source),
-        rows_(thirds_block_rows(chunks() * kThirdsChunk, packed_bytes())),
+        rows_(thirds_block_rows(windows.positions(), chunks() * kThirdsChunk, packed_bytes())),
         reader_(source, channels.depth, windows, false, rows_, rows_) {}
 
   struct Worker {
@@ -145,7 +145,7 @@ class ThirdsConvolution {
       const int64_t steps = ceil_div(cut.in.count, kThirdsRows) * chunks();  // of a panel
       aside.slice = ceil_div(cut.in.count, steps);
       if (block + 1 < blocks.end) start_cut(block + 1, w, steps * panels_in(spans), &aside.left);
-      aside.fetch = look_ahead(block + 2, steps * panels_in(spans));
+      if (!fetches_filters()) aside.fetch = look_ahead(block + 2, steps * panels_in(spans));
       for (int64_t span = spans.begin; span < spans.end; ++span, ++tiles)
         run_tile(block, span, w.tiles + tiles % 2 * rows_ * kSpan,
                  {cut.to, rows_, nullptr, chunks(), cut.careful, false}, packed, worker, epilogue, &aside);
@@ -153,6 +153,12 @@ class ThirdsConvolution {
     kernels_.thirds->emit(&aside);
     kernels_.amx.end();
     kernels_.end_streaming();
+  }
+
+  // Of few blocks those that are not in L2, a panel ahead, rather than what is left of the inputs.
+  bool fetches_filters() const {
+    constexpr int64_t kFewBlocks = 4, kMinBytes = 1 << 20;
+    return blocks() <= kFewBlocks && packed_bytes() >= kMinBytes;
   }
 
   // What this block reads and those before do not.
@@ -177,8 +183,13 @@ class ThirdsConvolution {
     const Tile<C> tile{data, kSpan, block * rows_, count, channel, cols, block, worker};
     const GemmOutput<C> to = epilogue.output(tile);
     aside->next = to.block, aside->next_rows = to.emit ? count : 0;
-    for (int64_t column = 0; column < cols; column += kThirdsColumns)
-      multiply(product, count, packed + (channel + column) / kThirdsColumns * panel_elements(), data + column, aside);
+    for (int64_t column = 0; column < cols; column += kThirdsColumns) {
+      const uint16_t* panel = packed + (channel + column) / kThirdsColumns * panel_elements();
+      if (fetches_filters() && channel + column + kThirdsColumns < cols_)
+        aside->fetch =
+            fetch_in(ceil_div(count, kThirdsRows) * chunks(), panel + panel_elements(), panel + 2 * panel_elements());
+      multiply(product, count, panel, data + column, aside);
+    }
     kernels_.thirds->emit(aside);
     if (to.emit) {
       aside->emit = to.emit, aside->block = to.block, aside->rows = count;
