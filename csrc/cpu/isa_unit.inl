@@ -152,6 +152,7 @@ static constexpr ComputeKernels<C> compute_kernels() {
   k.depthwise_spread = depthwise_spread<C>;
   k.depthwise_fold = depthwise_fold<C>;
   k.moments = moments<C>;
+  k.inverse_deviations = inverse_deviations<C>;
   k.emit_sums = emit_sums<C>;
   k.row_means = row_means<C>;
   k.center_rows = center_rows<C>;

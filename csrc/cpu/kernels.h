@@ -330,6 +330,8 @@ struct ComputeKernels {
 
   // Of each column: its mean, and the sum of squared deviations from it.
   void (*moments)(const C* block, int64_t ld, int64_t rows, int64_t cols, C* mean, C* squares);
+  // to[count] = 1 / sqrt(variance + epsilon), computed in double.
+  void (*inverse_deviations)(const C* variance, double epsilon, int64_t count, C* to);
 
   // pointwise.inl. mean[depth] of in.count rows; centered[count][ld] = rows - mean; du, null for activations whose
   // derivative does not follow from y.

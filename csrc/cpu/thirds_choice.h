@@ -27,18 +27,14 @@ struct ThirdsPrices {
   ConvolutionPrices thirds, direct;
   int64_t kept_bytes;  // of the operands of thirds that stay in L2; of kLeavingBytes more the filters do not
   int64_t far_bytes;   // thirds of so many bytes of filters are far
-  int64_t windows;     // bytes of a block of windows that stay in L2 beside two panels of filters
   double margin;       // what thirds must be faster by where the depth is one tile
 };
 
 constexpr int64_t kLeavingBytes = 1 << 20;
+constexpr int64_t kMaxWindows = 960 << 10;  // bytes of a block of windows that stay in L2 beside two panels of filters
 
-constexpr ThirdsPrices kTrainingThirds = {{0.0052, 0.24, 0.72, 0, 0, 0.31, 0, 0.17},
-                                          {0.0076, 0.16, 0.75, 0.25, 0, 0.06, 0, 0},
-                                          7 << 18,
-                                          INT64_MAX,
-                                          15 << 16,
-                                          1.15};
+constexpr ThirdsPrices kTrainingThirds = {
+    {0.0052, 0.24, 0.72, 0, 0, 0.31, 0, 0.17}, {0.0076, 0.16, 0.75, 0.25, 0, 0.06, 0, 0}, 7 << 18, INT64_MAX, 1.15};
 // With filters packed before; and by moments, whose second pass takes about as long. Layers that are timed over and
 // over find filters that fill L2 in L3, networks of such layers do not: far ones cost the times of 8 and 4 bytes at its
 // 30 GB/s.
@@ -46,15 +42,10 @@ constexpr ThirdsPrices kPackedThirds = {{0.0053, 0.25, 0.27, 0, 0.34, 0.05, 0.26
                                         {0.0077, 0.14, 0.25, 0.25, 0.33, 0.065, 0.2, 0},
                                         10 << 18,
                                         2 << 20,
-                                        15 << 16,
                                         1.15};
 // With transposed filters, whose columns are the inputs' channels.
-constexpr ThirdsPrices kInputGradientThirds = {{0.0059, 0.36, 0.34, 0, 0, 0.54, 0.22, 0.13},
-                                               {0.0056, 0.35, 0.36, 0.25, 0, 0.17, 0.16, 0},
-                                               5 << 18,
-                                               4 << 20,
-                                               11 << 16,
-                                               1.4};
+constexpr ThirdsPrices kInputGradientThirds = {
+    {0.0059, 0.36, 0.34, 0, 0, 0.54, 0.22, 0.13}, {0.0056, 0.35, 0.36, 0.25, 0, 0.17, 0.16, 0}, 5 << 18, 4 << 20, 1.4};
 
 struct ThirdsProblem {
   int64_t positions;          // of windows
@@ -140,7 +131,7 @@ struct ThirdsCosts {
 inline ThirdsTraffic traffic_of_thirds(const ThirdsPrices& prices, const ThirdsProblem& p) {
   const double beyond = static_cast<double>(thirds_in_cache(p) - prices.kept_bytes) / kLeavingBytes;
   const int64_t blocks = ceil_div(p.positions, thirds_block_rows(p)) / p.phases;
-  const int64_t panels = windows_of_thirds(p) > prices.windows ? ceil_div(p.cols, kThirdsTile) : 0;
+  const int64_t panels = windows_of_thirds(p) > kMaxWindows ? ceil_div(p.cols, kThirdsTile) : 0;
   return {thirds_of_filters(p) >= prices.far_bytes, std::clamp(beyond, 0.0, 1.0) * static_cast<double>(blocks),
           static_cast<double>(panels)};
 }
