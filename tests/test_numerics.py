@@ -51,6 +51,20 @@ def test_activations_of_nan_infinity_and_zero_are_tensorflows(activation):
     np.testing.assert_allclose(ours.output, expected, rtol=1e-6, atol=1e-30 if activation != "gelu" else 2e-7)
 
 
+@pytest.mark.parametrize("epsilon", [0.0, 1e-3])
+@pytest.mark.parametrize("isa", ["generic", "avx2", "avx512"])
+def test_deviations_in_inference_are_the_rounded_ones(isa, epsilon):
+    """Of all sizes, at the ends of float32 too, in whole vectors and in a part of one."""
+    spread = 10 ** np.random.default_rng(1).uniform(-38, 38, 4096 - 8 + 5)
+    variance = np.r_[0, np.inf, np.nan, -1, 1e-45, 1e-38, 3e38, 1, spread].astype(np.float32)
+    one, zero = np.ones_like(variance), np.zeros_like(variance)
+    filters = np.ones((1, 1, 1, variance.size), np.float32)
+    forward = raw.forward(filters[..., :1], filters, one, zero, zero, variance, epsilon=epsilon, isa=isa)
+    with np.errstate(all="ignore"):
+        exact = 1 / np.sqrt(variance.astype(np.float64) + epsilon)
+    np.testing.assert_array_equal(forward.inv_std, exact.astype(np.float32))
+
+
 def test_half_precision_output_overflows_to_infinity():
     """float16 ends at 65504; the sums behind it do not."""
     case = Case(dtype="f16", in_channels=4, out_channels=3, kernel=(1, 1))

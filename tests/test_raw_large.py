@@ -60,6 +60,25 @@ def test_panels_in_parts(name, training, isa):
     )
 
 
+# Thirds of filters of more than 1 MiB, which are fetched a panel ahead, and read once where the windows are few.
+FAR_FILTERS = {
+    "one_block": Case(height=14, width=13, in_channels=140, out_channels=900, kernel=(1, 1), residual=True),
+    "three_blocks": Case(height=14, width=14, in_channels=600, out_channels=300, kernel=(1, 1), activation="relu"),
+    "taps": Case(height=13, width=14, in_channels=40, out_channels=226, strides=(2, 2), activation="elu"),
+}
+
+
+@pytest.mark.parametrize("training", [False, True], ids=["infer", "train"])
+@pytest.mark.parametrize("isa", ["amx"])
+@pytest.mark.parametrize("name", FAR_FILTERS)
+def test_far_filters_in_thirds(name, training, isa):
+    problem, kernel = Problem(replace(FAR_FILTERS[name], training=training)), f"forward_thirds_{isa}"
+    one, many = (problem.run_forward(kernel=kernel, threads=threads) for threads in (1, 7))
+    problem.check_forward(one)
+    assert one.output.tobytes() == many.output.tobytes()
+    problem.check_backward(problem.run_backward(kernel=f"dgrad_thirds_{isa}"))
+
+
 @pytest.mark.parametrize(
     "case",
     [

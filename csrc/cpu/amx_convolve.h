@@ -191,10 +191,16 @@ class AmxConvolution {
       aside.fetch = fetch_during(job, job.end - job.begin, job.next, kLine);
       for_chunks(job, height, [&](const Rows& rows, int64_t row) { run(rows, row, job.begin, job.end); });
     } else {
-      for (int64_t span = job.begin; span < job.end; ++span) {
-        aside.fetch = span + 1 < job.end ? fetch_during(job, 1, filters_of(job, span + 1), 2 * kLine)
-                                         : fetch_during(job, 1, job.next, kLine);
-        for_chunks(job, height, [&](const Rows& rows, int64_t row) { run(rows, row, span, span + 1); });
+      // By lines, rows of a single tap come into L1 once for several spans.
+      const bool passes = lines.multiply && reader_.taps() == 1;
+      const int64_t count = passes ? std::max<int64_t>(1, kPassBytes / filter_bytes(1)) : 1;
+      for (int64_t begin = job.begin, end; begin < job.end; begin = end) {
+        end = std::min(begin + count, job.end);
+        aside.fetch = end == job.end
+                          ? fetch_during(job, end - begin, job.next, kLine)
+                          : fetch_during(job, end - begin, filters_of(job, end, std::min(end + count, job.end)),
+                                         (passes ? 4 : 2) * kLine);
+        for_chunks(job, height, [&](const Rows& rows, int64_t row) { run(rows, row, begin, end); });
       }
     }
     finish(&lines, &aside);
@@ -267,13 +273,14 @@ class AmxConvolution {
   }
 
   int64_t filter_bytes(int64_t spans) const { return 2 * span_ * spans * panel_elements(); }
-  Memory filters_of(const Job& job, int64_t span) const {
-    return {job.filters + span * span_ * panel_elements(),
-            job.filters + std::min((span + 1) * span_, panels()) * panel_elements()};
+  Memory filters_of(const Job& job, int64_t begin, int64_t end) const {
+    return {job.filters + begin * span_ * panel_elements(),
+            job.filters + std::min(end * span_, panels()) * panel_elements()};
   }
 
   // So fast that the products of a job's rows with some spans take as long. Of filters, which L3 holds, every other
-  // line: L2 takes its neighbour by itself, and no place is left waiting for both. From memory it often does not.
+  // line, whose neighbour L2 takes by itself, so that no place is left waiting for both; every fourth where they pass
+  // in the order of memory. From memory L2 often does not.
   AmxFetch fetch_during(const Job& job, int64_t spans, const Memory& memory, int64_t distance) const {
     int64_t steps = 0;
     for (int64_t i = 0; i < job.count; ++i) steps += ceil_div(job.rows[i].strip.rows(), kTileRows);
@@ -351,6 +358,7 @@ class AmxConvolution {
   }
 
   static constexpr int64_t kFilterBytes = 1 << 20, kGroupBytes = 1 << 20;  // halves of L2
+  static constexpr int64_t kPassBytes = 128 << 10;                         // of filters that pass 32 rows in L1
   static constexpr int64_t kMaxGroup = 16, kShallow = 18;                  // strips; chunks
 
   const ComputeKernels<C>& kernels_;

@@ -22,14 +22,15 @@ struct Storage {
   StorageKernels<C> kernels;
   int64_t element_bytes;
   bool is_compute_type;
+  RowType row_type = RowType::kCompute;
 };
 
 template <class C>
 Storage<C> storage_of(const KernelSet& set, DType dtype);
 template <>
 inline Storage<float> storage_of<float>(const KernelSet& set, DType dtype) {
-  if (dtype == DType::kFloat16) return {set.float16, 2, false};
-  if (dtype == DType::kBFloat16) return {set.bfloat16, 2, false};
+  if (dtype == DType::kFloat16) return {set.float16, 2, false, RowType::kFloat16};
+  if (dtype == DType::kBFloat16) return {set.bfloat16, 2, false, RowType::kBFloat16};
   return {set.float32, 4, true};
 }
 template <>

@@ -7,7 +7,6 @@
 
 #include <algorithm>
 #include <cstdint>
-#include <functional>
 #include <vector>
 
 #include "arena.h"
@@ -15,6 +14,7 @@
 #include "panel_parts.h"
 #include "products.h"
 #include "span.h"
+#include "tile_epilogue.h"
 #include "windows.h"
 
 namespace fusedconvbn {
@@ -48,59 +48,6 @@ struct FilterLayout {
   const void* packed = nullptr;  // what pack() of the same filters wrote; null: run() packs them into its scratch
 };
 
-// A block's outputs of a few channels: consecutive pixels as rows.
-template <class C>
-struct Tile {
-  C* data;
-  int64_t ld, first, rows, channel, cols;
-  int64_t block;  // of blocks()
-  int worker;
-};
-
-template <class C>
-struct TileEpilogue {
-  // For each run of consecutive pixels, at most kBlockRows.
-  std::function<void(const Tile<C>&)> emit;
-  // May be empty; for the rows of all the block's runs at once, up to twice as many.
-  std::function<void(const Tile<C>&)> finish;
-  // May be empty. What to do with a tile's sums a few rows at a time, in place of emit.
-  std::function<GemmOutput<C>(const Tile<C>&)> row_by_row = nullptr;
-  // May be null. Rows of all channels that this reads: they are asked for a block ahead.
-  Block<C> reads{nullptr, 0};
-  // May be empty. row_by_row of AmxConvolution, where the rows of memory are of 16-bit numbers.
-  std::function<GemmOutput<C>(const Tile<C>&)> in_place = nullptr;
-
-  GemmOutput<C> output(const Tile<C>& tile) const {
-    GemmOutput<C> to{tile.data};
-    if (row_by_row) to = row_by_row(tile);
-    to.keep = !to.emit || finish;
-    return to;
-  }
-  // Of a tile that output() has been made of.
-  void end(const GemmOutput<C>& to, const Tile<C>& tile) const {
-    if (!to.emit) emit(tile);
-    if (finish) finish(tile);
-  }
-};
-
-// The tile's sums, as they are, to an image whose memory takes them.
-template <class C>
-GemmOutput<C> sums_to(const ComputeKernels<C>& kernels, const Image<C>& image, const Tile<C>& t) {
-  const Block<C> y = image.target(t.first, t.channel, {t.data, t.ld});
-  AffineBlock<C> block{};
-  block.y = y.data, block.ld_y = y.ld, block.cols = t.cols, block.stream = image.streams(t.channel, t.cols);
-  return {t.data, false, kernels.emit_sums, block};
-}
-
-// The same where its rows are of 16-bit numbers.
-template <class C>
-GemmOutput<C> sums_in_place(const Image<C>& image, const Tile<C>& t) {
-  AffineBlock<C> block{};
-  block.y = image.address(t.first, t.channel), block.ld_y = image.ld(), block.cols = t.cols;
-  block.stream = image.streams(t.channel, t.cols);
-  return {t.data, false, image.in_place_kernels().emit_sums, block};
-}
-
 struct Channels {
   int64_t groups, depth, cols;  // per group: reduced, produced
   // Whether filters [taps][depth][cols] are new at each call, so that it is for that one alone that they are packed.
@@ -123,7 +70,7 @@ class Convolution {
         source_(source),
         in_cache_(fits_cache(source.grid())),
         table_rows_(in_cache_ ? std::max(kBlockRows, windows.positions()) : kBlockRows),
-        reader_(source, groups_ * depth_, windows, groups_ == 1, table_rows_, blocks_in_task_ * kBlockRows),
+        reader_(source, groups_ * depth_, windows, groups_ == 1, table_rows_, blocks_in_task_ * kBlockRows, true),
         unpacked_(channels.new_filters && reads_unpacked()),
         parts_(reader_.taps(), reader_.depth() * depth_, rows_of_part()) {
     fetches_blocks_ = !in_cache_ && reader_.gapless();
@@ -314,6 +261,8 @@ class Convolution {
                          part.taps.size(),
                          part.depth.size(),
                          panel.group * depth_ + part.depth.begin};
+      if (index == panels.begin || panel.column == 0)
+        in.conversion = reader_.conversion(run.scratch.reader[run.worker], done);
       look_ahead(positions, done / kBlockRows, panels, index, number, run, &in);
       kernels_.gemm(in, {filters, panel.width, panel.ld}, to);
       if (last) run.epilogue.end(to, tile);
@@ -331,7 +280,8 @@ class Convolution {
         in->ahead[0] = share_of(next_filters(panels, index, number, run.panels), block, blocks);
       return;
     }
-    if (exceeds_cache(run.epilogue.reads.ld)) in->ahead[0] = next_filters(panels, index, number, run.panels);
+    if (exceeds_cache(run.epilogue.reads.row_bytes / static_cast<int64_t>(sizeof(C))))
+      in->ahead[0] = next_filters(panels, index, number, run.panels);
     const int64_t share = (index - panels.begin) * parts_.count() + number, shares = panels.size() * parts_.count();
     fetch_pixels(positions.end, share, shares, run.epilogue.reads, in);
   }
@@ -341,17 +291,23 @@ class Convolution {
     return {all.begin + elements.begin, all.begin + elements.end};
   }
 
+  // Memory of any type, in elements of this one.
+  static Stretch<C> memory(const void* data, const Span& units, int64_t bytes) {
+    const char* const from = static_cast<const char*>(data);
+    return {reinterpret_cast<const C*>(from + units.begin * bytes),
+            reinterpret_cast<const C*>(from + units.end * bytes)};
+  }
+
   // A share of what the block at position `first` reads.
-  void fetch_pixels(int64_t first, int64_t number, int64_t shares, const Block<C>& reads, GatheredRows<C>* in) const {
+  void fetch_pixels(int64_t first, int64_t number, int64_t shares, const RowsAhead& reads, GatheredRows<C>* in) const {
     const int64_t count = std::min(kBlockRows, windows_.positions() - first);
     if (count <= 0) return;
     if (fetches_blocks_) {
-      const C* const pixels = source_.read(0, 1, 0, 1, nullptr).data;
       const Span elements = reader_.new_elements(first, count);
-      in->ahead[1] = share_of({pixels + elements.begin, pixels + elements.end}, number, shares);
+      in->ahead[1] = share_of(memory(source_.memory(), elements, source_.element_bytes()), number, shares);
     }
     if (reads.data)
-      in->ahead[2] = share_of({reads.data + first * reads.ld, reads.data + (first + count) * reads.ld}, number, shares);
+      in->ahead[2] = share_of(memory(reads.data, {first, first + count}, reads.row_bytes), number, shares);
   }
 
   // The part of all panels behind this one; a task of fewer panels would ask for what others read.

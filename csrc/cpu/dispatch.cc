@@ -119,10 +119,11 @@ bool suits_forward_few_channels(const ConvBnParams& p) {
 }
 
 bool backward_few_channels_applies(const ConvBnParams& p) { return one_group(p) && has_conv_out(p) && p.pixels() > 0; }
-// And the gradient of z, which stages hand on in memory, exceeds L2.
+// And the gradient of z, which stages hand on in memory, exceeds L2; or a residual's gradient, which they would write
+// in a pass of their own, is worth it.
 bool suits_backward_few_channels(const ConvBnParams& p) {
-  constexpr int64_t kMinOutput = 512 << 10;  // elements; 2 MiB
-  return few_source_channels(p) && p.pixels() * p.out_channels >= kMinOutput;
+  constexpr int64_t kMinOutput = 512 << 10, kMinResidual = 32 << 10;  // elements; 2 MiB, 128 KiB
+  return few_source_channels(p) && p.pixels() * p.out_channels >= (p.has_residual ? kMinResidual : kMinOutput);
 }
 
 // It reads z where there is one, else recomputes it, unrounded.

@@ -86,6 +86,33 @@ static void moments(const C* block, int64_t ld, int64_t rows, int64_t cols, C* m
   });
 }
 
+#if defined(__AVX512F__)
+// 1 / sqrt(x) by two of Newton's steps, each of which doubles the estimate's 14 bits: a quarter of the time of the
+// square root and the division. Of 0 and infinity the estimate is exact, and a step would make it NaN.
+FCB_INLINE __m512d inverse_root(__m512d x) {
+  const __m512d half = _mm512_mul_pd(x, _mm512_set1_pd(0.5)), three_halves = _mm512_set1_pd(1.5);
+  const __mmask8 inexact = _mm512_cmp_pd_mask(x, _mm512_setzero_pd(), _CMP_GT_OQ) &
+                           _mm512_cmp_pd_mask(x, _mm512_set1_pd(__builtin_inf()), _CMP_LT_OQ);
+  __m512d y = _mm512_rsqrt14_pd(x);
+  for (int step = 0; step < 2; ++step)
+    y = _mm512_mask_mul_pd(y, inexact, y, _mm512_fnmadd_pd(_mm512_mul_pd(half, y), y, three_halves));
+  return y;
+}
+#endif
+
+template <class C>
+static void inverse_deviations(const C* variance, double epsilon, int64_t count, C* to) {
+  int64_t c = 0;
+#if defined(__AVX512F__)
+  if constexpr (__is_same(C, float))
+    for (; c + 8 <= count; c += 8) {
+      const __m512d x = _mm512_add_pd(_mm512_cvtps_pd(_mm256_loadu_ps(variance + c)), _mm512_set1_pd(epsilon));
+      _mm256_storeu_ps(to + c, _mm512_cvtpd_ps(inverse_root(x)));
+    }
+#endif
+  for (; c < count; ++c) to[c] = static_cast<C>(1 / __builtin_sqrt(static_cast<double>(variance[c]) + epsilon));
+}
+
 // Calls f(first row, last row + 1) for groups of 8 rows: what a column needs besides is read once for a group, and a
 // few rows at a time are still a few streams through memory.
 template <int64_t kGroup = 8, class F>

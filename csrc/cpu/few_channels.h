@@ -183,8 +183,9 @@ class FewChannelsConvolution {
   void advance(int64_t count, GemmOutput<C>* to) const {
     AffineBlock<C>& b = to->block;
     to->tile += count * kernels_.panel;
-    if (b.y) b.y = static_cast<C*>(b.y) + count * b.ld_y;
-    if (b.residual) b.residual = static_cast<const C*>(b.residual) + count * b.ld_residual;
+    const int64_t bytes = bytes_of<C>(to->rows);
+    if (b.y) b.y = static_cast<char*>(b.y) + count * b.ld_y * bytes;
+    if (b.residual) b.residual = static_cast<const char*>(b.residual) + count * b.ld_residual * bytes;
   }
 
   const ComputeKernels<C>& kernels_;

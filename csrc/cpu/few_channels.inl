@@ -64,9 +64,8 @@ static __attribute__((noinline)) void whole_shifted_tile(const ShiftedRows<C>& i
     shifted_sums<C, kTileRows>(in, first, filters, acc, [&] { move_row<C, 2>(&rows); });
   else
     shifted_sums<C, kTileRows>(in, first, filters, acc, [] {});
-  C* tile = to.tile + (to.keep ? first * kPanel<C> : 0);
-  store_tile<C, kTileRows, 2>(acc, kTileRows, tile);
-  emit_rows(tile, kPanel<C>, first, kTileRows, to);
+  finish_tile<C, kTileRows, 2>(acc, first, to, &rows);
+  while (rows.rows > 0) stream_row<C, 2>(&rows);
 }
 
 // The rest in tiles of few sizes, for there is code for each; 4 rows still are 8 sums at a time. Rows may be computed

@@ -95,14 +95,16 @@ class Forward {
         set_clamp(&to);
         return to;
       };
-      if (residual_.present()) epilogue.reads = residual_.read(0, 1, 0, 1, nullptr);
     }
     if (output_.in_place())
       epilogue.in_place = [this](const Tile<C>& t) {
         GemmOutput<C> to{t.data, false, in_place_of_tile(), in_place_block(t.data, t.ld, t)};
-        to.activation = static_cast<int>(p_.activation);
+        set_clamp(&to);
+        to.activation = static_cast<int>(p_.activation), to.rows = storage_.row_type;
         return to;
       };
+    if (residual_.present() && residual_.rows())
+      epilogue.reads = {residual_.memory(), residual_.ld() * residual_.element_bytes()};
     convolve(parallel, epilogue);
   }
 
@@ -135,8 +137,7 @@ class Forward {
   }
 
   void keep_moving_statistics() const {
-    const C* variance = static_cast<const C*>(b_.moving_variance);
-    for (int64_t c = 0; c < p_.out_channels; ++c) scale_[c] = inv_std_of(variance[c]);
+    k_.inverse_deviations(static_cast<const C*>(b_.moving_variance), p_.epsilon, p_.out_channels, scale_);
     copy(scale_, b_.inv_std);
     copy(b_.moving_mean, b_.batch_mean);
     copy(b_.moving_mean, b_.new_moving_mean);
@@ -146,10 +147,6 @@ class Forward {
 
   void copy(const void* from, void* to) const {
     if (to) std::memcpy(to, from, static_cast<size_t>(p_.out_channels) * sizeof(C));
-  }
-
-  C inv_std_of(double variance) const {
-    return static_cast<C>(inverse_deviation(variance, p_.epsilon));  // as the gradient will read it
   }
 
   const C* mean() const { return static_cast<const C*>(p_.training ? b_.batch_mean : b_.moving_mean); }
@@ -167,7 +164,7 @@ class Forward {
   void learn(int64_t c, double mean, double squares) const {
     const double variance = squares / static_cast<double>(p_.pixels());
     static_cast<C*>(b_.batch_mean)[c] = static_cast<C>(mean);
-    static_cast<C*>(b_.inv_std)[c] = inv_std_of(variance);
+    static_cast<C*>(b_.inv_std)[c] = static_cast<C>(inverse_deviation(variance, p_.epsilon));
     scale_[c] = static_cast<const C*>(b_.gamma)[c] * static_cast<const C*>(b_.inv_std)[c];
     move(b_.moving_mean, b_.new_moving_mean, c, mean);
     move(b_.moving_variance, b_.new_moving_variance, c, variance * moving_variance_factor(p_));

@@ -82,8 +82,8 @@ struct RowsInTransit {
   const C* sums = nullptr;  // `rows` of the tile before, to be streamed
   C* to = nullptr;
   int64_t rows = 0, ld_to = 0;
-  const C *residual = nullptr, *result = nullptr;  // to be asked for
-  int64_t ld_residual = 0, ld_result = 0;
+  const char *residual = nullptr, *result = nullptr;   // to be asked for
+  int64_t ld_residual = 0, ld_result = 0, vector = 0;  // bytes
 
   // Of tiles that take so many kSteps.
   RowsInTransit(int64_t steps_of_tile, int64_t tile_rows) {
@@ -93,9 +93,10 @@ struct RowsInTransit {
   void begin_tile(const GemmOutput<C>& to, int64_t first) {
     left = steps;
     if (!to.emit) return;
-    ld_residual = to.block.ld_residual, ld_result = to.block.ld_y;
-    if (to.block.residual) residual = row<C>(to.block.residual, first, ld_residual);
-    if (!to.block.stream) result = row<C>(to.block.y, first, ld_result);
+    const int64_t bytes = bytes_of<C>(to.rows);
+    ld_residual = to.block.ld_residual * bytes, ld_result = to.block.ld_y * bytes, vector = kLanes<C> * bytes;
+    if (to.block.residual) residual = row<char>(to.block.residual, first, ld_residual);
+    if (!to.block.stream) result = row<char>(to.block.y, first, ld_result);
   }
   bool asks() const { return residual || result; }
 };
@@ -109,11 +110,11 @@ FCB_INLINE void stream_row(RowsInTransit<C>* t) {
   --t->rows;
 }
 
-template <class C, int N>
-FCB_INLINE void ask_for_row(const C** row, int64_t ld) {
+template <int N>
+FCB_INLINE void ask_for_row(const char** row, int64_t ld, int64_t vector) {
   if (!*row) return;
 #pragma GCC unroll 4
-  for (int n = 0; n < N; ++n) __builtin_prefetch(*row + n * kLanes<C>);
+  for (int n = 0; n < N; ++n) __builtin_prefetch(*row + n * vector);
   *row += ld;
 }
 
@@ -122,8 +123,8 @@ FCB_INLINE void move_row(RowsInTransit<C>* t) {
   if (--t->left > 0) return;
   t->left = t->steps;
   if (t->rows > 0) stream_row<C, N>(t);
-  ask_for_row<C, N>(&t->residual, t->ld_residual);
-  ask_for_row<C, N>(&t->result, t->ld_result);
+  ask_for_row<N>(&t->residual, t->ld_residual, t->vector);
+  ask_for_row<N>(&t->result, t->ld_result, t->vector);
 }
 
 // What goes on while a product is computed.
@@ -181,8 +182,9 @@ template <class C>
 FCB_INLINE AffineBlock<C> rows_of(const GemmOutput<C>& to, int64_t first, int64_t rows, const C* tile, int64_t ld) {
   AffineBlock<C> b = to.block;
   b.z = tile, b.ld_z = ld, b.rows = rows;
-  b.y = row<C>(b.y, first, b.ld_y);
-  if (b.residual) b.residual = row<C>(b.residual, first, b.ld_residual);
+  const int64_t bytes = bytes_of<C>(to.rows);
+  b.y = row<char>(b.y, first, b.ld_y * bytes);
+  if (b.residual) b.residual = row<char>(b.residual, first, b.ld_residual * bytes);
   return b;
 }
 
@@ -191,8 +193,8 @@ FCB_INLINE void emit_rows(const C* tile, int64_t ld, int64_t first, int64_t rows
   if (to.emit) to.emit(rows_of(to, first, rows, tile, ld));
 }
 
-// acc = y, as GemmOutput::clamps says.
-template <class C, int R, int N>
+// acc = y, as GemmOutput::clamps says. Bounded: from above, too.
+template <bool Bounded, class C, int R, int N>
 FCB_INLINE void clamp_tile(const GemmOutput<C>& to, Vector<C> (&acc)[R][N]) {
   const Vector<C> low = broadcast(to.low), high = broadcast(to.high);
 #pragma GCC unroll 4
@@ -200,16 +202,32 @@ FCB_INLINE void clamp_tile(const GemmOutput<C>& to, Vector<C> (&acc)[R][N]) {
     const Vector<C> mean = load(to.block.mean + n * kLanes<C>), scale = load(to.block.scale + n * kLanes<C>),
                     beta = load(to.block.beta + n * kLanes<C>);
 #pragma GCC unroll 16
-    for (int r = 0; r < R; ++r) acc[r][n] = smaller(high, larger(low, (acc[r][n] - mean) * scale + beta));
+    for (int r = 0; r < R; ++r) {
+      const Vector<C> y = larger(low, (acc[r][n] - mean) * scale + beta);
+      acc[r][n] = Bounded ? smaller(high, y) : y;
+    }
   }
 }
 
-template <class C, int R, int N>
-FCB_INLINE void store_rows(const Vector<C> (&acc)[R][N], C* y, int64_t ld) {
+template <class T, class C, int R, int N>
+FCB_INLINE void store_rows(const Vector<C> (&acc)[R][N], void* to, int64_t ld) {
+  T* y = static_cast<T*>(to);
 #pragma GCC unroll 16
-  for (int r = 0; r < R; ++r, y += ld)
-#pragma GCC unroll 4
-    for (int n = 0; n < N; ++n) store(y + n * kLanes<C>, acc[r][n]);
+  for (int r = 0; r < R; ++r, y += ld) store_vectors<C, N>(y, acc[r]);
+}
+
+// The same, of whichever type they have there.
+template <class C, int R, int N>
+FCB_INLINE void store_rows(const Vector<C> (&acc)[R][N], const GemmOutput<C>& to, int64_t first) {
+  const int64_t ld = to.block.ld_y;
+  void* const y = row<char>(to.block.y, first, ld * bytes_of<C>(to.rows));
+#if defined(__AVX512F__)
+  if constexpr (__is_same(C, float)) {
+    if (to.rows == RowType::kFloat16) return store_rows<Half, C, R, N>(acc, y, ld);
+    if (to.rows == RowType::kBFloat16) return store_rows<BFloat16, C, R, N>(acc, y, ld);
+  }
+#endif
+  store_rows<C, C, R, N>(acc, y, ld);
 }
 
 // Results that are to be streamed stay in the tile while the next one is computed; others go from the registers to
@@ -219,15 +237,15 @@ FCB_INLINE void finish_tile(Vector<C> (&acc)[R][N], int64_t first, const GemmOut
   constexpr int64_t kLd = N * kLanes<C>;
   while (rows->rows > 0) stream_row<C, N>(rows);
   C* tile = to.tile + (to.keep ? first * kLd : 0);
-  const bool whole = to.block.cols == kLd, clamps = to.clamps && whole && !to.keep;
+  const bool computed = to.rows == RowType::kCompute, stores = to.block.cols == kLd && !to.keep && !to.block.stream;
+  const bool clamps = to.clamps && to.block.cols == kLd && !to.keep && (computed || stores);
   const bool done = clamps || to.emit == emit_sums<C>;
-  if (clamps) clamp_tile<C, R, N>(to, acc);
-  if (done && whole && !to.keep && !to.block.stream)
-    return store_rows<C, R, N>(acc, row<C>(to.block.y, first, to.block.ld_y), to.block.ld_y);
+  if (clamps) to.high < __builtin_huge_val() ? clamp_tile<true, C, R, N>(to, acc) : clamp_tile<false, C, R, N>(to, acc);
+  if (done && stores) return store_rows<C, R, N>(acc, to, first);
   store_tile<C, R, N>(acc, R, tile);
   if (!to.emit) return;
   AffineBlock<C> b = rows_of(to, first, R, tile, kLd);
-  if (b.stream) {
+  if (b.stream && computed) {
     rows->sums = tile, rows->rows = R, rows->to = static_cast<C*>(b.y), rows->ld_to = b.ld_y;
     if (done) return;
     b.y = tile, b.ld_y = kLd, b.stream = false;
@@ -259,6 +277,12 @@ static void gemm_rest(const GatheredRows<C>& in, int64_t first, int64_t rows, co
   store_tile<C, R, N>(acc, rows, tile);
 }
 
+template <class C>
+FCB_INLINE void convert_rows(const GatheredRows<C>& in, int64_t first, int64_t rows) {
+  const RowConversion<C>& c = in.conversion;
+  if (c.load) c.load(c.from + first, in.offset, rows, in.depth, c.to + first * c.ld + in.offset, c.ld);
+}
+
 template <class C, int N>
 static void gemm_of(const GatheredRows<C>& in, const Filters<C>& filters, const GemmOutput<C>& to) {
   constexpr int64_t R = kRows<N>, kLd = N * kLanes<C>;
@@ -266,8 +290,12 @@ static void gemm_of(const GatheredRows<C>& in, const Filters<C>& filters, const 
   Meanwhile<C> meanwhile{{}, {tile_steps, R}};
   plan_fetches(in.ahead, steps > 0 ? steps : 1, filters.rows, meanwhile.ahead);
   int64_t first = 0;
-  for (; first + R <= in.count; first += R) gemm_tile<C, N>(in, first, filters, &meanwhile, to);
+  for (; first + R <= in.count; first += R) {
+    convert_rows(in, first, R);
+    gemm_tile<C, N>(in, first, filters, &meanwhile, to);
+  }
   const int64_t rest = in.count - first;
+  convert_rows(in, first, rest);
   if (rest > 0) gemm_rest<C, N, kRows<N>>(in, first, rest, filters, &meanwhile, to.tile + first * kLd, to.add);
   while (meanwhile.rows.rows > 0) stream_row<C, N>(&meanwhile.rows);
   if (rest > 0) emit_rows(to.tile + first * kLd, kLd, first, rest, to);

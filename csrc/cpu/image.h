@@ -72,6 +72,7 @@ class Image {
   bool present() const { return data_ != nullptr; }
   const Grid& grid() const { return grid_; }
   const void* memory() const { return data_; }
+  bool rows() const { return rows_; }
   // Whether 16-bit numbers can be worked on where they lie, by in_place_kernels().
   bool in_place() const { return rows_ && storage_.kernels.in_place.round != nullptr; }
   const InPlaceKernels<C>& in_place_kernels() const { return storage_.kernels.in_place; }
@@ -79,6 +80,9 @@ class Image {
     return data_ + (first * grid_.pixel_stride + channel) * storage_.element_bytes;
   }
   int64_t ld() const { return grid_.pixel_stride; }
+  int64_t element_bytes() const { return storage_.element_bytes; }
+  RowType row_type() const { return storage_.row_type; }
+  const StorageKernels<C>& kernels() const { return storage_.kernels; }
   bool rounds() const { return !storage_.is_compute_type; }
 
   // Whether blocks written in place should go past the caches: where the image will not stay in them anyway.

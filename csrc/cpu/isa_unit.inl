@@ -153,6 +153,7 @@ static constexpr ComputeKernels<C> compute_kernels() {
   k.depthwise_spread = depthwise_spread<C>;
   k.depthwise_fold = depthwise_fold<C>;
   k.moments = moments<C>;
+  k.inverse_deviations = inverse_deviations<C>;
   k.emit_sums = emit_sums<C>;
   k.row_means = row_means<C>;
   k.center_rows = center_rows<C>;
@@ -175,7 +176,7 @@ static constexpr ComputeKernels<C> compute_kernels() {
 
 template <class C, class T>
 static constexpr StorageKernels<C> storage_kernels() {
-  return {load_block<C, T>, store_block<C, T>, in_place_kernels<C, T>()};
+  return {load_block<C, T>, store_block<C, T>, load_rows<C, T>, in_place_kernels<C, T>()};
 }
 
 static constexpr KernelSet kernel_set() {

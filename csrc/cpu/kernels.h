@@ -18,12 +18,32 @@ struct Stretch {
   const C *begin = nullptr, *end = nullptr;
 };
 
+// The numbers in rows of memory.
+enum class RowType { kCompute, kFloat16, kBFloat16 };
+
+template <class C>
+static inline int64_t bytes_of(RowType type) {
+  return type == RowType::kCompute ? sizeof(C) : sizeof(uint16_t);
+}
+
+// Rows of another type that gemm converts just before it reads them, a tile's at a time: row r from from[r] to
+// to + r * ld, both to be offset as in GatheredRows.
+template <class C>
+struct RowConversion {
+  const void* const* from = nullptr;
+  C* to = nullptr;
+  int64_t ld = 0;
+  // null: there is nothing to be converted. As StorageKernels::load_rows.
+  void (*load)(const void* const* from, int64_t offset, int64_t rows, int64_t cols, C* to, int64_t ld) = nullptr;
+};
+
 // Row r of tap t starts at rows[t * row_stride + r] + offset and has `depth` elements.
 template <class C>
 struct GatheredRows {
   const C* const* rows;
   int64_t row_stride, count, taps, depth, offset;
-  Stretch<C> ahead[3] = {};  // gemm: memory to be fetched meanwhile, evenly
+  Stretch<C> ahead[3] = {};       // gemm: memory to be fetched meanwhile, evenly
+  RowConversion<C> conversion{};  // gemm: of the rows of the only tap
 };
 
 // Columns of filters: rows [taps][depth], one every `ld` elements.
@@ -123,7 +143,8 @@ struct GemmOutput {
   // no `emit`.
   bool clamps = false;
   C low = 0, high = 0;
-  int activation = -1;  // whose affine_of_tile `emit` is, if it is one
+  int activation = -1;               // whose affine_of_tile `emit` is, if it is one
+  RowType rows = RowType::kCompute;  // of y and the residual
 };
 
 // How the activation's argument u is had again.
@@ -314,6 +335,8 @@ struct ComputeKernels {
 
   // Of each column: its mean, and the sum of squared deviations from it.
   void (*moments)(const C* block, int64_t ld, int64_t rows, int64_t cols, C* mean, C* squares);
+  // to[count] = 1 / sqrt(variance + epsilon), computed in double.
+  void (*inverse_deviations)(const C* variance, double epsilon, int64_t count, C* to);
 
   // pointwise.inl. mean[depth] of in.count rows; centered[count][ld] = rows - mean; du, null for activations whose
   // derivative does not follow from y.
@@ -357,6 +380,8 @@ struct StorageKernels {
                int64_t ld);
   void (*store)(const C* block, int64_t ld, int64_t rows, int64_t cols, void* memory, int64_t pixel_stride,
                 int64_t channel_stride, bool stream);
+  // to[rows][ld] = `cols` elements of each row, those at from[row] + offset.
+  void (*load_rows)(const void* const* from, int64_t offset, int64_t rows, int64_t cols, C* to, int64_t ld);
   InPlaceKernels<C> in_place;  // null where there are none
 };
 

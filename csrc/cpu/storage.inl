@@ -15,17 +15,21 @@ FCB_INLINE __m512 widen(__m256i v, const Half*) { return _mm512_cvtph_ps(v); }
 FCB_INLINE __m512 widen(__m256i v, const BFloat16*) {
   return _mm512_castsi512_ps(_mm512_slli_epi32(_mm512_cvtepu16_epi32(v), 16));
 }
+// The upper halves of numbers, rounded as to_bfloat16() does; the lower ones are of no meaning. Of a NaN the upper half
+// is cut: it has come of arithmetic, or of 16 bits, so that this is a NaN.
+FCB_INLINE __m512i rounded_bits(__m512 v) {
+  const __m512i bits = _mm512_castps_si512(v);
+  const __mmask16 odd = _mm512_test_epi32_mask(bits, _mm512_set1_epi32(0x10000));
+  const __m512i half = _mm512_mask_blend_epi32(odd, _mm512_set1_epi32(0x7fff), _mm512_set1_epi32(0x8000));
+  return _mm512_mask_add_epi32(bits, _mm512_cmp_ps_mask(v, v, _CMP_ORD_Q), bits, half);
+}
+
 FCB_INLINE __m256i narrow(__m512 v, const Half*) { return _mm512_cvtps_ph(v, _MM_FROUND_TO_NEAREST_INT); }
 FCB_INLINE __m256i narrow(__m512 v, const BFloat16*) {
 #if defined(__AVX512BF16__)  // subnormals become 0
   return (__m256i)_mm512_cvtneps_pbh(v);
 #else
-  const __m512i bits = _mm512_castps_si512(v), high = _mm512_srli_epi32(bits, 16), one = _mm512_set1_epi32(1);
-  const __m512i half = _mm512_add_epi32(_mm512_set1_epi32(0x7fff), _mm512_and_si512(high, one));
-  __m512i result = _mm512_srli_epi32(_mm512_add_epi32(bits, half), 16);
-  const __mmask16 nan = _mm512_cmp_ps_mask(v, v, _CMP_UNORD_Q);
-  result = _mm512_mask_or_epi32(result, nan, high, _mm512_set1_epi32(0x40));  // as to_bfloat16()
-  return _mm512_cvtepi32_epi16(result);
+  return _mm512_cvtepi32_epi16(_mm512_srli_epi32(rounded_bits(v), 16));
 #endif
 }
 
@@ -58,6 +62,11 @@ FCB_INLINE void store(BFloat16* to, Vector<float> v) { store_lanes(to, (__m512)v
 FCB_INLINE void store_part(Half* to, Vector<float> v, int64_t n) { store_lanes(to, (__m512)v, first_lanes(n)); }
 FCB_INLINE void store_part(BFloat16* to, Vector<float> v, int64_t n) { store_lanes(to, (__m512)v, first_lanes(n)); }
 #else
+#if defined(__AVX2__)
+FCB_INLINE Vector<float> load(const Half* from) {
+  return (Vector<float>)_mm256_cvtph_ps(_mm_loadu_si128(reinterpret_cast<const __m128i*>(from)));
+}
+#endif
 FCB_INLINE Vector<float> widen(Simd<float>::Halves v) {
   return (Vector<float>)(__builtin_convertvector(v, Simd<float>::Bits) << 16);
 }
@@ -90,33 +99,56 @@ FCB_INLINE void store_part(uint16_t* to, Vector<float> v, int64_t n) {
 #endif
 }
 
+#if defined(__AVX2__)
+template <class T>
+constexpr bool kLoadsVectors = true;
+#else
+template <class T>
+constexpr bool kLoadsVectors = !__is_same(T, Half);
+#endif
+
 template <class T>
 constexpr bool kIsSmall = __is_same(T, Half) || __is_same(T, BFloat16);
 
+// Asks for what lies `ahead` elements behind the results: their stores would wait for it, one for the other.
 template <class C, class T>
-FCB_INLINE void row_to_compute(const T* from, int64_t count, C* to) {
+FCB_INLINE void row_to_compute(const T* from, int64_t count, C* to, [[maybe_unused]] int64_t ahead) {
   int64_t i = 0;
 #if defined(__AVX512F__)
   if constexpr (kIsSmall<T>) {
-    for (; i + 16 <= count; i += 16) _mm512_storeu_ps(to + i, load_lanes(from + i, 0xffff));
+#pragma GCC unroll 4
+    for (; i + 16 <= count; i += 16) {
+      __builtin_prefetch(to + ahead + i, 1);
+      _mm512_storeu_ps(to + i, widen(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(from + i)), from));
+    }
     if (i == count) return;
     return store_lanes(to + i, load_lanes(from + i, first_lanes(count - i)), first_lanes(count - i));
   }
 #elif defined(__AVX2__)
   if constexpr (__is_same(T, Half))
-    for (; i + 8 <= count; i += 8)
-      _mm256_storeu_ps(to + i, _mm256_cvtph_ps(_mm_loadu_si128(reinterpret_cast<const __m128i*>(from + i))));
+    for (; i + 8 <= count; i += 8) store(to + i, load(from + i));
 #endif
   for (; i < count; ++i) to[i] = to_compute(from[i]);
 }
+
+// A store waits for its line, and stores wait for each other: so the lines of a row are asked for this many rows ahead.
+constexpr int64_t kFetchRows = 16;
 
 #if defined(__AVX512F__)
 // 32 numbers as a cache line.
 template <class T>
 FCB_INLINE __m512i narrow(__m512 low, __m512 high, const T* type) {
+  if constexpr (__is_same(T, BFloat16)) {
 #if defined(__AVX512BF16__)
-  if constexpr (__is_same(T, BFloat16)) return (__m512i)_mm512_cvtne2ps_pbh(high, low);
+    return (__m512i)_mm512_cvtne2ps_pbh(high, low);
+#else
+    alignas(64) static constexpr uint16_t kOrder[32] = {0, 2, 4, 6, 8, 10, 12, 14, 16, 18, 20, 22, 24, 26, 28, 30,
+                                                        1, 3, 5, 7, 9, 11, 13, 15, 17, 19, 21, 23, 25, 27, 29, 31};
+    const __m512i pairs =
+        _mm512_mask_blend_epi16(0xaaaaaaaa, _mm512_srli_epi32(rounded_bits(low), 16), rounded_bits(high));
+    return _mm512_permutexvar_epi16(_mm512_load_si512(kOrder), pairs);
 #endif
+  }
   return _mm512_inserti64x4(_mm512_castsi256_si512(narrow(low, type)), narrow(high, type), 1);
 }
 
@@ -128,6 +160,17 @@ struct Lanes {
 FCB_INLINE Lanes lanes_of(int64_t count) {
   const uint32_t all = count >= 32 ? ~0u : count <= 0 ? 0u : (1u << count) - 1;
   return {{static_cast<__mmask16>(all), static_cast<__mmask16>(all >> 16)}};
+}
+
+// N vectors of consecutive numbers.
+template <class C, int N, class T>
+FCB_INLINE void store_vectors(T* to, const Vector<C> (&v)[N]) {
+  constexpr int kPairs = __is_same(T, BFloat16) ? N / 2 : 0;  // which cost less than their halves
+#pragma GCC unroll 4
+  for (int n = 0; n < 2 * kPairs; n += 2)
+    if constexpr (kPairs > 0) _mm512_storeu_si512(to + n * 16, narrow((__m512)v[n], (__m512)v[n + 1], to));
+#pragma GCC unroll 4
+  for (int n = 2 * kPairs; n < N; ++n) store(to + n * kLanes<C>, v[n]);
 }
 
 template <class T>
@@ -149,12 +192,21 @@ FCB_INLINE void store_lines(C* block, int64_t ld, int64_t rows, int64_t cols, T*
         const Lanes lanes = lanes_of(cols - c);
         C* from = block + r * ld + c;
         T* to = memory + r * ld_memory + c;
+        if (!stream) __builtin_prefetch(to + kFetchRows * ld_memory, 1);
         const __m512i both = narrow(load_lanes(from, lanes.half[0]), load_lanes(from + 16, lanes.half[1]), to);
         store_32(to, both, lanes, stream);
         kept(from, _mm512_castsi512_si256(both), lanes.half[0]);
         kept(from + 16, _mm512_extracti64x4_epi64(both, 1), lanes.half[1]);
       }
   if (stream) end_streaming();
+}
+#endif
+
+#if !defined(__AVX512F__)
+template <class C, int N>
+FCB_INLINE void store_vectors(C* to, const Vector<C> (&v)[N]) {
+#pragma GCC unroll 4
+  for (int n = 0; n < N; ++n) store(to + n * kLanes<C>, v[n]);
 }
 #endif
 
@@ -178,13 +230,40 @@ FCB_INLINE void row_to_storage(const C* from, int64_t count, T* to) {
   for (; i < count; ++i) to_storage(from[i], to + i);
 }
 
-// A store waits for its line, and stores wait for each other: so the lines of a row are asked for this many rows ahead.
-constexpr int64_t kFetchRows = 16;
-
 template <class T>
 FCB_INLINE void fetch_row(const T* row, int64_t count) {
   for (int64_t i = 0; i < count; i += 64 / static_cast<int64_t>(sizeof(T))) __builtin_prefetch(row + i, 1);
 }
+
+template <class C, class T>
+FCB_INLINE void load_square(const T* from, int64_t stride, C* to, int64_t ld) {
+  constexpr int64_t L = kLanes<C>;
+  if constexpr (kLoadsVectors<T>) {
+    C columns[L * L];
+    for (int64_t c = 0; c < L; ++c) store(columns + c * L, load(from + c * stride));
+    transpose_square(columns, L, to, ld);
+  }
+}
+
+// The columns at from + c * stride: in squares, each of which is a part of few streams of memory.
+template <class C, class T>
+FCB_INLINE void load_columns(const T* from, int64_t stride, int64_t rows, int64_t cols, C* block, int64_t ld) {
+  constexpr int64_t L = kLanes<C>;
+  const int64_t whole_rows = rows / L * L, whole_cols = cols / L * L;
+  for (int64_t c = 0; c < cols; c += L)
+    for (int64_t r = 0; r < rows; r += L) {
+      const T* const square = from + c * stride + r;
+      C* const to = block + r * ld + c;
+      if (c < whole_cols && r < whole_rows)
+        load_square(square, stride, to, ld);
+      else
+        for (int64_t i = c; i < c + L && i < cols; ++i)
+          for (int64_t k = r; k < r + L && k < rows; ++k)
+            to[(k - r) * ld + i - c] = to_compute(square[(i - c) * stride + k - r]);
+    }
+}
+
+constexpr int64_t kFetchElements = 512;  // ahead of a store, where rows follow each other
 
 // Whole rows where channels are consecutive, whole columns where pixels are, single elements elsewhere.
 template <class C, class T>
@@ -192,14 +271,21 @@ static void load_block(const void* memory, int64_t pixel_stride, int64_t channel
                        C* block, int64_t ld) {
   const T* from = static_cast<const T*>(memory);
   if (channel_stride == 1) {
-    for (int64_t r = 0; r < rows; ++r) row_to_compute(from + r * pixel_stride, cols, block + r * ld);
+    if (pixel_stride == cols && ld == cols) return row_to_compute(from, rows * cols, block, kFetchElements);
+    for (int64_t r = 0; r < rows; ++r) row_to_compute(from + r * pixel_stride, cols, block + r * ld, ld);
     return;
   }
+  if (kLoadsVectors<T> && pixel_stride == 1) return load_columns(from, channel_stride, rows, cols, block, ld);
   for (int64_t r0 = 0; r0 < rows; r0 += 16) {  // 16 pixels by `cols` channels: the block's lines stay in L1
     const int64_t r1 = r0 + 16 < rows ? r0 + 16 : rows;
     for (int64_t c = 0; c < cols; ++c)
       for (int64_t r = r0; r < r1; ++r) block[r * ld + c] = to_compute(from[r * pixel_stride + c * channel_stride]);
   }
+}
+
+template <class C, class T>
+static void load_rows(const void* const* from, int64_t offset, int64_t rows, int64_t cols, C* to, int64_t ld) {
+  for (int64_t r = 0; r < rows; ++r) row_to_compute(static_cast<const T*>(from[r]) + offset, cols, to + r * ld, ld);
 }
 
 template <class C, class T>

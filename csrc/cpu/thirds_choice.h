@@ -31,6 +31,7 @@ struct ThirdsPrices {
 };
 
 constexpr int64_t kLeavingBytes = 1 << 20;
+constexpr int64_t kMaxWindows = 960 << 10;  // bytes of a block of windows that stay in L2 beside two panels of filters
 
 constexpr ThirdsPrices kTrainingThirds = {
     {0.0052, 0.24, 0.72, 0, 0, 0.31, 0, 0.17}, {0.0076, 0.16, 0.75, 0.25, 0, 0.06, 0, 0}, 7 << 18, INT64_MAX, 1.15};
@@ -65,8 +66,10 @@ inline int64_t whole_tiles(int64_t size) { return whole(size, kThirdsTile); }
 // that filters need not be read twice.
 inline int64_t thirds_block_rows(int64_t positions, int64_t depth, int64_t filter_bytes) {
   constexpr int64_t kManyDepths = 640, kFewFilters = 5 << 18, kManyFilters = 1 << 20, kFewWindows = 512 << 10;  // bytes
-  const int64_t rows = whole_tiles(positions);
-  if (filter_bytes >= kManyFilters && rows <= kFewWindows / (kThirdsBytes * depth)) return std::max(rows, kThirdsTile);
+  constexpr int64_t kMaxRows = 256;
+  const int64_t rows = std::max(kThirdsTile, whole_tiles(positions));
+  const bool few = rows <= std::min(kMaxRows, kFewWindows / (kThirdsBytes * depth));
+  if (few && filter_bytes >= kManyFilters) return rows;
   return depth > kManyDepths && filter_bytes <= kFewFilters ? kThirdsTile : kBlockRows;
 }
 
@@ -124,9 +127,8 @@ struct ThirdsCosts {
 };
 
 // Filters are read once a block of rows: the larger the operands, the fewer of them are still in L2. Its windows are
-// read once a panel of filters, and leave L2 where they take half of it and have no room beside two panels.
+// read once a panel of filters, and leave L2 where they take about half of it and have no room beside two panels.
 inline ThirdsTraffic traffic_of_thirds(const ThirdsPrices& prices, const ThirdsProblem& p) {
-  constexpr int64_t kMaxWindows = 960 << 10;  // bytes
   const double beyond = static_cast<double>(thirds_in_cache(p) - prices.kept_bytes) / kLeavingBytes;
   const int64_t blocks = ceil_div(p.positions, thirds_block_rows(p)) / p.phases;
   const int64_t panels = windows_of_thirds(p) > kMaxWindows ? ceil_div(p.cols, kThirdsTile) : 0;

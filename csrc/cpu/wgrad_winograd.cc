@@ -123,7 +123,7 @@ class WinogradFilterGradient {
   }
 
   void transform(int64_t first, int64_t count, const FilterBlock& b, const Worker& w) const {
-    inputs_.stage(first, count, w.inputs);
+    inputs_.stage(first, count, {b.row, b.row + b.rows}, w.inputs);
     inputs_.point(first, count, w.inputs);
     transforms_.window[0][0]({w.inputs.rows, kChunk, count, kPlanes, b.rows, b.row},
                              {w.input_planes, input_ld(), kPlaneDepth, input_plane()});

@@ -37,12 +37,13 @@ inline Windows forward_windows(const ConvBnParams& p) {
 
 // Makes the table of pointers for a range of positions. A source that is not [pixel][channel] in the compute type is
 // first staged: the lines that the range needs are converted into scratch. Where the taps of a filter line are adjacent
-// they then merge into one, for which staged lines carry their zero padding: C = 3 would else mean 3-element rows.
+// they then merge into one, for which staged lines carry their zero padding: C = 3 would else mean 3-element rows. Rows
+// of 16-bit numbers that one tap reads may be left to be converted by who reads them (RowConversion).
 template <class C>
 class WindowReader {
  public:
   WindowReader(const Image<C>& source, int64_t channels, const Windows& windows, bool may_merge, int64_t table_rows,
-               int64_t stage_rows)
+               int64_t stage_rows, bool may_convert = false)
       : source_(source), channels_(channels), windows_(windows), table_rows_(table_rows), stage_rows_(stage_rows) {
     for (const Tap& tap : windows.taps) {
       low_ = std::min(low_, tap.height);
@@ -51,9 +52,10 @@ class WindowReader {
       right_ = std::max(right_, tap.width);
     }
     merged_ = may_merge && can_merge() && (!source.direct() || channels < 16);
-    staged_ = merged_ || !source.direct();
+    converts_ = may_convert && !merged_ && !source.direct() && source.rows() && windows.taps.size() == 1;
+    staged_ = merged_ || !(source.direct() || converts_);
     if (merged_) merge();
-    in_order_ = staged_ && !merged_ && one_for_one();
+    in_order_ = staged_ && !merged_ && windows.taps.size() == 1 && (source.rows() || one_for_one());
   }
 
   bool staged() const { return staged_; }
@@ -75,60 +77,47 @@ class WindowReader {
   }
 
   struct Scratch {
-    const C** rows;       // [taps][table_rows]
-    int64_t* image_base;  // [images]: element offset of the line 0 of an image; or the first position
-    C* lines;             // staged lines
-    const C* zeros;       // one row of a tap
+    const C** rows;        // [taps][table_rows]
+    const void** sources;  // of rows to be converted
+    int64_t* image_base;   // [images]: element offset of the line 0 of an image; or the first position
+    C* lines;              // staged lines
+    const C* zeros;        // one row of a tap
   };
 
   Scratch carve(Arena* arena, const C* zeros) const {
-    return {arena->take<const C*>(taps() * table_rows_), arena->take<int64_t>(max_images()),
-            arena->take<C>(in_order_ ? stage_rows_ * channels_
-                           : staged_ ? max_lines() * line_elements()
-                                     : 0),
-            zeros};
+    return {arena->take<const C*>(taps() * table_rows_), arena->take<const void*>(source_rows()),
+            arena->take<int64_t>(max_images()), arena->take<C>(staged_elements()), zeros};
   }
   int64_t zero_elements() const { return channels_ * depth_; }
+
+  // Of the rows that point() has pointed to, from this one on.
+  RowConversion<C> conversion(const Scratch& s, int64_t first) const {
+    if (!converts_) return {};
+    return {s.sources + first, s.lines + first * channels_, channels_, source_.kernels().load_rows};
+  }
 
   // Points rows[t][r] at what position first + r reads through tap t, r < count <= table_rows. stage() must have
   // covered these positions.
   void point(int64_t first, int64_t count, const Scratch& s) const {
-    if (in_order_) {
-      const C* row = s.lines + (first - s.image_base[0]) * channels_;
-      for (int64_t r = 0; r < count; ++r, row += channels_) s.rows[r] = row;
-      return;
-    }
-    const Grid& grid = source_.grid();
-    const int64_t height = grid.height, width = staged_ ? line_pixels() : grid.width;
-    const int64_t pixel = staged_ ? channels_ : grid.pixel_stride;
-    const int64_t line = staged_ ? line_elements() : grid.line_stride;
-    const C* base = staged_ ? s.lines : source_.read(0, 1, 0, 1, nullptr).data;
-    const int64_t first_image = staged_ ? s.image_base[max_images() - 1] : 0;
-    for (int64_t done = 0, run; done < count; done += run) {
-      const Position at = position(first + done);
-      run = std::min(count - done, windows_.width - at.column);
-      const int64_t image = staged_ ? s.image_base[at.image - first_image] : at.image * grid.image_stride;
-      for (int64_t t = 0; t < taps(); ++t) {
-        const C** rows = s.rows + t * table_rows_ + done;
-        const int64_t h = at.line * windows_.step_height + windows_.taps[t].height;
-        if (h < 0 || h >= height) {
-          std::fill(rows, rows + run, s.zeros);
-          continue;
-        }
-        int64_t w = at.column * windows_.step_width + windows_.taps[t].width;
-        for (int64_t r = 0; r < run; ++r, w += windows_.step_width)
-          rows[r] = w >= 0 && w < width ? base + image + h * line + w * pixel : s.zeros;
-      }
-    }
+    if (in_order_) return point_in_order(s.lines + (first - s.image_base[0]) * channels_, count, s);
+    if (!converts_)
+      return point_at(first, count, staged_ ? s.lines : source_.read(0, 1, 0, 1, nullptr).data, s.rows, s);
+    point_in_order(s.lines, count, s);
+    point_at(first, count, static_cast<const uint16_t*>(source_.memory()), s.sources, s);
   }
 
   // Converts the source lines that positions first .. first + count - 1 read, count <= stage_rows; nothing to do for a
   // direct source.
-  void stage(int64_t first, int64_t count, const Scratch& s) const {
+  void stage(int64_t first, int64_t count, const Scratch& s) const { stage(first, count, {0, channels_}, s); }
+  // Of lines whose taps may not merge, only some channels.
+  void stage(int64_t first, int64_t count, const Span& channels, const Scratch& s) const {
     if (!staged_) return;
     if (in_order_) {
       s.image_base[0] = first;
-      return source_.copy(first, count, 0, channels_, {s.lines, channels_});
+      C* const to = s.lines + channels.begin;
+      if (!source_.rows()) return source_.copy(first, count, channels.begin, channels.size(), {to, channels_});
+      point_at(first, count, static_cast<const uint16_t*>(source_.memory()), s.sources, s);
+      return source_.kernels().load_rows(s.sources, channels.begin, count, channels.size(), to, channels_);
     }
     const Position begin = position(first), end = position(first + count - 1);
     s.image_base[max_images() - 1] = begin.image;
@@ -144,7 +133,8 @@ class WindowReader {
       const int64_t left = one_line ? std::clamp<int64_t>(begin.column * windows_.step_width + left_, 0, width) : 0;
       const int64_t right =
           one_line ? std::clamp<int64_t>(end.column * windows_.step_width + right_ + 1, left, width) : width;
-      for (int64_t h = from; h < to; ++h, ++slot) stage_line(b, h, left, right, s.lines + slot * line_elements());
+      for (int64_t h = from; h < to; ++h, ++slot)
+        stage_line(b, h, {left, right}, channels, s.lines + slot * line_elements());
     }
   }
 
@@ -152,6 +142,37 @@ class WindowReader {
   struct Position {
     int64_t image, line, column;
   };
+
+  void point_in_order(const C* row, int64_t count, const Scratch& s) const {
+    for (int64_t r = 0; r < count; ++r, row += channels_) s.rows[r] = row;
+  }
+
+  // table[t][r] = where, from `base` on, position first + r reads through tap t.
+  template <class E, class Pointer>
+  void point_at(int64_t first, int64_t count, const E* base, Pointer* table, const Scratch& s) const {
+    const Grid& grid = source_.grid();
+    const bool lines = staged_ && !in_order_;
+    const int64_t height = grid.height, width = lines ? line_pixels() : grid.width;
+    const int64_t pixel = lines ? channels_ : grid.pixel_stride;
+    const int64_t line = lines ? line_elements() : grid.line_stride;
+    const int64_t first_image = lines ? s.image_base[max_images() - 1] : 0;
+    for (int64_t done = 0, run; done < count; done += run) {
+      const Position at = position(first + done);
+      run = std::min(count - done, windows_.width - at.column);
+      const int64_t image = lines ? s.image_base[at.image - first_image] : at.image * grid.image_stride;
+      for (int64_t t = 0; t < taps(); ++t) {
+        Pointer* rows = table + t * table_rows_ + done;
+        const int64_t h = at.line * windows_.step_height + windows_.taps[t].height;
+        if (h < 0 || h >= height) {
+          std::fill(rows, rows + run, s.zeros);
+          continue;
+        }
+        int64_t w = at.column * windows_.step_width + windows_.taps[t].width;
+        for (int64_t r = 0; r < run; ++r, w += windows_.step_width)
+          rows[r] = w >= 0 && w < width ? static_cast<Pointer>(base + image + h * line + w * pixel) : s.zeros;
+      }
+    }
+  }
 
   Position position(int64_t p) const {
     const int64_t line = p / windows_.width;
@@ -204,6 +225,16 @@ class WindowReader {
     if (windows_.positions() == 0) return 1;
     return std::min(windows_.batch, (stage_rows_ - 1) / (windows_.height * windows_.width) + 2) + 1;
   }
+  // Of 16-bit numbers, whose addresses are listed.
+  int64_t source_rows() const {
+    if (converts_) return table_rows_;
+    return in_order_ && source_.rows() ? stage_rows_ : 0;
+  }
+  int64_t staged_elements() const {
+    if (in_order_) return stage_rows_ * channels_;
+    if (converts_) return table_rows_ * channels_;
+    return staged_ ? max_lines() * line_elements() : 0;
+  }
   int64_t max_lines() const {
     if (windows_.positions() == 0) return 0;
     const int64_t images = max_images() - 1, span = high_ - low_ + 1;
@@ -211,16 +242,17 @@ class WindowReader {
     return std::min(positions * windows_.step_height + images * span, images * source_.grid().height);
   }
 
-  // Columns [left, right) of source line h, and all of its padding.
-  void stage_line(int64_t image, int64_t h, int64_t left, int64_t right, C* line) const {
+  // Some columns of source line h, and all of its padding.
+  void stage_line(int64_t image, int64_t h, const Span& columns, const Span& channels, C* line) const {
     const Grid& grid = source_.grid();
     const int64_t before = margin() * channels_, pixels = grid.width * channels_;
     std::fill(line, line + before, C(0));
     std::fill(line + before + pixels, line + line_elements(), C(0));
-    const int64_t first = (image * grid.height + h) * grid.width + left;
-    C* to = line + before + left * channels_;
-    const Block<C> block = source_.read(first, right - left, 0, channels_, to);
-    if (block.data != to) std::copy(block.data, block.data + (right - left) * channels_, to);
+    const int64_t first = (image * grid.height + h) * grid.width + columns.begin;
+    C* const to = line + before + columns.begin * channels_ + channels.begin;
+    if (!source_.direct()) return source_.copy(first, columns.size(), channels.begin, channels.size(), {to, channels_});
+    const C* const from = source_.read(first, columns.size(), 0, channels_, nullptr).data;
+    std::copy(from, from + columns.size() * channels_, to);
   }
 
   static constexpr int64_t kFar = int64_t{1} << 60;
@@ -232,7 +264,7 @@ class WindowReader {
   int64_t table_rows_, stage_rows_;
   int64_t low_ = kFar, high_ = -kFar, left_ = kFar, right_ = -kFar;  // of the taps
   int64_t depth_ = 1;
-  bool merged_ = false, staged_ = false, in_order_ = false;
+  bool merged_ = false, staged_ = false, in_order_ = false, converts_ = false;
 };
 
 }  // namespace fusedconvbn

@@ -1,0 +1,115 @@
+"""The memory of the op's results in inference: whose it is, that it is used again, and how much of it is kept."""
+
+import threading
+
+import numpy as np
+import pytest
+from processes import run_python
+from test_op_memory import needs_large_pages
+
+tf = pytest.importorskip("tensorflow")
+fusedconvbn = pytest.importorskip("fusedconvbn")
+
+CHANNELS = 64
+IDENTITY = np.eye(CHANNELS, dtype=np.float32)[None, None]
+ZEROS, ONES = np.zeros(CHANNELS, np.float32), np.ones(CHANNELS, np.float32)
+
+
+def images(seed: int, size: int) -> np.ndarray:
+    return np.random.default_rng(seed).normal(size=(1, size, size, CHANNELS)).astype(np.float32)
+
+
+def identity(inputs):
+    """The inputs, bit by bit."""
+    return fusedconvbn.fused_conv_bn(inputs, IDENTITY, ONES, ZEROS, ZEROS, ONES, epsilon=0.0).output
+
+
+def address(tensor) -> int:
+    return np.frombuffer(memoryview(tensor), np.uint8).ctypes.data
+
+
+def test_a_result_is_nobody_elses_as_long_as_it_lives():
+    """Sizes on both sides of the bounds; half of them given back on the way."""
+    kept = {}
+    for seed in range(60):
+        size = (8, 11, 16, 32, 45, 130)[seed % 6]
+        kept[seed] = size, identity(images(seed, size))
+        if seed % 4 == 3:
+            del kept[seed - 1], kept[seed - 2]
+    for seed, (size, output) in kept.items():
+        np.testing.assert_array_equal(output, images(seed, size))
+
+
+def test_results_of_threads_do_not_meet():
+    wrong = []
+
+    def work(first: int) -> None:
+        for seed in range(first, first + 25):
+            inputs = images(seed, 16)
+            outputs = [identity(inputs), identity(-inputs)]
+            wrong.extend(seed for sign, y in zip((1, -1), outputs, strict=True) if (sign * y.numpy() != inputs).any())
+
+    threads = [threading.Thread(target=work, args=(100 * i,)) for i in range(4)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert not wrong
+
+
+@pytest.mark.parametrize("size", [16, 32, 64])
+def test_what_was_given_back_last_is_taken_first(size):
+    inputs = images(1, size)
+    held, last = identity(inputs), identity(inputs)
+    there = address(last)
+    assert there % 64 == 0
+    assert there != address(held)
+    del last
+    again = identity(inputs)
+    assert address(again) == there
+    np.testing.assert_array_equal(held, inputs)
+
+
+# 1 MiB each.
+RESULTS = """
+    import re
+    import tensorflow as tf
+    import fusedconvbn
+    zeros, ones, filters = tf.zeros(64), tf.ones(64), tf.random.normal([1, 1, 64, 64])
+    inputs = tf.random.normal([1, 64, 64, 64])
+    def call():
+        return fusedconvbn.fused_conv_bn(inputs, filters, ones, zeros, zeros, ones).output
+    def size(what, file):
+        return sum(map(int, re.findall(what + r":\\s*(\\d+) kB", open("/proc/self/" + file).read()))) >> 10
+    call()
+"""
+
+
+def test_little_is_kept_of_what_is_given_back():
+    """Of 200 MB, at most 32 idle; that a few blocks of 16 hold."""
+    grown, left = run_python(
+        RESULTS
+        + """
+    before = size("VmRSS", "status")
+    outputs = [call() for _ in range(200)]
+    grown = size("VmRSS", "status") - before
+    del outputs
+    print(grown, size("VmRSS", "status") - before)
+"""
+    ).split()
+    assert 190 <= int(grown) <= 260
+    assert int(left) <= 80
+
+
+@needs_large_pages
+def test_results_have_large_pages():
+    """Side by side: a large page of its own for each would be 80 MB."""
+    large = run_python(
+        RESULTS
+        + """
+    before = size("AnonHugePages", "smaps")
+    outputs = [call() for _ in range(40)]
+    print(size("AnonHugePages", "smaps") - before)
+"""
+    )
+    assert 24 <= int(large) <= 60
