@@ -60,13 +60,15 @@ def test_results_of_threads_do_not_meet():
 @pytest.mark.parametrize("size", [16, 32, 64])
 def test_what_was_given_back_last_is_taken_first(size):
     inputs = images(1, size)
-    held, last = identity(inputs), identity(inputs)
-    there = address(last)
+    held, first, last = identity(inputs), identity(inputs), identity(inputs)
+    before, there = address(first), address(last)
     assert there % 64 == 0
-    assert there != address(held)
+    assert len({address(held), before, there}) == 3
+    del first
     del last
     again = identity(inputs)
     assert address(again) == there
+    assert address(identity(inputs)) == before  # `again` holds the other one
     np.testing.assert_array_equal(held, inputs)
 
 

@@ -2,11 +2,10 @@
 //
 // A tile holds 16 window positions and needs 16 rows at equal distances. Where the positions read pixel after pixel of
 // the source (1x1 filters, stride 1) they are read in place. Elsewhere the lines that a strip of positions reads are
-// staged with their zero padding, one line of pixels after the other: position (i, j) of the strip then is row i *
-// pitch
-// + j, and each tap reads the same rows at an offset of its own. What is computed for the rows between two lines is
-// dropped; they are few, since the zeros behind a line are also those before the next. With strides, the lines and
-// columns of each phase are staged apart.
+// staged with their zero padding, one line of pixels after the other: position (i, j) of the strip then is row
+// i * pitch + j, and each tap reads the same rows at an offset of its own. What is computed for the rows between two
+// lines is dropped; they are few, since the zeros behind a line are also those before the next. With strides, the lines
+// and columns of each phase are staged apart.
 //
 // With few channels the taps of a filter line merge into one: a row then is the run of pixels that they read.
 #pragma once

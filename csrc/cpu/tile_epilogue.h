@@ -26,7 +26,7 @@ struct RowsAhead {
 
 template <class C>
 struct TileEpilogue {
-  // For each run of consecutive pixels, at most kBlockRows.
+  // For each run of consecutive pixels, at most kBlockRows; in thirds, a block's. These need no conversion.
   std::function<void(const Tile<C>&)> emit;
   // May be empty; for the rows of all the block's runs at once, up to twice as many.
   std::function<void(const Tile<C>&)> finish;

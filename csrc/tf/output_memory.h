@@ -80,13 +80,16 @@ class OutputMemory {
     return piece;
   }
 
-  // Keeps the piece, and drops those idle for longest beyond the limits.
+  // Keeps the piece, and drops those idle for longest beyond the limits: the system may take long to take memory back,
+  // and others wait for the lock.
   void give_back(Piece piece) {
+    std::vector<Piece> dropped;
     std::lock_guard<std::mutex> lock(mutex_);
     idle_bytes_ += piece.bytes;
     idle_.push_back(std::move(piece));
     while (idle_.size() > kMaxIdlePieces || idle_bytes_ > kMaxIdleBytes) {
       idle_bytes_ -= idle_.front().bytes;
+      dropped.push_back(std::move(idle_.front()));
       idle_.erase(idle_.begin());
     }
   }
