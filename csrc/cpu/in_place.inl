@@ -89,6 +89,8 @@ static constexpr InPlaceKernels<C> in_place_kernels() {
     k.emit_sums = emit_sums_in_place<T>;
     fill_gradients<0, C, T, C>(&k.reduce, &k.apply);
     k.round = round_block<T>;
+    k.depthwise = depthwise3<C, T>;
+    k.depthwise_outer = depthwise3_outer<C, T>;
   }
 #endif
   return k;
