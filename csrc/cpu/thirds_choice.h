@@ -68,7 +68,7 @@ inline int64_t thirds_block_rows(int64_t positions, int64_t depth, int64_t filte
   constexpr int64_t kManyDepths = 640, kFewFilters = 5 << 18, kManyFilters = 1 << 20, kFewWindows = 512 << 10;  // bytes
   constexpr int64_t kMaxRows = 256;
   const int64_t rows = std::max(kThirdsTile, whole_tiles(positions));
-  const bool few = rows <= std::min(kMaxRows, kFewWindows / (kThirdsBytes * depth));
+  const bool few = rows <= kMaxRows && kThirdsBytes * depth * rows <= kFewWindows;
   if (few && filter_bytes >= kManyFilters) return rows;
   return depth > kManyDepths && filter_bytes <= kFewFilters ? kThirdsTile : kBlockRows;
 }
