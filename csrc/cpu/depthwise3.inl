@@ -4,7 +4,7 @@
 // Budget of 32 registers: 9 filters or 9 sums, 9 of the window, or 12 to 15 of those of two lines, which share theirs;
 // 1 or 2 more. 16 are too few.
 //
-// T: of memory. 16-bit numbers are converted as they are loaded: by two lines 2 or 2.5 times each.
+// T: of memory. 16-bit numbers are converted as they are loaded; two lines at once convert those that they share once.
 constexpr bool kSlides = kTileRows >= 12;
 
 FCB_INLINE bool slides(const PanelLines& in) {
@@ -99,26 +99,38 @@ FCB_INLINE Vector<C> window_product(const WindowColumn<C, R>& a, const WindowCol
   return sum;
 }
 
+// The rows of L output lines' windows, which share them, from line l on.
+template <class T, int S, int L>
+struct WindowLines {
+  static constexpr int kRows = S * (L - 1) + 3;
+  const T* rows[kRows];
+};
+
+template <class T, int S, int L>
+FCB_INLINE WindowLines<T, S, L> window_lines(const PanelLines& in, int64_t l, int64_t channel) {
+  WindowLines<T, S, L> lines;
+#pragma GCC unroll 5
+  for (int r = 0; r < lines.kRows; ++r)
+    lines.rows[r] = r < 3 ? window_line<T>(in, l, r, channel) : window_line<T>(in, l + 1, r - S, channel);
+  return lines;
+}
+
 // A vector of channels of L output lines, whose windows share rows, from line l on.
 template <class C, class T, int S, int L, bool Stream>
 FCB_INLINE void depthwise3_line(const PanelLines& in, int64_t l, int64_t channel, const Vector<C> (&f)[9],
                                 const T** ahead, const PanelTarget<C>& out) {
-  constexpr int kRows = S * (L - 1) + 3;
-  const T* lines[kRows];
-#pragma GCC unroll 5
-  for (int r = 0; r < kRows; ++r)
-    lines[r] = r < 3 ? window_line<T>(in, l, r, channel) : window_line<T>(in, l + 1, r - S, channel);
   C* const to = out.data + l * out.ld_line + channel;
   const int64_t ahead_step = in.ahead ? L * kLanes<C> : 0;
-  slide<C, S>(in, lines, [&](int64_t j, const auto& a, const auto& b, const auto& c) {
-    fetch_step<T, S>(ahead, ahead_step);
+  slide<C, S>(in, window_lines<T, S, L>(in, l, channel).rows,
+              [&](int64_t j, const auto& a, const auto& b, const auto& c) {
+                fetch_step<T, S>(ahead, ahead_step);
 #pragma GCC unroll 2
-    for (int i = 0; i < L; ++i) {
-      const Vector<C> sum = window_product<C, kRows>(a, b, c, i * S, f);
-      C* const at = to + i * out.ld_line + j * out.ld_column;
-      Stream ? stream(at, sum) : store(at, sum);
-    }
-  });
+                for (int i = 0; i < L; ++i) {
+                  const Vector<C> sum = window_product<C>(a, b, c, i * S, f);
+                  C* const at = to + i * out.ld_line + j * out.ld_column;
+                  Stream ? stream(at, sum) : store(at, sum);
+                }
+              });
 }
 
 // Whether the windows of line l + 1 begin S rows below those of line l.
@@ -151,28 +163,39 @@ static void depthwise3(const PanelLines& in, const C* filters, const PanelTarget
   for (int64_t c = 0; c < in.cols; c += kLanes<C>) lines(in, c, filters, out);
 }
 
+// sums += windows * the rows at dz[l] + dz_offset, of a vector of channels of L output lines, as depthwise3_line.
+template <class C, class T, int S, int L>
+FCB_INLINE void depthwise3_outer_line(const PanelLines& in, int64_t l, int64_t channel, const C* const* dz,
+                                      int64_t dz_offset, int64_t dz_step, const T** ahead, Vector<C> (&sums)[9]) {
+  const int64_t ahead_step = in.ahead ? L * kLanes<C> : 0;
+  slide<C, S>(in, window_lines<T, S, L>(in, l, channel).rows,
+              [&](int64_t j, const auto& a, const auto& b, const auto& c) {
+                fetch_step<T, S>(ahead, ahead_step);
+#pragma GCC unroll 2
+                for (int i = 0; i < L; ++i) {
+                  const Vector<C> d = load(dz[l + i] + dz_offset + channel + j * dz_step);
+#pragma GCC unroll 3
+                  for (int t = 0; t < 3; ++t) {
+                    sums[3 * t] += a.of[i * S + t] * d;
+                    sums[3 * t + 1] += b.of[i * S + t] * d;
+                    sums[3 * t + 2] += c.of[i * S + t] * d;
+                  }
+                }
+              });
+}
+
 // sums[9][kDepthwisePanel] += window * dz, of a vector of channels.
 template <class C, class T, int S>
 static void depthwise3_outer_lines(const PanelLines& in, int64_t channel, const C* const* dz, int64_t dz_offset,
                                    int64_t dz_step, C* sums) {
   Vector<C> acc[9] = {};
   const T* ahead = first_ahead<C, T, S>(in, channel / kLanes<C>);
-  const int64_t ahead_step = in.ahead ? kLanes<C> : 0;
-  for (int64_t l = 0; l < in.lines; ++l) {
-    const C* g = dz[l] + dz_offset + channel;
-    const T* const lines[3] = {window_line<T>(in, l, 0, channel), window_line<T>(in, l, 1, channel),
-                               window_line<T>(in, l, 2, channel)};
-    slide<C, S>(in, lines, [&](int64_t j, const auto& a, const auto& b, const auto& c) {
-      fetch_step<T, S>(&ahead, ahead_step);
-      const Vector<C> d = load(g + j * dz_step);
-#pragma GCC unroll 3
-      for (int t = 0; t < 3; ++t) {
-        acc[3 * t] += a.of[t] * d;
-        acc[3 * t + 1] += b.of[t] * d;
-        acc[3 * t + 2] += c.of[t] * d;
-      }
-    });
-  }
+  int64_t l = 0;
+  while (l < in.lines)
+    if (kPairs<C, T> && shares_rows<S>(in, l))
+      depthwise3_outer_line<C, T, S, 2>(in, l, channel, dz, dz_offset, dz_step, &ahead, acc), l += 2;
+    else
+      depthwise3_outer_line<C, T, S, 1>(in, l, channel, dz, dz_offset, dz_step, &ahead, acc), ++l;
 #pragma GCC unroll 9
   for (int t = 0; t < 9; ++t) {
     C* to = sums + t * kDepthwisePanel + channel;
