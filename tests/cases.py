@@ -274,7 +274,7 @@ DEPTHWISE = {
 }  # fmt: skip
 SLIDING = {  # what windows that slide along lines in place can do, and just more than that
     **DEPTHWISE, "kernel": ((3, 3),), "dilations": ((1, 1),), "channels": tuple((c,) * 3 for c in (8, 16, 32, 48, 96)),
-    "target": tuple(itertools.product(("f32", "f64"), ("NHWC",), ISAS)),
+    "target": tuple(itertools.product(("f32", "f64", "f16", "bf16"), ("NHWC",), ISAS)),
     "padding": ("SAME", "VALID", ((1, 1), (1, 1)), ((2, 0), (1, 0)), ((0, 2), (2, 1))),
 }  # fmt: skip
 

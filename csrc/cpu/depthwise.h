@@ -25,7 +25,8 @@ class DepthwiseConvolution {
         stager_(kernels, source, panels_),
         source_(source),
         source_height_(source.grid().height),
-        in_place_(slides_in_place(kernels, source, windows, channels.cols)) {
+        in_place_(slides_in_place(kernels, source, windows, channels.cols)),
+        depthwise_(in_place_ && !source.direct() ? source.in_place_kernels().depthwise : kernels.depthwise) {
     for (const Tap& tap : windows.taps) {
       high_ = {std::min(high_.begin, tap.height), std::max(high_.end, tap.height + 1)};
       wide_ = {std::min(wide_.begin, tap.width), std::max(wide_.end, tap.width + 1)};
@@ -35,8 +36,8 @@ class DepthwiseConvolution {
   struct Scratch {
     struct Worker {
       LineRing<C> ring;
-      const C** sources;  // [lines][taps]
-      C *tile, *stage;    // [kBlockRows][kDepthwisePanel]
+      const void** sources;  // [lines][taps]
+      C *tile, *stage;       // [kBlockRows][kDepthwisePanel]
     };
     C* filters;  // [panels][taps][kDepthwisePanel]
     C* zeros;    // a line, if lines are read in place
@@ -54,7 +55,7 @@ class DepthwiseConvolution {
     for (int w = 0; w < workers; ++w) {
       LineRing<C> ring{};
       if (!in_place_) ring = LineRing<C>::carve(arena, ring_share(), ring_lines(), source_columns());
-      s.workers.push_back({ring, arena->take<const C*>(group_lines() * taps()),
+      s.workers.push_back({ring, arena->take<const void*>(group_lines() * taps()),
                            arena->take<C>(kBlockRows * kDepthwisePanel),
                            arena->take<C>(stager_.scratch_elements(source_columns()))});
     }
@@ -128,7 +129,7 @@ class DepthwiseConvolution {
       point(image, outputs, s, w);
       const int64_t pixel = (image / strips() * windows_.height + outputs.begin) * windows_.width + strip.begin;
       const int64_t pixels = outputs.size() * strip.size();
-      PanelLines<C> in = windows_of(outputs, strip, w);
+      PanelLines in = windows_of(outputs, strip, w);
       for (int64_t panel = panels.begin; panel < panels.end; ++panel) {
         const Tile<C> tile{w.tile,
                            kDepthwisePanel,
@@ -140,8 +141,8 @@ class DepthwiseConvolution {
                            worker};
         in.offset = in_place_ ? tile.channel : (panel - panels.begin) * kDepthwisePanel, in.cols = tile.cols;
         if (in_place_ && panels.size() == panels_.count()) in.ahead = next_lines(image, needed.end, tile);
-        kernels_.depthwise(in, s.filters + panel * panel_elements(),
-                           {w.tile, strip.size() * kDepthwisePanel, kDepthwisePanel, false});
+        depthwise_(in, s.filters + panel * panel_elements(),
+                   {w.tile, strip.size() * kDepthwisePanel, kDepthwisePanel, false});
         finish_tile(tile, epilogue);
       }
     }
@@ -156,20 +157,20 @@ class DepthwiseConvolution {
   }
 
   // But for what depends on the panel.
-  PanelLines<C> windows_of(const Span& outputs, const Span& strip, const typename Scratch::Worker& w) const {
+  PanelLines windows_of(const Span& outputs, const Span& strip, const typename Scratch::Worker& w) const {
     const int64_t ld = in_place_ ? source_.ld() : w.ring.ld(), step = windows_.step_width;
-    PanelLines<C> in{w.sources, outputs.size(), strip.size(), taps(), row_taps(), tap_step() * ld, step * ld, 0, 0};
+    PanelLines in{w.sources, outputs.size(), strip.size(), taps(), row_taps(), tap_step() * ld, step * ld, 0, 0};
     in.left = in_place_ && strip.begin * step + wide_.begin < 0;
     in.right = in_place_ && (strip.end - 1) * step + wide_.end > source_.grid().width;
     return in;
   }
 
   // A panel's share of what follows line `end` in memory: the next lines, or the next image.
-  const C* next_lines(int64_t image, int64_t end, const Tile<C>& tile) const {
+  const void* next_lines(int64_t image, int64_t end, const Tile<C>& tile) const {
     const int64_t line = image / strips() * source_height_ + std::min(end, source_height_);
     const int64_t step = windows_.step_width,
                   first = line * source_.grid().width + columns(image % strips()).begin * step;
-    return source_.read(first, 1, 0, 1, nullptr).data + tile.rows * step * step * tile.channel;
+    return source_.address(first, 0) + tile.rows * step * step * tile.channel * source_.element_bytes();
   }
 
   void stage(int64_t image, const Span& source_lines, const Span& panels, const typename Scratch::Worker& w) const {
@@ -181,7 +182,7 @@ class DepthwiseConvolution {
   void point(int64_t image, const Span& outputs, const Scratch& s, const typename Scratch::Worker& w) const {
     const LinesInPlace<C> lines{source_, s.zeros};
     const int64_t first = columns(image % strips()).begin * windows_.step_width;
-    const C** source = w.sources;
+    const void** source = w.sources;
     for (int64_t line = outputs.begin; line < outputs.end; ++line)
       for (const Tap& tap : windows_.taps) {
         const int64_t h = line * windows_.step_height + tap.height;
@@ -202,6 +203,7 @@ class DepthwiseConvolution {
   Image<C> source_;
   int64_t source_height_;
   bool in_place_;
+  decltype(ComputeKernels<C>::depthwise) depthwise_;
   Span high_{1 << 30, -(1 << 30)}, wide_{1 << 30, -(1 << 30)};  // of the taps: lines, columns
 };
 

@@ -15,13 +15,13 @@ FCB_INLINE void put(const PanelTarget<C>& out, C* to, Vector<C> v) {
 
 // R columns, V vectors of channels.
 template <class C, int R, int V>
-FCB_INLINE void depthwise_columns(const PanelLines<C>& in, const C* const* sources, int64_t at, const C* filters,
+FCB_INLINE void depthwise_columns(const PanelLines& in, const void* const* sources, int64_t at, const C* filters,
                                   const PanelTarget<C>& out, C* to) {
   Vector<C> acc[R][V] = {};
   for (int64_t t = 0; t < in.taps; ++t, filters += kDepthwisePanel) {
     Vector<C> f[V];
     for (int v = 0; v < V; ++v) f[v] = load(filters + v * kLanes<C>);
-    const C* a = sources[t] + at;
+    const C* a = static_cast<const C*>(sources[t]) + at;
 #pragma GCC unroll 8
     for (int r = 0; r < R; ++r)
 #pragma GCC unroll 2
@@ -35,7 +35,7 @@ FCB_INLINE void depthwise_columns(const PanelLines<C>& in, const C* const* sourc
 
 // The last columns of a line: `left` of them, fewer than kDepthwiseColumns.
 template <class C, int R, int V>
-FCB_INLINE void depthwise_last_columns(const PanelLines<C>& in, const C* const* sources, int64_t at, int64_t left,
+FCB_INLINE void depthwise_last_columns(const PanelLines& in, const void* const* sources, int64_t at, int64_t left,
                                        const C* filters, const PanelTarget<C>& out, C* to) {
   if constexpr (R > 0) {
     if (left == R) return depthwise_columns<C, R, V>(in, sources, at, filters, out, to);
@@ -45,10 +45,10 @@ FCB_INLINE void depthwise_last_columns(const PanelLines<C>& in, const C* const* 
 
 // V vectors of channels from channel c on.
 template <class C, int V>
-static void depthwise_lines(PanelLines<C> in, int64_t c, const C* filters, PanelTarget<C> out) {
+static void depthwise_lines(PanelLines in, int64_t c, const C* filters, PanelTarget<C> out) {
   constexpr int R = kDepthwiseColumns;
   for (int64_t l = 0; l < in.lines; ++l) {
-    const C* const* sources = in.sources + l * in.taps;
+    const void* const* sources = in.sources + l * in.taps;
     C* to = out.data + l * out.ld_line + c;
     int64_t at = in.offset + c, done = 0;
     for (; done + R <= in.columns; done += R, at += R * in.step, to += R * out.ld_column)
@@ -58,9 +58,9 @@ static void depthwise_lines(PanelLines<C> in, int64_t c, const C* filters, Panel
 }
 
 template <class C>
-static void depthwise(const PanelLines<C>& in, const C* filters, const PanelTarget<C>& out) {
+static void depthwise(const PanelLines& in, const C* filters, const PanelTarget<C>& out) {
   if (slides(in)) {
-    depthwise3(in, filters, out);
+    depthwise3<C, C>(in, filters, out);
   } else {
     int64_t c = 0;
     for (; c + kLanes<C> < in.cols; c += 2 * kLanes<C>) depthwise_lines<C, 2>(in, c, filters, out);
@@ -70,13 +70,13 @@ static void depthwise(const PanelLines<C>& in, const C* filters, const PanelTarg
 
 // sums[T][panel] += for taps [first, first + T) and a few vectors of channels.
 template <class C, int T, int V>
-FCB_INLINE void depthwise_outer_taps(const PanelLines<C>& in, int64_t first, const C* const* dz, int64_t dz_offset,
+FCB_INLINE void depthwise_outer_taps(const PanelLines& in, int64_t first, const C* const* dz, int64_t dz_offset,
                                      int64_t dz_step, C* sums) {
   Vector<C> acc[T][V] = {};
   for (int64_t l = 0; l < in.lines; ++l) {
     const C* x[T];
 #pragma GCC unroll 9
-    for (int t = 0; t < T; ++t) x[t] = in.sources[l * in.taps + first + t] + in.offset;
+    for (int t = 0; t < T; ++t) x[t] = static_cast<const C*>(in.sources[l * in.taps + first + t]) + in.offset;
     const C* g = dz[l] + dz_offset;
     for (int64_t c = 0; c < in.columns; ++c, g += dz_step)
 #pragma GCC unroll 2
@@ -95,7 +95,7 @@ FCB_INLINE void depthwise_outer_taps(const PanelLines<C>& in, int64_t first, con
 }
 
 template <class C, int T, int V>
-FCB_INLINE void depthwise_outer_last(const PanelLines<C>& in, int64_t first, const C* const* dz, int64_t dz_offset,
+FCB_INLINE void depthwise_outer_last(const PanelLines& in, int64_t first, const C* const* dz, int64_t dz_offset,
                                      int64_t dz_step, C* sums) {
   if constexpr (T > 0) {
     if (in.taps - first == T) return depthwise_outer_taps<C, T, V>(in, first, dz, dz_offset, dz_step, sums);
@@ -104,7 +104,7 @@ FCB_INLINE void depthwise_outer_last(const PanelLines<C>& in, int64_t first, con
 }
 
 template <class C, int V>
-static void depthwise_outer_vectors(const PanelLines<C>& in, const C* const* dz, int64_t dz_offset, int64_t dz_step,
+static void depthwise_outer_vectors(const PanelLines& in, const C* const* dz, int64_t dz_offset, int64_t dz_step,
                                     C* sums) {
   constexpr int T = kDepthwiseTaps;
   int64_t t = 0;
@@ -114,10 +114,10 @@ static void depthwise_outer_vectors(const PanelLines<C>& in, const C* const* dz,
 }
 
 template <class C>
-static void depthwise_outer(const PanelLines<C>& in, const C* const* dz, int64_t dz_offset, int64_t dz_step, C* sums) {
-  if (slides(in)) return depthwise3_outer(in, dz, dz_offset, dz_step, sums);
+static void depthwise_outer(const PanelLines& in, const C* const* dz, int64_t dz_offset, int64_t dz_step, C* sums) {
+  if (slides(in)) return depthwise3_outer<C, C>(in, dz, dz_offset, dz_step, sums);
   constexpr int V = kDepthwiseVectors;
-  PanelLines<C> part = in;
+  PanelLines part = in;
   for (int64_t c = 0; c < in.cols; c += V * kLanes<C>) {
     part.offset = in.offset + c;
     const auto vectors = in.cols - c <= kLanes<C> ? depthwise_outer_vectors<C, 1> : depthwise_outer_vectors<C, V>;

@@ -38,6 +38,8 @@ class DepthwiseBackward {
         d_inputs_(buffers.d_inputs, storage_, input_grid(p)),
         stager_(k_, inputs_, panels_),
         in_place_(slides_in_place(k_, inputs_, forward_windows(p), p.group_out())),
+        depthwise_(in_place_ && !inputs_.direct() ? inputs_.in_place_kernels().depthwise : k_.depthwise),
+        outer_(in_place_ && !inputs_.direct() ? inputs_.in_place_kernels().depthwise_outer : k_.depthwise_outer),
         convolution_(k_, storage_, inputs_, forward_windows(p), {p.groups, 1, p.group_out()}),
         blocks_(set, p, buffers, saved_image<C>(set, p, p.saved, has_conv_out(p) ? conv_out : nullptr),
                 has_conv_out(p) ? GradientBlocks<C>::blocks(p) : convolution_.blocks(), device.threads, arena,
@@ -65,13 +67,14 @@ class DepthwiseBackward {
 
  private:
   struct PhaseLines {
-    PanelLines<C> lines;
+    PanelLines lines;
     int64_t first_tap, line, column;  // line, column: the first, of the step's inputs
   };
 
   struct Worker {
-    LineRing<C> inputs, gradients;                   // of the inputs unless they are read in place
-    const C **windows, **gradient_lines, **sources;  // [lines][taps], [lines], [lines][taps]
+    LineRing<C> inputs, gradients;    // of the inputs unless they are read in place
+    const void **windows, **sources;  // [lines][taps]
+    const C** gradient_lines;         // [lines]
     PhaseLines* phases;
     C *z, *tile, *stage;
   };
@@ -93,9 +96,9 @@ class DepthwiseBackward {
     if (!in_place_)
       w.inputs = LineRing<C>::carve(arena, share(), regions_.input_ring_lines(), regions_.input_ring_pixels());
     w.gradients = LineRing<C>::carve(arena, share(), regions_.gradient_ring_lines(), regions_.gradient_ring_pixels());
-    w.windows = arena->take<const C*>(group * p_.taps());
+    w.windows = arena->take<const void*>(group * p_.taps());
     w.gradient_lines = arena->take<const C*>(group);
-    w.sources = arena->take<const C*>(inputs * p_.taps());
+    w.sources = arena->take<const void*>(inputs * p_.taps());
     w.phases = arena->take<PhaseLines>(static_cast<int64_t>(phases_.size()));
     w.z = arena->take<C>(has_conv_out(p_) ? 0 : regions_.gradient_ring_pixels() * kDepthwisePanel);
     w.tile = arena->take<C>(inputs * owned_columns * kDepthwisePanel);
@@ -174,7 +177,7 @@ class DepthwiseBackward {
       stager_.stage(r.image, h, r.columns_read, panels, w.stage, w.inputs);
     done->staged = std::max(done->staged, end);
     const LinesInPlace<C> lines{inputs_, zeros_};
-    const C** window = w.windows;
+    const void** window = w.windows;
     for (int64_t i = step.gradients.begin; i < step.gradients.end; ++i)
       for (int64_t t = 0; t < p_.taps(); ++t) {
         const int64_t h = i * lines_.stride - lines_.pad + t / p_.filter_width * lines_.dilation;
@@ -189,19 +192,19 @@ class DepthwiseBackward {
   }
 
   // Of columns `outputs`, for a panel that is at `slot` of a ring.
-  PanelLines<C> windows(const Region& r, const Worker& w, int64_t lines, const Span& outputs, int64_t panel,
-                        int64_t slot) const {
+  PanelLines windows(const Region& r, const Worker& w, int64_t lines, const Span& outputs, int64_t panel,
+                     int64_t slot) const {
     const int64_t ld = in_place_ ? inputs_.ld() : w.inputs.ld(), step = columns_.stride * ld;
     const int64_t channel = in_place_ ? panels_.channel(panel) : slot * kDepthwisePanel;
-    PanelLines<C> in{w.windows,
-                     lines,
-                     outputs.size(),
-                     p_.taps(),
-                     p_.filter_width,
-                     columns_.dilation * ld,
-                     step,
-                     channel + (outputs.begin - r.columns.inside.begin) * step,
-                     panels_.cols(panel)};
+    PanelLines in{w.windows,
+                  lines,
+                  outputs.size(),
+                  p_.taps(),
+                  p_.filter_width,
+                  columns_.dilation * ld,
+                  step,
+                  channel + (outputs.begin - r.columns.inside.begin) * step,
+                  panels_.cols(panel)};
     in.left = in_place_ && outputs.begin * columns_.stride < columns_.pad;
     in.right = in_place_ && (outputs.end - 1) * columns_.stride - columns_.pad + columns_.taps > p_.in_width;
     return in;
@@ -225,9 +228,9 @@ class DepthwiseBackward {
 
   // A line of z, for a panel.
   void recompute(const Region& r, int64_t line, int64_t panel, int64_t slot, const Worker& w) const {
-    PanelLines<C> in = windows(r, w, 1, r.columns.inside, panel, slot);
+    PanelLines in = windows(r, w, 1, r.columns.inside, panel, slot);
     in.sources += line * p_.taps();
-    k_.depthwise(in, convolution_scratch_.filters + panel * panel_elements(), {w.z, 0, kDepthwisePanel, false});
+    depthwise_(in, convolution_scratch_.filters + panel * panel_elements(), {w.z, 0, kDepthwisePanel, false});
   }
 
   // Of some panels. z: recomputed, where it is not in memory.
@@ -251,21 +254,20 @@ class DepthwiseBackward {
                     C* sums) const {
     const Span& owned = r.columns.outputs;
     const int64_t ld = w.gradients.ld(), slot = panel - panels.begin;
-    PanelLines<C> in = windows(r, w, step.gradients.size(), owned, panel, slot);
+    PanelLines in = windows(r, w, step.gradients.size(), owned, panel, slot);
     if (in_place_ && panels.size() == panels_.count()) {
       const int64_t end = step.gradients.end * lines_.stride - lines_.pad + lines_.reach();
       const int64_t line = r.image * p_.in_height + std::clamp<int64_t>(end, 0, p_.in_height);
       const int64_t first = line * p_.in_width + owned.begin * columns_.stride;
-      in.ahead = inputs_.read(first, 1, 0, 1, nullptr).data +
-                 in.lines * in.columns * columns_.stride * columns_.stride * panels_.channel(panel);
+      const int64_t behind = in.lines * in.columns * columns_.stride * columns_.stride * panels_.channel(panel);
+      in.ahead = inputs_.address(first, 0) + behind * inputs_.element_bytes();
     }
-    k_.depthwise_outer(in, w.gradient_lines, slot * kDepthwisePanel + (owned.begin - r.columns.gradients.begin) * ld,
-                       ld, sums);
+    outer_(in, w.gradient_lines, slot * kDepthwisePanel + (owned.begin - r.columns.gradients.begin) * ld, ld, sums);
   }
 
   // For each phase the lines of step.inputs, and where they read the gradient of z.
   void point_phases(const Region& r, const Step& step, const Worker& w) const {
-    const C** source = w.sources;
+    const void** source = w.sources;
     PhaseLines* to = w.phases;
     for (const Phase& phase : phases_) {
       const auto first_of = [](const Span& span, int64_t phase, const Axis& axis) {
@@ -286,8 +288,8 @@ class DepthwiseBackward {
     }
   }
 
-  const C** point_line(const Region& r, const Phase& phase, int64_t h, int64_t w0, const LineRing<C>& ring,
-                       const C** source) const {
+  const void** point_line(const Region& r, const Phase& phase, int64_t h, int64_t w0, const LineRing<C>& ring,
+                          const void** source) const {
     for (int64_t row : phase.rows) {
       const int64_t i = floor_div(h + lines_.pad - row * lines_.dilation, lines_.stride);
       const C* line = i >= 0 && i < p_.out_height ? ring.line(i) : ring.zeros();
@@ -303,11 +305,11 @@ class DepthwiseBackward {
   // a tile.
   void write_inputs(const Region& r, const Step& step, const Span& panels, int64_t panel, const Worker& w) const {
     const Span& columns = r.columns.inputs;
-    const C* ahead = nullptr;  // the next step's dy
+    const char* ahead = nullptr;  // the next step's dy
     if (in_place_ && panels.size() == panels_.count())
-      ahead =
-          static_cast<const C*>(b_.output_gradient) +
-          ((r.image * p_.out_height + step.gradients.end) * p_.out_width + r.columns.inside.begin) * p_.out_channels;
+      ahead = static_cast<const char*>(b_.output_gradient) +
+              ((r.image * p_.out_height + step.gradients.end) * p_.out_width + r.columns.inside.begin) *
+                  p_.out_channels * storage_.element_bytes;
     const int64_t m = panels_.multiplier, cols = panels_.cols(panel) / m, channel = panels_.channel(panel) / m;
     const int64_t first = (r.image * p_.in_height + step.inputs.begin) * p_.in_width + columns.begin;
     if (m == 1 && d_inputs_.direct() && cols % (k_.panel / 2) == 0) {
@@ -323,12 +325,12 @@ class DepthwiseBackward {
   }
 
   // Phase by phase, into lines and columns of stride 1.
-  void write_inputs(int64_t panel, int64_t slot, const Worker& w, const C* ahead, const PanelTarget<C>& to) const {
+  void write_inputs(int64_t panel, int64_t slot, const Worker& w, const char* ahead, const PanelTarget<C>& to) const {
     for (size_t i = 0; i < phases_.size(); ++i) {
       const PhaseLines& phase = w.phases[i];
-      PanelLines<C> in = phase.lines;
+      PanelLines in = phase.lines;
       in.offset = slot * kDepthwisePanel, in.cols = panels_.cols(panel);
-      if (ahead) in.ahead = ahead + in.lines * in.columns * panels_.channel(panel);
+      if (ahead) in.ahead = ahead + in.lines * in.columns * panels_.channel(panel) * storage_.element_bytes;
       k_.depthwise(in, transposed_ + panel * panel_elements() + phase.first_tap * kDepthwisePanel,
                    {to.data + phase.line * to.ld_line + phase.column * to.ld_column, lines_.stride * to.ld_line,
                     columns_.stride * to.ld_column, to.stream});
@@ -354,6 +356,9 @@ class DepthwiseBackward {
   Image<C> inputs_, d_inputs_;
   PanelStager<C> stager_;
   bool in_place_;
+  // Of the inputs.
+  decltype(ComputeKernels<C>::depthwise) depthwise_;
+  decltype(ComputeKernels<C>::depthwise_outer) outer_;
   DepthwiseConvolution<C> convolution_;
   GradientBlocks<C> blocks_;
   std::vector<Phase> phases_;

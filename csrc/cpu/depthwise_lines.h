@@ -56,13 +56,13 @@ struct LineRing {
 template <class C>
 struct LinesInPlace {
   Image<C> source;
-  const C* zeros;  // of all channels of a line's pixels and 2 more
+  const C* zeros;  // of all channels of a line's pixels and 2 more; in any type
 
   // `column` may be one beyond the image.
-  const C* at(int64_t image, int64_t h, int64_t column) const {
+  const void* at(int64_t image, int64_t h, int64_t column) const {
     const Grid& grid = source.grid();
     if (h < 0 || h >= grid.height) return zeros;
-    return source.read((image * grid.height + h) * grid.width, 1, 0, 1, nullptr).data + column * source.ld();
+    return source.address((image * grid.height + h) * grid.width + column, 0);
   }
   static int64_t zero_elements(const Grid& grid) { return (grid.width + 2) * grid.pixel_stride; }
 };
@@ -72,7 +72,8 @@ template <class C>
 bool slides_in_place(const ComputeKernels<C>& kernels, const Image<C>& source, const Windows& windows,
                      int64_t multiplier) {
   const auto& taps = windows.taps;
-  if (!kernels.slides || !source.direct() || multiplier > 1 || source.ld() % kernels.lanes != 0 || taps.size() != 9)
+  if (!kernels.slides || !(source.direct() || source.in_place()) || multiplier > 1 ||
+      source.ld() % kernels.lanes != 0 || taps.size() != 9)
     return false;
   for (int64_t t = 0; t < 9; ++t)
     if (taps[t].width != taps[0].width + t % 3 || taps[t].height != taps[t / 3 * 3].height) return false;

@@ -97,15 +97,15 @@ struct ColumnSegments {
 constexpr int64_t kDepthwisePanel = 32;  // channels of a row in depthwise kernels, whatever the vectors
 
 // Lines of a depthwise convolution. Tap t of column c of line l reads `cols` channels at sources[l * taps + t] + offset
-// + c * step, in whole vectors. Taps come in lines of `row_taps`, of which each lies tap_step behind the last.
-template <class C>
+// + c * step, in whole vectors. Taps come in lines of `row_taps`, of which each lies tap_step behind the last. The
+// kernel says what type they point to; offsets and steps are elements of it.
 struct PanelLines {
-  const C* const* sources;
+  const void* const* sources;
   int64_t lines, columns, taps, row_taps, tap_step, step, offset, cols;
   // Where ComputeKernels::slides says so. Whether the first column of the first window, and the last one of the last,
   // are beyond the image: zeros, not to be read.
   bool left = false, right = false;
-  const C* ahead = nullptr;  // memory to be fetched meanwhile: as many elements as the windows step over
+  const void* ahead = nullptr;  // memory to be fetched meanwhile: as many elements as the windows step over
 };
 
 // Where the result of line l and column c goes: at data + l * ld_line + c * ld_column, in whole vectors.
@@ -173,9 +173,9 @@ struct ComputeKernels {
   bool slides;  // 3x3 windows of neighbours, at strides 1 and 2, along lines of any length: depthwise3.inl
   // Depthwise, on up to kDepthwisePanel channels, element by element. out = sum over taps of rows *
   // filters[taps][kDepthwisePanel]; what it streams is ordered by end_streaming().
-  void (*depthwise)(const PanelLines<C>& in, const C* filters, const PanelTarget<C>& out);
+  void (*depthwise)(const PanelLines& in, const C* filters, const PanelTarget<C>& out);
   // sums[taps][kDepthwisePanel] += sum over lines and columns of rows * the row at dz[l] + dz_offset + c * dz_step.
-  void (*depthwise_outer)(const PanelLines<C>& in, const C* const* dz, int64_t dz_offset, int64_t dz_step, C* sums);
+  void (*depthwise_outer)(const PanelLines& in, const C* const* dz, int64_t dz_offset, int64_t dz_step, C* sums);
   // to[rows][ld_to] = the `cols` channels at from + r * ld, then zeros up to `width`.
   void (*depthwise_copy)(const C* from, int64_t ld, int64_t rows, int64_t cols, C* to, int64_t ld_to, int64_t width);
   // to[rows][ld_to] = each of the `cols` channels of from[rows][kDepthwisePanel] `multiplier` times, then zeros up to
@@ -229,6 +229,9 @@ struct InPlaceKernels {
   void (*apply[kActivationCount][3])(const GradientBlock<C>&);  // d_conv is of C
   // Stores a block and leaves in it what was stored.
   void (*round)(C* block, int64_t ld, int64_t rows, int64_t cols, void* memory, int64_t ld_memory, bool stream);
+  // As those of ComputeKernels, where `slides` says so; only what the windows read is of the 16-bit type.
+  void (*depthwise)(const PanelLines& in, const C* filters, const PanelTarget<C>& out);
+  void (*depthwise_outer)(const PanelLines& in, const C* const* dz, int64_t dz_offset, int64_t dz_step, C* sums);
 };
 
 // Between memory of a data type and blocks of its compute type. Element (pixel, channel) of the memory is at
