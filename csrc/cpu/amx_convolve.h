@@ -135,7 +135,8 @@ class AmxConvolution {
   int64_t filter_half() const { return taps_inner_ ? panel_elements() / 2 : piece(); }
 
   void set_steps() {
-    const int64_t taps = reader_.taps(), chunks = reader_.depth().chunks;
+    const int64_t chunks = reader_.depth().chunks;
+    const int64_t taps = static_cast<int64_t>(reader_.tap_offset().size());  // none where there are no positions
     for (int64_t i = 0; i < taps * chunks; ++i) {
       const int64_t tap = taps_inner_ ? i % taps : i / chunks, chunk = taps_inner_ ? i / taps : i % chunks;
       step_offset_.push_back(reader_.tap_offset()[tap] + chunk * reader_.depth().chunk);
