@@ -111,11 +111,12 @@ bool few_source_channels(const ConvBnParams& p) {
 }
 
 // The same, and enough outputs: a vector of them is all that the direct algorithm needs for its tiles. With a panel of
-// them its tiles are as fast, unless windows are large.
+// them its tiles are faster in training and beside a residual, unless windows are large.
 bool suits_forward_few_channels(const ConvBnParams& p) {
   constexpr int64_t kMinOutputs = 17, kPanel = 64, kLargeWindow = 64;  // elements
-  return few_source_channels(p) && p.out_channels >= kMinOutputs &&
-         (p.out_channels < kPanel || p.taps() * p.in_channels >= kLargeWindow);
+  const bool direct_is_faster =
+      (p.training || p.has_residual) && p.out_channels >= kPanel && p.taps() * p.in_channels < kLargeWindow;
+  return few_source_channels(p) && p.out_channels >= kMinOutputs && !direct_is_faster;
 }
 
 bool backward_few_channels_applies(const ConvBnParams& p) { return one_group(p) && has_conv_out(p) && p.pixels() > 0; }
