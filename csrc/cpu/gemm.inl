@@ -24,7 +24,7 @@ FCB_INLINE void accumulate(const C* const (&a)[R], int64_t begin, const C* b, in
     for (int r = 0; r < R; ++r) {
       const Vector<C> x = broadcast(a[r][begin + k]);
 #pragma GCC unroll 4
-      for (int n = 0; n < N; ++n) acc[r][n] += x * v[n];
+      for (int n = 0; n < N; ++n) add_product(&acc[r][n], x, v[n]);
     }
   }
 }
@@ -327,8 +327,8 @@ FCB_INLINE void accumulate_outer(const C* a, const C* b, int64_t depth, Vector<C
 #pragma GCC unroll 16
     for (int r = 0; r < R; ++r) {
       const Vector<C> x = broadcast(a[r]);
-      acc[r][0] += x * b0;
-      acc[r][1] += x * b1;
+      add_product(&acc[r][0], x, b0);
+      add_product(&acc[r][1], x, b1);
     }
   }
 }

@@ -125,6 +125,9 @@ static constexpr WinogradKernels<C> winograd_kernels() {
   return k;
 }
 
+// Of Xeons since Sapphire Rapids; of EPYC before Zen 4, and less than those Core processors have that lack AVX-512.
+constexpr Caches kCaches = FCB_VECTOR_BYTES == 64 ? Caches{48 << 10, 2 << 20} : Caches{32 << 10, 512 << 10};
+
 template <class C>
 static constexpr ComputeKernels<C> compute_kernels() {
   ComputeKernels<C> k{};
@@ -132,6 +135,7 @@ static constexpr ComputeKernels<C> compute_kernels() {
   k.outer_rows = kTileRows;
   k.lanes = kLanes<C>;
   k.gemm_columns = kMaxVectors * kLanes<C>;
+  k.caches = kCaches;
   k.gemm = gemm<C>;
   k.end_streaming = end_streaming;
   k.slides = kSlides;

@@ -86,6 +86,20 @@ FCB_INLINE Vector<C> broadcast(C x) {
   return x - Vector<C>{};
 }
 
+// acc += x * y. Of AVX2's 16 registers a tile needs nearly all: left to itself, gcc 12 moves its sums around among them
+// and spills some.
+template <class V>
+FCB_INLINE void add_product(V* acc, V x, V y) {
+#if defined(__AVX2__) && !defined(__AVX512F__)
+  if constexpr (sizeof((*acc)[0]) == 4)
+    asm("vfmadd231ps %2, %1, %0" : "+x"(*acc) : "x"(x), "x"(y));
+  else
+    asm("vfmadd231pd %2, %1, %0" : "+x"(*acc) : "x"(x), "x"(y));
+#else
+  *acc += x * y;
+#endif
+}
+
 // a > b ? a : b and a < b ? a : b, in an instruction if there is one: b where either is NaN.
 template <class V>
 FCB_INLINE V larger(V a, V b) {
