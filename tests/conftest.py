@@ -22,10 +22,11 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
 
 
 def _isa(item: pytest.Item) -> str | None:
-    """What the parameter `isa` says, or an attribute of that name that a parameter has: a case's, a kernel's."""
+    """What the mark `isa` says, or the parameter of that name, or a parameter's attribute: a case's, a kernel's."""
+    marks = [name for mark in item.iter_markers("isa") for name in mark.args]
     parameters = item.callspec.params if hasattr(item, "callspec") else {}
-    isas = [parameters.get("isa"), *(getattr(value, "isa", None) for value in parameters.values())]
-    return next((isa for isa in isas if isa), None)
+    attributes = [getattr(value, "isa", None) for value in parameters.values()]
+    return next((isa for isa in (*marks, parameters.get("isa"), *attributes) if isa), None)
 
 
 def _available() -> set[str]:

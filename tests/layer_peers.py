@@ -39,15 +39,19 @@ def stock_chain(
     dtype: str | None = None,
     **arguments: Any,
 ) -> Any:
-    """Conv2D (after a ZeroPadding2D for explicit padding), BatchNormalization, Add and Activation."""
+    """Conv2D (after a ZeroPadding2D for explicit padding), BatchNormalization, Add and Activation.
+
+    The convolution is channels_last, between permutations where the chain is not: on CPUs where TensorFlow does without
+    oneDNN it has no other one.
+    """
     convolution = {name: arguments.pop(name) for name in _CONVOLUTION & arguments.keys()}
-    layout = convolution.get("data_format", "channels_last")
+    first = convolution.pop("data_format", "channels_last") == "channels_first"
+    z = keras.layers.Permute((2, 3, 1), dtype=dtype)(inputs) if first else inputs
     if isinstance(convolution.get("padding"), tuple):
-        pads = convolution.pop("padding")
-        inputs = keras.layers.ZeroPadding2D(pads, data_format=layout, dtype=dtype)(inputs)
-    z = keras.layers.Conv2D(filters, kernel_size, dtype=dtype, **{"use_bias": False, **convolution})(inputs)
-    axis = -1 if layout == "channels_last" else 1
-    u = keras.layers.BatchNormalization(axis=axis, dtype=dtype, **arguments)(z)
+        z = keras.layers.ZeroPadding2D(convolution.pop("padding"), dtype=dtype)(z)
+    z = keras.layers.Conv2D(filters, kernel_size, dtype=dtype, **{"use_bias": False, **convolution})(z)
+    z = keras.layers.Permute((3, 1, 2), dtype=dtype)(z) if first else z
+    u = keras.layers.BatchNormalization(axis=1 if first else -1, dtype=dtype, **arguments)(z)
     if residual is not None:
         u = keras.layers.Add(dtype=dtype)([u, residual])
     return keras.layers.Activation(activation, dtype=dtype)(u)

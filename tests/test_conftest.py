@@ -17,6 +17,10 @@ def test_by_name(isa):
 def test_by_attribute(case):
     assert case.isa != "avx2"
 
+@pytest.mark.isa("avx512")
+def test_by_mark():
+    assert False
+
 def test_others():
     pass
 """
@@ -30,5 +34,5 @@ def test_one_test_of_a_file_is_skipped(tmp_path):
     environment = {**os.environ, "FUSEDCONVBN_ISA": "generic"}
     printed = subprocess.run(command, env=environment, capture_output=True, text=True, check=True).stdout
     for name in ("one", "two"):
-        assert f"this machine has no avx2, avx512: 3 tests of test_{name}.py" in printed
-    assert "8 passed, 2 skipped, 4 deselected" in printed
+        assert f"this machine has no avx2, avx512: 4 tests of test_{name}.py" in printed
+    assert "8 passed, 2 skipped, 6 deselected" in printed

@@ -33,9 +33,8 @@ def compared(planned):
 @pytest.mark.parametrize("outputs", [16, 64, 320])
 def test_takes_what_it_estimates_to_be_the_fastest(inputs, outputs):
     for direction in ("forward", "backward"):
-        planned = raw.plan(
-            inputs, (3, 3, inputs[3], outputs), padding="SAME", training=True, direction=direction, isa="avx512"
-        )
+        shapes = inputs, (3, 3, inputs[3], outputs)
+        planned = raw.plan(*shapes, padding="SAME", training=True, direction=direction, isa="avx2")
         taken = dict(name.split("_")[:2] for name in planned.kernels)
         assert {"direct", "winograd2", "winograd4"} == {name for names in compared(planned).values() for name in names}
         assert {stage: names[0] for stage, names in compared(planned).items()}.items() <= taken.items()
@@ -48,9 +47,9 @@ def test_takes_what_it_estimates_to_be_the_fastest(inputs, outputs):
 
 def test_estimates_only_what_competes():
     assert raw.plan((1, 14, 14, 32), (3, 3, 1, 32), padding="SAME").estimates == []  # depthwise
-    assert raw.plan((1, 14, 14, 3), (7, 7, 3, 32), isa="avx512").estimates == []  # few channels
-    assert raw.plan((1, 14, 14, 64), (1, 1, 64, 64), isa="avx512").estimates == []
-    assert raw.plan((1, 14, 14, 64), (3, 3, 64, 64), isa="avx512", strides=2).estimates == []
+    assert raw.plan((1, 14, 14, 3), (7, 7, 3, 32), isa="avx2").estimates == []  # few channels
+    assert raw.plan((1, 14, 14, 64), (1, 1, 64, 64), isa="avx2").estimates == []
+    assert raw.plan((1, 14, 14, 64), (3, 3, 64, 64), isa="avx2", strides=2).estimates == []
 
 
 @pytest.mark.parametrize("direction", ["forward", "backward"])
@@ -139,9 +138,7 @@ def test_choice_by_size(inputs, filters, stage, expected):
     assert f"{stage}_{expected}_generic" in kernels
 
 
-AMX = pytest.mark.skipif(
-    not any(row.available and "thirds" in row.name for row in raw.kernels()), reason="this machine has no AMX"
-)
+AMX = pytest.mark.isa("amx")
 
 
 @AMX
