@@ -62,7 +62,7 @@ FCB_INLINE Vector<C> sum_rows(int64_t rows, F f) {
 // In one pass, of deviations from a mean of few rows. That lies within sqrt(rows / few) standard deviations of the mean
 // of all, whatever the numbers are: so what is subtracted in the end is at most rows / few times the result.
 template <class C>
-static void moments(const C* block, int64_t ld, int64_t rows, int64_t cols, C* mean, C* squares) {
+static void moments(const C* block, int64_t ld, int64_t rows, int64_t cols, const ColumnMoments<C>& to) {
   const int64_t few = rows < 8 ? 1 : 8;  // exact where a column is constant
   for_vectors<C>(cols, [&](auto read, auto write, int64_t c) {
     const Vector<C> count = Vector<C>{} + C(rows);
@@ -81,8 +81,9 @@ static void moments(const C* block, int64_t ld, int64_t rows, int64_t cols, C* m
     }
     for (; r < rows; ++r) add(r, 0);
     const Vector<C> all = (sum[0] + sum[1]) + (sum[2] + sum[3]), offset = all / count;
-    write(mean + c, shift + offset);
-    write(squares + c, (square[0] + square[1]) + (square[2] + square[3]) - offset * all);
+    write(to.shift + c, shift);
+    write(to.offset + c, offset);
+    write(to.squares + c, (square[0] + square[1]) + (square[2] + square[3]) - offset * all);
   });
 }
 

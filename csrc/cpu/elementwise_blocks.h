@@ -5,6 +5,13 @@
 
 namespace fusedconvbn {
 
+// Of each column: its mean, which is shift + offset, and the sum of squared deviations from it. In one number a mean
+// that is far from 0 would be rounded more than means of blocks differ.
+template <class C>
+struct ColumnMoments {
+  C *shift, *offset, *squares;
+};
+
 // y = activation((z - mean) * scale + beta + residual), for `cols` channels. The kernel says what types they point to.
 template <class C>
 struct AffineBlock {

@@ -64,7 +64,7 @@ class Forward {
     if (p_.pixels() == 0) return keep_moving_statistics();
     const auto measure = [this](const Tile<C>& t) {
       const int64_t at = t.block * p_.out_channels + t.channel;
-      k_.moments(t.data, t.ld, t.rows, t.cols, moments_.mean + at, moments_.squares + at);
+      k_.moments(t.data, t.ld, t.rows, t.cols, moments_.from(at));
     };
     convolve(parallel, {[this](const Tile<C>& t) { save(t); }, measure, sums_to_conv_out()});
     parallel->run(ceil_div(p_.out_channels, kChannelChunk), [&](int64_t chunk, int) { learn(chunk * kChannelChunk); });

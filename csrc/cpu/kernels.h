@@ -199,8 +199,7 @@ struct ComputeKernels {
   void (*multiply_transposed_planes)(const Planes<C>&);
   WinogradKernels<C> winograd2, winograd4;
 
-  // Of each column: its mean, and the sum of squared deviations from it.
-  void (*moments)(const C* block, int64_t ld, int64_t rows, int64_t cols, C* mean, C* squares);
+  void (*moments)(const C* block, int64_t ld, int64_t rows, int64_t cols, const ColumnMoments<C>& to);
   // to[count] = 1 / sqrt(variance + epsilon), computed in double.
   void (*inverse_deviations)(const C* variance, double epsilon, int64_t count, C* to);
 

@@ -7,6 +7,7 @@
 
 #include "../conv_bn.h"
 #include "arena.h"
+#include "elementwise_blocks.h"
 
 namespace fusedconvbn {
 
@@ -20,15 +21,17 @@ inline double moving_variance_factor(const ConvBnParams& p) {
   return p.unbiased_moving_variance && n > 1 ? n / (n - 1) : 1;
 }
 
-// Mean and sum of squared deviations of each channel and block of pixels.
+// ColumnMoments of each block of pixels: [blocks][channels].
 template <class C>
 struct BlockMoments {
-  C* mean;     // [blocks][channels]
-  C* squares;  // [blocks][channels]
+  C *shift, *offset, *squares;
 
   static BlockMoments carve(Arena* arena, int64_t blocks, int64_t channels) {
-    return {arena->take<C>(blocks * channels), arena->take<C>(blocks * channels)};
+    const int64_t count = blocks * channels;
+    return {arena->take<C>(count), arena->take<C>(count), arena->take<C>(count)};
   }
+  ColumnMoments<C> from(int64_t element) const { return {shift + element, offset + element, squares + element}; }
+  double mean(int64_t element) const { return static_cast<double>(shift[element]) + offset[element]; }
 };
 
 // The moments of the whole batch for channels [begin, end), from the blocks in their order, in double. With m pixels of
@@ -47,10 +50,10 @@ void merge_moments(const BlockMoments<C>& moments, int64_t blocks, const BlockPi
   std::fill(mean, mean + (end - begin), 0.0);
   std::fill(squares, squares + (end - begin), 0.0);
   for (int64_t block = 0; block < blocks; ++block) pixels += static_cast<double>(block_pixels(block));
-  for_blocks([&](int64_t c, int64_t at, double m) { mean[c] += m * moments.mean[at]; });
+  for_blocks([&](int64_t c, int64_t at, double m) { mean[c] += m * moments.mean(at); });
   for (int64_t c = 0; c < end - begin; ++c) mean[c] /= pixels;
   for_blocks([&](int64_t c, int64_t at, double m) {
-    const double deviation = moments.mean[at] - mean[c];
+    const double deviation = moments.mean(at) - mean[c];
     squares[c] += moments.squares[at] + m * deviation * deviation;
   });
 }
