@@ -105,7 +105,7 @@ def plan(
         An object with `kernels`, a list of names in the order of execution, `workspace_bytes`, `useful_threads`, how
         many of `threads` the op would use (`forward` and `backward` use all), `estimates`, a list of what was compared
         where several algorithms compete, each a stage's name and a dict of microseconds by algorithm (on one thread, as
-        if of float32 with AVX-512), `str()`, which prints all of this, and, of forward,
+        if of float32, the portable kernels as if with AVX-512), `str()`, which prints all of this, and, of forward,
         `packed_bytes`, what the op keeps between calls of inference, `conv_out_shape` and `saved`: what it leaves for
         backward in training.
     """

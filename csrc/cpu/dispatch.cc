@@ -13,7 +13,8 @@ namespace fusedconvbn {
 namespace {
 
 bool any_problem(const ConvBnParams&) { return true; }
-bool no_problem(const ConvBnParams&) { return false; }
+bool always(const ConvBnParams&, Isa) { return true; }
+bool never(const ConvBnParams&, Isa) { return false; }
 
 // Panels of fewer channels would be mostly padding.
 bool fills_panels(const ConvBnParams& p) {
@@ -22,21 +23,21 @@ bool fills_panels(const ConvBnParams& p) {
 }
 
 template <Stage S, int M>
-bool suits_winograd(const ConvBnParams& p) {
+bool suits_winograd(const ConvBnParams& p, Isa isa) {
   if (p.algorithm != Algorithm::kAuto) return p.algorithm == (M == 2 ? Algorithm::kWinograd2 : Algorithm::kWinograd4);
-  return fills_panels(p) && fastest_winograd(winograd_costs(S, p), p.strict) == M;
+  return fills_panels(p) && fastest_winograd(winograd_costs(S, p, isa), p.strict) == M;
 }
 template <Stage S>
-bool suits_winograd2(const ConvBnParams& p) {
-  return suits_winograd<S, 2>(p);
+bool suits_winograd2(const ConvBnParams& p, Isa isa) {
+  return suits_winograd<S, 2>(p, isa);
 }
 template <Stage S>
-bool suits_winograd4(const ConvBnParams& p) {
-  return suits_winograd<S, 4>(p);
+bool suits_winograd4(const ConvBnParams& p, Isa isa) {
+  return suits_winograd<S, 4>(p, isa);
 }
 template <Stage S>
-bool by_winograd(const ConvBnParams& p) {
-  return winograd_applies(p) && (suits_winograd2<S>(p) || suits_winograd4<S>(p));
+bool by_winograd(const ConvBnParams& p, Isa isa) {
+  return winograd_applies(p) && (suits_winograd2<S>(p, isa) || suits_winograd4<S>(p, isa));
 }
 
 // Products on AMX: lines that fit a strip, and little padding between them.
@@ -64,20 +65,22 @@ bool forward_float_moments_applies(const ConvBnParams& p) {
 
 // Where memory limits the layer: few inputs, much output, and so many pixels that S W, C products an element of the
 // filters, costs less than a pass over z.
-bool suits_moments(const ConvBnParams& p) {
+bool suits_moments(const ConvBnParams& p, Isa) {
   constexpr int64_t kMinBytes = 512 << 10, kPixelsFor = 3;  // of so many products
   if (p.algorithm != Algorithm::kAuto || p.strict) return false;
   return (p.in_channels <= 64 || (p.in_channels <= 128 && p.out_channels >= 4 * p.in_channels)) &&
          p.pixels() * p.out_channels * 4 >= kMinBytes && kPixelsFor * p.pixels() >= p.in_channels * p.in_channels;
 }
 // Where AMX has nothing faster.
-bool suits_moments_beside_thirds(const ConvBnParams& p) { return suits_moments(p) && moments_outdo_thirds(p); }
+bool suits_moments_beside_thirds(const ConvBnParams& p, Isa isa) {
+  return suits_moments(p, isa) && moments_outdo_thirds(p);
+}
 
 bool thirds_are_faster(Stage stage, const ConvBnParams& p, const ThirdsCosts& costs) {
   return fills_panels(p) && costs.thirds * margin_of_thirds(stage, p) < costs.direct;
 }
-bool suits_moments_thirds(const ConvBnParams& p) {
-  return suits_moments_beside_thirds(p) && thirds_are_faster(Stage::kForward, p, moments_costs(p));
+bool suits_moments_thirds(const ConvBnParams& p, Isa isa) {
+  return suits_moments_beside_thirds(p, isa) && thirds_are_faster(Stage::kForward, p, moments_costs(p));
 }
 
 // The same for bfloat16 on AMX, where du is dy or 0 and need not be rounded. Of few pixels d_inputs would be little
@@ -97,7 +100,7 @@ bool backward_moments_amx_applies(const ConvBnParams& p) {
 
 bool one_group(const ConvBnParams& p) { return p.groups == 1; }
 // Where the direct algorithm would fill a part of a vector, and a window's lines of phases are short.
-bool few_input_channels(const ConvBnParams& p) {
+bool suits_columns(const ConvBnParams& p, Isa) {
   constexpr int64_t kMaxStep = 8;
   for (int64_t step : {p.stride_height, p.stride_width, p.dilation_height, p.dilation_width})
     if (step > kMaxStep) return false;
@@ -112,7 +115,7 @@ bool few_source_channels(const ConvBnParams& p) {
 
 // The same, and enough outputs: a vector of them is all that the direct algorithm needs for its tiles. With a panel of
 // them its tiles are faster in training and beside a residual, unless windows are large.
-bool suits_forward_few_channels(const ConvBnParams& p) {
+bool suits_forward_few_channels(const ConvBnParams& p, Isa) {
   constexpr int64_t kMinOutputs = 17, kPanel = 64, kLargeWindow = 64;  // elements
   const bool direct_is_faster =
       (p.training || p.has_residual) && p.out_channels >= kPanel && p.taps() * p.in_channels < kLargeWindow;
@@ -122,7 +125,7 @@ bool suits_forward_few_channels(const ConvBnParams& p) {
 bool backward_few_channels_applies(const ConvBnParams& p) { return one_group(p) && has_conv_out(p) && p.pixels() > 0; }
 // And the gradient of z, which stages hand on in memory, exceeds L2; or a residual's gradient, which they would write
 // in a pass of their own, is worth it.
-bool suits_backward_few_channels(const ConvBnParams& p) {
+bool suits_backward_few_channels(const ConvBnParams& p, Isa) {
   constexpr int64_t kMinOutput = 512 << 10, kMinResidual = 32 << 10;  // elements; 2 MiB, 128 KiB
   return few_source_channels(p) && p.pixels() * p.out_channels >= (p.has_residual ? kMinResidual : kMinOutput);
 }
@@ -139,7 +142,7 @@ bool backward_pointwise_applies(const ConvBnParams& p) {
          p.data_format == DataFormat::kNHWC && (p.dtype == DType::kFloat32 || p.dtype == DType::kFloat64);
 }
 // Where its sums and the filters are few beside the blocks in L2, and dy and z many.
-bool suits_backward_pointwise(const ConvBnParams& p) {
+bool suits_backward_pointwise(const ConvBnParams& p, Isa) {
   constexpr int64_t kMaxFilters = 32 << 10, kMinOutput = 64 << 10;  // elements; dy and z of 512 KiB
   return p.in_channels * p.out_channels <= kMaxFilters && p.pixels() * p.out_channels >= kMinOutput;
 }
@@ -148,12 +151,12 @@ bool suits_backward_pointwise(const ConvBnParams& p) {
 bool amx_backward_applies(const ConvBnParams& p) {
   return amx_applies(p) && has_conv_out(p) && p.data_format == DataFormat::kNHWC && p.pixels() > 0;
 }
-bool suits_amx(const ConvBnParams& p) {
+bool suits_amx(const ConvBnParams& p, Isa) {
   return p.algorithm != Algorithm::kWinograd2 && p.algorithm != Algorithm::kWinograd4;
 }
 
 // It rounds the gradient of z.
-bool suits_amx_backward(const ConvBnParams& p) { return suits_amx(p) && !p.strict; }
+bool suits_amx_backward(const ConvBnParams& p, Isa isa) { return suits_amx(p, isa) && !p.strict; }
 
 template <Stage S>
 bool thirds_apply(const ConvBnParams& p) {
@@ -161,12 +164,12 @@ bool thirds_apply(const ConvBnParams& p) {
 }
 // Where nothing but the direct algorithm competes, and is slower.
 template <Stage S>
-bool suits_thirds(const ConvBnParams& p) {
-  return p.algorithm == Algorithm::kAuto && !by_winograd<S>(p) && thirds_are_faster(S, p, thirds_costs(S, p));
+bool suits_thirds(const ConvBnParams& p, Isa isa) {
+  return p.algorithm == Algorithm::kAuto && !by_winograd<S>(p, isa) && thirds_are_faster(S, p, thirds_costs(S, p));
 }
-bool suits_forward_thirds(const ConvBnParams& p) {
-  const bool by_moments = forward_moments_applies(p) && suits_moments_beside_thirds(p);
-  return !by_moments && suits_thirds<Stage::kForward>(p);
+bool suits_forward_thirds(const ConvBnParams& p, Isa isa) {
+  const bool by_moments = forward_moments_applies(p) && suits_moments_beside_thirds(p, isa);
+  return !by_moments && suits_thirds<Stage::kForward>(p, isa);
 }
 
 size_t no_scratch(const ConvBnParams&, const DeviceInfo&) { return 0; }
@@ -216,23 +219,23 @@ Kernel saving_moments(Kernel row) {
   packing(FCB_ROW(name, kForward, supports, suits, isa, Isa_), scratch_with<&kKernels##Isa_, name##_packed>)
 #define FCB_ROWS(isa, Isa_)                                                                                      \
   saving_moments(FCB_ROW(forward_moments, kForward, forward_moments_applies, suits_moments, isa, Isa_)),         \
-      FCB_ROW(backward_moments, kBackward, backward_moments_applies, any_problem, isa, Isa_),                    \
+      FCB_ROW(backward_moments, kBackward, backward_moments_applies, always, isa, Isa_),                         \
       FCB_PACKING_ROW(forward_winograd4, winograd_applies, suits_winograd4<Stage::kForward>, isa, Isa_),         \
       FCB_PACKING_ROW(forward_winograd2, winograd_applies, suits_winograd2<Stage::kForward>, isa, Isa_),         \
-      FCB_ROW(forward_depthwise, kForward, depthwise_applies, any_problem, isa, Isa_),                           \
+      FCB_ROW(forward_depthwise, kForward, depthwise_applies, always, isa, Isa_),                                \
       FCB_PACKING_ROW(forward_few_channels, one_group, suits_forward_few_channels, isa, Isa_),                   \
-      FCB_PACKING_ROW(forward_direct, any_problem, any_problem, isa, Isa_),                                      \
-      FCB_ROW(reduce_direct, kReduce, any_problem, any_problem, isa, Isa_),                                      \
+      FCB_PACKING_ROW(forward_direct, any_problem, always, isa, Isa_),                                           \
+      FCB_ROW(reduce_direct, kReduce, any_problem, always, isa, Isa_),                                           \
       FCB_ROW(dgrad_winograd4, kDgrad, winograd_applies, suits_winograd4<Stage::kDgrad>, isa, Isa_),             \
       FCB_ROW(dgrad_winograd2, kDgrad, winograd_applies, suits_winograd2<Stage::kDgrad>, isa, Isa_),             \
-      FCB_ROW(dgrad_columns, kDgrad, one_group, few_input_channels, isa, Isa_),                                  \
-      FCB_ROW(dgrad_direct, kDgrad, any_problem, any_problem, isa, Isa_),                                        \
+      FCB_ROW(dgrad_columns, kDgrad, one_group, suits_columns, isa, Isa_),                                       \
+      FCB_ROW(dgrad_direct, kDgrad, any_problem, always, isa, Isa_),                                             \
       FCB_ROW(wgrad_winograd4, kWgrad, winograd_applies, suits_winograd4<Stage::kWgrad>, isa, Isa_),             \
       FCB_ROW(wgrad_winograd2, kWgrad, winograd_applies, suits_winograd2<Stage::kWgrad>, isa, Isa_),             \
-      FCB_ROW(wgrad_direct, kWgrad, any_problem, any_problem, isa, Isa_),                                        \
+      FCB_ROW(wgrad_direct, kWgrad, any_problem, always, isa, Isa_),                                             \
       FCB_ROW(backward_few_channels, kBackward, backward_few_channels_applies, suits_backward_few_channels, isa, \
               Isa_),                                                                                             \
-      FCB_ROW(backward_depthwise, kBackward, backward_depthwise_applies, any_problem, isa, Isa_),                \
+      FCB_ROW(backward_depthwise, kBackward, backward_depthwise_applies, always, isa, Isa_),                     \
       outdoing_thirds(                                                                                           \
           FCB_ROW(backward_pointwise, kBackward, backward_pointwise_applies, suits_backward_pointwise, isa, Isa_))
 
@@ -247,7 +250,7 @@ const std::vector<Kernel>& kernel_table() {
   static const std::vector<Kernel> table = {
 #if defined(__x86_64__) && !defined(FUSEDCONVBN_NO_AMX)
       saving_moments(FCB_AMX_ROW(forward_moments_amx, kForward, forward_moments_amx_applies, suits_moments)),
-      FCB_AMX_ROW(backward_moments_amx, kBackward, backward_moments_amx_applies, any_problem),
+      FCB_AMX_ROW(backward_moments_amx, kBackward, backward_moments_amx_applies, always),
       packing(FCB_AMX_ROW(forward_direct_amx, kForward, amx_applies, suits_amx),
               scratch_with<&kKernelsAmx, forward_direct_amx_packed>),
       FCB_AMX_ROW(backward_direct_amx, kBackward, amx_backward_applies, suits_amx_backward),
@@ -262,10 +265,9 @@ const std::vector<Kernel>& kernel_table() {
       FCB_ROWS(avx2, Avx2),
 #endif
       FCB_ROWS(generic, Generic),
-      {"forward_reference", Stage::kForward, Isa::kGeneric, any_problem, any_problem, no_scratch, run_forward_reference,
+      {"forward_reference", Stage::kForward, Isa::kGeneric, any_problem, always, no_scratch, run_forward_reference,
        Saved::kConv, false},
-      {"backward_reference", Stage::kBackward, Isa::kGeneric, any_problem, no_problem, no_scratch,
-       run_backward_reference},
+      {"backward_reference", Stage::kBackward, Isa::kGeneric, any_problem, never, no_scratch, run_backward_reference},
   };
   return table;
 }

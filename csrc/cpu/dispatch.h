@@ -29,8 +29,8 @@ struct Kernel {
   const char* name;  // stage_algorithm_isa
   Stage stage;
   Isa isa;
-  bool (*supports)(const ConvBnParams&);  // can compute it
-  bool (*suits)(const ConvBnParams&);     // is to be chosen for it where nobody forces a row
+  bool (*supports)(const ConvBnParams&);    // can compute it
+  bool (*suits)(const ConvBnParams&, Isa);  // is to be chosen for it where nobody forces a row; of this row's Isa
   size_t (*scratch_bytes)(const ConvBnParams&, const DeviceInfo&);
   Status (*run)(const StageCall&);
   Saved saves = Saved::kConv;  // of kForward, in training: what params.save asks for, or kMoments

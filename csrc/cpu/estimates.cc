@@ -9,10 +9,11 @@
 namespace fusedconvbn {
 namespace {
 
-const WinogradPrices& winograd_prices(Stage stage, const ConvBnParams& p) {
-  if (stage == Stage::kDgrad) return kInputGradientPrices;
-  if (stage == Stage::kWgrad) return kFilterGradientPrices;
-  return p.training ? kConvolutionPrices : kPackedPrices;
+const WinogradPrices& winograd_prices(Stage stage, const ConvBnParams& p, Isa isa) {
+  const WinogradPriceList& list = isa == Isa::kAvx2 ? kAvx2Prices : kAvx512Prices;
+  if (stage == Stage::kDgrad) return list.input_gradient;
+  if (stage == Stage::kWgrad) return list.filter_gradient;
+  return p.training ? list.training : list.inference;
 }
 
 const ThirdsPrices& thirds_prices(Stage stage, const ConvBnParams& p) {
@@ -40,10 +41,11 @@ Comparison sorted(Stage stage, std::vector<Estimate> estimates) {
 
 }  // namespace
 
-WinogradCosts winograd_costs(Stage stage, const ConvBnParams& p) {
+WinogradCosts winograd_costs(Stage stage, const ConvBnParams& p, Isa isa) {
+  const WinogradPrices& prices = winograd_prices(stage, p, isa);
   if (stage == Stage::kDgrad)
-    return winograd_costs(winograd_prices(stage, p), {p.batch, p.in_height, p.in_width, p.out_channels, p.in_channels});
-  return winograd_costs(winograd_prices(stage, p), {p.batch, p.out_height, p.out_width, p.in_channels, p.out_channels});
+    return winograd_costs(prices, {p.batch, p.in_height, p.in_width, p.out_channels, p.in_channels});
+  return winograd_costs(prices, {p.batch, p.out_height, p.out_width, p.in_channels, p.out_channels});
 }
 
 bool thirds_apply(Stage stage, const ConvBnParams& p) {
@@ -74,7 +76,7 @@ std::vector<Comparison> comparisons_of(const Kernel& kernel, const ConvBnParams&
   const bool on_amx = kernel.isa == Isa::kAmx, in_thirds = on_amx && is_by(kernel, "thirds");
   const bool direct = !on_amx && is_by(kernel, "direct");
   if ((direct || is_by(kernel, "winograd2") || is_by(kernel, "winograd4")) && winograd_applies(p)) {
-    const WinogradCosts costs = winograd_costs(stage, p);
+    const WinogradCosts costs = winograd_costs(stage, p, kernel.isa);
     found.push_back(sorted(stage, {{"direct", costs.direct}, {"winograd2", costs.two}, {"winograd4", costs.four}}));
   }
   if ((direct || in_thirds) && device == Isa::kAmx && thirds_apply(stage, p)) {

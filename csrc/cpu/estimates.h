@@ -7,9 +7,9 @@
 
 namespace fusedconvbn {
 
-// Of direct convolution and both of Winograd's algorithms, where winograd_applies(): of any stage but kReduce and
-// kBackward.
-WinogradCosts winograd_costs(Stage stage, const ConvBnParams& p);
+// Of direct convolution and both of Winograd's algorithms, where winograd_applies(), with an instruction set's kernels:
+// of any stage but kReduce and kBackward.
+WinogradCosts winograd_costs(Stage stage, const ConvBnParams& p, Isa isa);
 
 // Of the table's rows in thirds and of direct convolution, where thirds_apply(): of the same stages.
 bool thirds_apply(Stage stage, const ConvBnParams& p);

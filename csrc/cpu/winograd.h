@@ -123,7 +123,9 @@ class WinogradConvolution {
 
   // Whether all windows make one block, whose planes stay in L2 with a part of the transformed filters. These are then
   // used but once, and made just before that: of all of them (M+2)^2 planes would come from memory in place of 9.
-  bool inputs_fit_cache() const { return winograd_inputs_fit_cache<M>(windows_.positions(), depth_, sizeof(C)); }
+  bool inputs_fit_cache() const {
+    return winograd_inputs_fit_cache<M>(kernels_.caches.l2, windows_.positions(), depth_, sizeof(C));
+  }
 
   // Windows of a task. The filters pass by once a task: so many windows hide that they come from L3, and those of up to
   // 256 channels, and their products, about stay in an L2 of 2 MiB. Deeper ones do not: then more of them are better.

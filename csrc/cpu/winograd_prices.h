@@ -1,0 +1,143 @@
+// The prices that competing algorithms of 3x3 convolutions are compared by (winograd_choice.h).
+#pragma once
+
+#include <cstdint>
+
+namespace fusedconvbn {
+
+// What the vectors, the panels of the direct algorithm's filters and the caches of an instruction set hold.
+struct WinogradUnit {
+  int64_t lanes, panel;  // elements
+  int64_t l2;            // bytes
+};
+
+// Prices in ns of the direct algorithm, F(2x2) and F(4x4): fitted, in part by hand, to random layers timed by each.
+// docs/performance.md says what the choice loses on layers that were not among them.
+struct WinogradPrices {
+  WinogradUnit unit;
+  int64_t direct_columns;      // what those of the direct algorithm are rounded up to
+  int64_t direct_overhead[3];  // how many more a panel of them costs: one of a vector, of more, a whole one
+  double product[3];           // of each of the (M+2)^2 elements of a tile (9, of a pixel), for a pair of channels
+  double input[3];             // of transforming the same, for an input channel
+  double output[3];            // of an output channel
+  double deep[3];              // more for an input, where a block of transformed inputs leaves L2
+  // Of each of the (M+2)^2 or 9 elements of a filter: made, where that is not done before, and read from L2, from L3
+  // and from beyond.
+  double filter[3][3];
+  double filter_in_cache[3];  // the same, of few windows: transformed part by part in L2; 0: not done
+  double far_filter[3];       // more for it, for each MiB of the filters as they come
+  double unpacked_filter;     // of an element that the direct algorithm reads where it lies; 0: not done
+  bool narrow_windows;        // whether F(4x4) has windows of two outputs
+};
+
+struct WinogradPriceList {
+  WinogradPrices training;         // with filters that are new at each call
+  WinogradPrices inference;        // with filters packed before, as inference usually has them
+  WinogradPrices input_gradient;   // with transposed filters, whose columns are the inputs' channels
+  WinogradPrices filter_gradient;  // sums of elements of filters, which are transformed in cache
+};
+
+constexpr WinogradUnit kAvx512Unit = {16, 64, 2 << 20};
+constexpr WinogradPrices kAvx512Training = {kAvx512Unit,
+                                            16,
+                                            {8, 13, 13},
+                                            {0.0093, 0.0135, 0.0163},
+                                            {0, 0.127, 0.11},
+                                            {0, 0.051, 0.064},
+                                            {0, 0.1, 0.5},
+                                            {{0.35, 0.33, 0.41}, {0.40, 0.45, 0.31}, {0.56, 0.66, 0.35}},
+                                            {0, 0.38, 0.19},
+                                            {0, 0, 0},
+                                            0.2,
+                                            true};
+constexpr WinogradPrices kAvx512Inference = {kAvx512Unit,
+                                             16,
+                                             {8, 16, 16},
+                                             {0.0087, 0.0125, 0.0142},
+                                             {0, 0.188, 0.211},
+                                             {0, 0.048, 0.077},
+                                             {0, 0.1, 0.48},
+                                             {{0.02, 0.17, 0.165}, {0.02, 0.21, 0.075}, {0.03, 0.12, 0.085}},
+                                             {0, 0.124, 0.096},
+                                             {0, 0, 0},
+                                             0,
+                                             true};
+constexpr WinogradPrices kAvx512InputGradient = {kAvx512Unit,
+                                                 16,
+                                                 {12, 12, 7},
+                                                 {0.0103, 0.0134, 0.0162},
+                                                 {0, 0.21, 0.28},
+                                                 {0, 0.028, 0.022},
+                                                 {0, 0.1, 0.52},
+                                                 {{0.28, 0.55, 0.39}, {0.46, 0.63, 0.51}, {0.55, 0.75, 0.42}},
+                                                 {0, 0.28, 0.15},
+                                                 {0, 0.051, 0.027},
+                                                 0,
+                                                 true};
+constexpr WinogradPrices kAvx512FilterGradient = {kAvx512Unit,
+                                                  32,
+                                                  {0, 0, 0},
+                                                  {0.0127, 0.0167, 0.019},
+                                                  {0, 0.041, 0.032},
+                                                  {0, 0.14, 0.16},
+                                                  {0, 0, 0},
+                                                  {{0.13, 0.13, 0.094}, {0.15, 0.1, 0.1}, {0.094, 0.16, 0.099}},
+                                                  {0, 0, 0},
+                                                  {0, 0, 0},
+                                                  0,
+                                                  false};
+constexpr WinogradPriceList kAvx512Prices = {kAvx512Training, kAvx512Inference, kAvx512InputGradient,
+                                             kAvx512FilterGradient};
+
+constexpr WinogradUnit kAvx2Unit = {8, 16, 512 << 10};
+constexpr WinogradPrices kAvx2Training = {kAvx2Unit,
+                                          16,
+                                          {8, 13, 13},
+                                          {0.0093, 0.0135, 0.0163},
+                                          {0, 0.127, 0.11},
+                                          {0, 0.051, 0.064},
+                                          {0, 0.1, 0.5},
+                                          {{0.35, 0.33, 0.41}, {0.40, 0.45, 0.31}, {0.56, 0.66, 0.35}},
+                                          {0, 0.38, 0.19},
+                                          {0, 0, 0},
+                                          0.2,
+                                          true};
+constexpr WinogradPrices kAvx2Inference = {kAvx2Unit,
+                                           16,
+                                           {8, 16, 16},
+                                           {0.0087, 0.0125, 0.0142},
+                                           {0, 0.188, 0.211},
+                                           {0, 0.048, 0.077},
+                                           {0, 0.1, 0.48},
+                                           {{0.02, 0.17, 0.165}, {0.02, 0.21, 0.075}, {0.03, 0.12, 0.085}},
+                                           {0, 0.124, 0.096},
+                                           {0, 0, 0},
+                                           0,
+                                           true};
+constexpr WinogradPrices kAvx2InputGradient = {kAvx2Unit,
+                                               16,
+                                               {12, 12, 7},
+                                               {0.0103, 0.0134, 0.0162},
+                                               {0, 0.21, 0.28},
+                                               {0, 0.028, 0.022},
+                                               {0, 0.1, 0.52},
+                                               {{0.28, 0.55, 0.39}, {0.46, 0.63, 0.51}, {0.55, 0.75, 0.42}},
+                                               {0, 0.28, 0.15},
+                                               {0, 0.051, 0.027},
+                                               0,
+                                               true};
+constexpr WinogradPrices kAvx2FilterGradient = {kAvx2Unit,
+                                                32,
+                                                {0, 0, 0},
+                                                {0.0127, 0.0167, 0.019},
+                                                {0, 0.041, 0.032},
+                                                {0, 0.14, 0.16},
+                                                {0, 0, 0},
+                                                {{0.13, 0.13, 0.094}, {0.15, 0.1, 0.1}, {0.094, 0.16, 0.099}},
+                                                {0, 0, 0},
+                                                {0, 0, 0},
+                                                0,
+                                                false};
+constexpr WinogradPriceList kAvx2Prices = {kAvx2Training, kAvx2Inference, kAvx2InputGradient, kAvx2FilterGradient};
+
+}  // namespace fusedconvbn
