@@ -111,7 +111,7 @@ class Forward {
   void set_clamp(GemmOutput<C>* to) const {
     constexpr C kInfinity = std::numeric_limits<C>::infinity();
     const bool none = p_.activation == Activation::kNone, six = p_.activation == Activation::kRelu6;
-    to->clamps = (none || six || p_.activation == Activation::kRelu) && !residual_.present();
+    to->clamps = (none || six || p_.activation == Activation::kRelu) && (!residual_.present() || k_.clamps_residual);
     to->low = none ? -kInfinity : C(0), to->high = six ? C(6) : kInfinity;
   }
 

@@ -29,6 +29,8 @@ namespace {
 #include "elementwise.inl"
 #include "line_gradients.inl"
 
+#include "tile_results.inl"
+
 #include "gemm.inl"  // kTileRows and the panel of all that follows
 
 #include "depthwise3.inl"
@@ -136,6 +138,7 @@ static constexpr ComputeKernels<C> compute_kernels() {
   k.lanes = kLanes<C>;
   k.gemm_columns = kMaxVectors * kLanes<C>;
   k.caches = kCaches;
+  k.clamps_residual = kClampsResidual;
   k.gemm = gemm<C>;
   k.end_streaming = end_streaming;
   k.slides = kSlides;

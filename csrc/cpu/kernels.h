@@ -125,7 +125,7 @@ struct GemmOutput {
   AffineBlock<C> block{};                         // for `emit`; its z and rows are gemm's
   bool add = false;                               // to the sums that the tile has
   // Whether `emit` is y = min(max((z - mean) * scale + beta, low), high), NaN where that is NaN: then whole tiles need
-  // no `emit`.
+  // no `emit`. With a residual, which is added to the sum, only where ComputeKernels::clamps_residual says so.
   bool clamps = false;
   C low = 0, high = 0;
   int activation = -1;               // whose affine_of_tile `emit` is, if it is one
@@ -154,6 +154,7 @@ struct ComputeKernels {
   int64_t lanes;         // of a vector
   int64_t gemm_columns;  // at most
   Caches caches;
+  bool clamps_residual;  // see GemmOutput::clamps
 
   // tile[count][columns] = sum over taps and depth of rows * filters. What it streams is ordered by end_streaming().
   void (*gemm)(const GatheredRows<C>& rows, const Filters<C>& filters, const GemmOutput<C>& to);
