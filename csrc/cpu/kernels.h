@@ -208,7 +208,7 @@ struct ComputeKernels {
   // derivative does not follow from y.
   void (*row_means)(const GatheredRows<C>& in, C* mean);
   void (*center_rows)(const GatheredRows<C>& in, const C* mean, C* centered, int64_t ld);
-  ProductKernel<C> product[3];  // of 1, 2 and 3 vectors of columns; the second one has outer_rows x panel
+  ProductKernel<C> product[3];  // of 1, 2 and 3 vectors of columns, or 2, 2 and 3; the second has outer_rows x panel
   void (*mask[kActivationCount])(const MaskBlock<C>&);
 
   void (*affine[kActivationCount])(const AffineBlock<C>&);
