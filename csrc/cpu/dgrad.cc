@@ -70,7 +70,7 @@ class Phase {
     TileEpilogue<C> epilogue;
     epilogue.emit = [this](const Tile<C>& t) { output_.write(t.first, t.rows, t.channel, t.cols, {t.data, t.ld}); };
     if (output_.direct()) epilogue.row_by_row = [this](const Tile<C>& t) { return sums_to(k_, output_, t); };
-    if (output_.in_place()) epilogue.in_place = [this](const Tile<C>& t) { return sums_in_place(output_, t); };
+    if (output_.takes_tiles()) epilogue.in_place = [this](const Tile<C>& t) { return sums_in_place(output_, t); };
     convolution_.run(transposed, convolution_.carve(&arena, workers), parallel, epilogue);
   }
 

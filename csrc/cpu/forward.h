@@ -96,7 +96,7 @@ class Forward {
         return to;
       };
     }
-    if (output_.in_place())
+    if (output_.takes_tiles())
       epilogue.in_place = [this](const Tile<C>& t) {
         GemmOutput<C> to{t.data, false, in_place_of_tile(), in_place_block(t.data, t.ld, t)};
         set_clamp(&to);

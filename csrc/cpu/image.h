@@ -75,6 +75,8 @@ class Image {
   bool rows() const { return rows_; }
   // Whether 16-bit numbers can be worked on where they lie, by in_place_kernels().
   bool in_place() const { return rows_ && storage_.kernels.in_place.round != nullptr; }
+  // Whether tiles of the compute type can be made 16-bit numbers where those lie.
+  bool takes_tiles() const { return rows_ && storage_.kernels.in_place.emit_sums != nullptr; }
   const InPlaceKernels<C>& in_place_kernels() const { return storage_.kernels.in_place; }
   char* address(int64_t first, int64_t channel) const {
     return data_ + (first * grid_.pixel_stride + channel) * storage_.element_bytes;

@@ -74,10 +74,35 @@ static void round_block(float* block, int64_t ld, int64_t rows, int64_t cols, vo
               [](float* from, __m256i v, auto lanes) { store_lanes(from, widen(v, static_cast<T*>(nullptr)), lanes); });
 }
 
+#elif defined(__AVX2__)
+// Of tiles that gemm does not store as they are: most are whole, and never come here.
+template <Activation A, class T>
+static void affine_of_tile(const AffineBlock<float>& b) {
+  for (int64_t r = 0; r < b.rows; ++r)
+    for_vectors<float>(b.cols, [&](auto read, auto write, int64_t c) {
+      const Vector<float> z = read(row<float>(b.z, r, b.ld_z) + c);
+      Vector<float> u = (z - read(b.mean + c)) * read(b.scale + c) + read(b.beta + c);
+      if (b.residual) u += read(row<T>(b.residual, r, b.ld_residual) + c);
+      write(row<T>(b.y, r, b.ld_y) + c, activate<A, float>(u));
+    });
+}
+
+template <class T>
+static void emit_sums_in_place(const AffineBlock<float>& b) {
+  for (int64_t r = 0; r < b.rows; ++r)
+    for_vectors<float>(b.cols, [&](auto read, auto write, int64_t c) {
+      write(row<T>(b.y, r, b.ld_y) + c, read(row<float>(b.z, r, b.ld_z) + c));
+    });
+}
+#endif
+
+#if defined(__AVX2__)
 template <int A, class T>
 static constexpr void fill_affine(InPlaceKernels<float>* k) {
   if constexpr (A < kActivationCount) {
+#if defined(__AVX512F__)
     k->affine[A] = affine_in_place<static_cast<Activation>(A), T>;
+#endif
     k->affine_of_tile[A] = affine_of_tile<static_cast<Activation>(A), T>;
     fill_affine<A + 1, T>(k);
   }
@@ -87,10 +112,14 @@ static constexpr void fill_affine(InPlaceKernels<float>* k) {
 template <class C, class T>
 static constexpr InPlaceKernels<C> in_place_kernels() {
   InPlaceKernels<C> k{};
-#if defined(__AVX512F__)
+#if defined(__AVX2__)
   if constexpr (kIsSmall<T>) {
     fill_affine<0, T>(&k);
     k.emit_sums = emit_sums_in_place<T>;
+  }
+#endif
+#if defined(__AVX512F__)
+  if constexpr (kIsSmall<T>) {
     fill_gradients<0, C, T, C>(&k.reduce, &k.apply);
     k.round = round_block<T>;
     k.depthwise = depthwise3<C, T>;

@@ -26,6 +26,8 @@ namespace fusedconvbn {
 namespace {
 #include "storage.inl"
 
+#include "narrow.inl"
+
 #include "elementwise.inl"
 #include "line_gradients.inl"
 

@@ -2,6 +2,12 @@
 
 // Whether whole tiles add the residual themselves: tiles of few columns would call `emit` often.
 constexpr bool kClampsResidual = FCB_TILE_ROWS < 12;
+// Whether they store sums as 16-bit numbers, too: those that have no scale.
+#if defined(__AVX2__) && !defined(__AVX512F__)
+constexpr bool kStoresNarrowSums = true;
+#else
+constexpr bool kStoresNarrowSums = false;
+#endif
 
 // Rows of results on their way to memory, and what is asked for that the tile's own results need there, a row every so
 // many kSteps of the multiplications: they would wait for a whole tile's lines at once.
@@ -119,8 +125,14 @@ FCB_INLINE void clamp_tile_with(const GemmOutput<C>& to, int64_t first, Vector<C
 
 template <class C, int R, int N>
 FCB_INLINE void clamp_tile(const GemmOutput<C>& to, int64_t first, Vector<C> (&acc)[R][N]) {
-  if (kClampsResidual && to.block.residual) return clamp_tile_with<C, C, R, N>(to, first, acc);
-  clamp_tile_with<void, C, R, N>(to, first, acc);
+  if (!kClampsResidual || !to.block.residual) return clamp_tile_with<void, C, R, N>(to, first, acc);
+#if defined(__AVX2__)
+  if constexpr (kClampsResidual && __is_same(C, float)) {
+    if (to.rows == RowType::kFloat16) return clamp_tile_with<Half, C, R, N>(to, first, acc);
+    if (to.rows == RowType::kBFloat16) return clamp_tile_with<BFloat16, C, R, N>(to, first, acc);
+  }
+#endif
+  clamp_tile_with<C, C, R, N>(to, first, acc);
 }
 
 template <class T, class C, int R, int N>
@@ -135,7 +147,7 @@ template <class C, int R, int N>
 FCB_INLINE void store_rows(const Vector<C> (&acc)[R][N], const GemmOutput<C>& to, int64_t first) {
   const int64_t ld = to.block.ld_y;
   void* const y = row<char>(to.block.y, first, ld * bytes_of<C>(to.rows));
-#if defined(__AVX512F__)
+#if defined(__AVX2__)
   if constexpr (__is_same(C, float)) {
     if (to.rows == RowType::kFloat16) return store_rows<Half, C, R, N>(acc, y, ld);
     if (to.rows == RowType::kBFloat16) return store_rows<BFloat16, C, R, N>(acc, y, ld);
@@ -153,7 +165,8 @@ FCB_INLINE void finish_tile(Vector<C> (&acc)[R][N], int64_t first, const GemmOut
   C* tile = to.tile + (to.keep ? first * kLd : 0);
   const bool computed = to.rows == RowType::kCompute, stores = to.block.cols == kLd && !to.keep && !to.block.stream;
   const bool clamps = to.clamps && to.block.cols == kLd && !to.keep && (computed || stores);
-  const bool done = clamps || to.emit == emit_sums<C>;
+  const bool narrow_sums = kStoresNarrowSums && !computed && !to.block.scale;
+  const bool done = clamps || narrow_sums || to.emit == emit_sums<C>;
   if (clamps) clamp_tile<C, R, N>(to, first, acc);
   if (done && stores) return store_rows<C, R, N>(acc, to, first);
   store_tile<C, R, N>(acc, R, tile);
