@@ -65,12 +65,45 @@ FCB_INLINE void channels_to_planes(const GatheredRows<C>& in, int64_t begin, int
     });
 }
 
+// The same with few registers, which hold nothing of what the lambda has captured: only the addresses of a window's
+// pixels and planes are read again for each vector, one a load or a store.
+template <int M, int Pitch, int InY, int InX, int OutY, int OutX, class C, class Line>
+FCB_INLINE void channels_to_planes_lean(const GatheredRows<C>& in, int64_t begin, int64_t end, C* planes,
+                                        const PlaneLayout<C>& to, Line line) {
+  constexpr int kOld = InX == OutX ? 2 : 0;
+  constexpr int64_t kLine = 64 / sizeof(C);
+  const int64_t plane = to.plane, count = in.count, channel = in.offset + begin;
+  for (int64_t r = 0; r < count; ++r, planes += to.ld) {
+    const C* from[InY][InX];
+#pragma GCC unroll 6
+    for (int y = 0; y < InY; ++y)
+#pragma GCC unroll 6
+      for (int x = 0; x < InX; ++x) from[y][x] = in.rows[(y * Pitch + x) * in.row_stride + r] + channel;
+    for_vectors<C>(
+        end - begin, [&](auto read, auto write, int64_t c) __attribute__((always_inline)) {
+          if (c % kLine == 0 && r + 1 < count)
+            fetch_window<Pitch, InY, InX, kOld>(in.rows + r + 1, in.row_stride, channel + c);
+          C* const at = planes + c;
+          transform_matrix<InY, InX, OutY, OutX, C>(
+              line, [&](int y, int x) { return read(from[y][x] + c); },
+              [&](int y, int x, Vector<C> v) {
+                write(at + (plane_of<M, OutY>(y) * (M + 2) + plane_of<M, OutX>(x)) * plane, v);
+              });
+        });
+  }
+}
+
 // A block of depth after the other, so that each plane is written from its beginning to its end.
 template <int M, int Pitch, int InY, int InX, int OutY, int OutX, class C, class Line>
 FCB_INLINE void pixels_to_planes(const GatheredRows<C>& in, const PlaneLayout<C>& to, Line line) {
   for (int64_t k = 0; k < in.depth; k += kPlaneDepth)
-    channels_to_planes<M, Pitch, InY, InX, OutY, OutX>(in, k, k + kPlaneDepth < in.depth ? k + kPlaneDepth : in.depth,
-                                                       to.planes + k / kPlaneDepth * to.block, to, line);
+    if constexpr (kFewRegisters)
+      channels_to_planes_lean<M, Pitch, InY, InX, OutY, OutX>(in, k,
+                                                              k + kPlaneDepth < in.depth ? k + kPlaneDepth : in.depth,
+                                                              to.planes + k / kPlaneDepth * to.block, to, line);
+    else
+      channels_to_planes<M, Pitch, InY, InX, OutY, OutX>(in, k, k + kPlaneDepth < in.depth ? k + kPlaneDepth : in.depth,
+                                                         to.planes + k / kPlaneDepth * to.block, to, line);
 }
 
 // B' d B of in.taps = (M+2)^2 pixels, of which windows of fewer outputs than M x M take what they need.
@@ -119,13 +152,34 @@ static void winograd_filter_gradient(const C* planes, int64_t plane, int64_t row
         [&](int y, int x, Vector<C> v) { store(filters + (3 * y + x) * tap + i, v); });
 }
 
+// Those of winograd_output() that are whole, with few registers: no branch for each store.
+template <class C, int M, int Height, int Width>
+static void whole_outputs(const C* planes, int64_t plane, int64_t count, C* rows, int64_t pitch) {
+  constexpr int Y = Height + 2, X = Width + 2;
+  for (int64_t i = 0; i < count * kPanel<C>; i += kLanes<C>) {
+    const C* const from = planes + i;
+    C* const to = rows + (i / kPanel<C> * Width * kPanel<C> + i % kPanel<C>);
+    const int64_t line = pitch * kPanel<C>;
+    transform_matrix<Y, X, Height, Width, C>(
+        [](const auto& from, auto& to) __attribute__((always_inline)) { WinogradLine<M>::output(from, to); },
+        [&](int y, int x) __attribute__((always_inline)) {
+          return load(from + (plane_of<M, Y>(y) * (M + 2) + plane_of<M, X>(x)) * plane);
+        },
+        [&](int y, int x, Vector<C> v) __attribute__((always_inline)) { store(to + y * line + x * kPanel<C>, v); });
+  }
+}
+
 // A' m A of each of `count` adjacent windows of planes[(M+2)^2][count][panel]: `lines` lines, Height or fewer, of
 // `pixels` rows each, Width * count or up to Width - 1 less; lines begin `pitch` rows apart.
 template <class C, int M, int Height, int Width>
 static void winograd_output(const C* planes, int64_t plane, int64_t count, int64_t pixels, int64_t lines, C* rows,
                             int64_t pitch) {
   constexpr int Y = Height + 2, X = Width + 2;
-  for (int64_t r = 0; r < count; ++r)
+  int64_t r = 0;
+  if constexpr (kFewRegisters) {
+    if (lines == Height) r = pixels / Width, whole_outputs<C, M, Height, Width>(planes, plane, r, rows, pitch);
+  }
+  for (; r < count; ++r)
     for (int64_t c = 0; c < kPanel<C>; c += kLanes<C>)
       transform_matrix<Y, X, Height, Width, C>(
           [](const auto& from, auto& to) { WinogradLine<M>::output(from, to); },
