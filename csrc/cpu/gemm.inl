@@ -221,7 +221,7 @@ template <class C, int R, int N>
 FCB_INLINE void store_rows(const Vector<C> (&acc)[R][N], const GemmOutput<C>& to, int64_t first) {
   const int64_t ld = to.block.ld_y;
   void* const y = row<char>(to.block.y, first, ld * bytes_of<C>(to.rows));
-#if defined(__AVX512F__)
+#if defined(__AVX2__)
   if constexpr (__is_same(C, float)) {
     if (to.rows == RowType::kFloat16) return store_rows<Half, C, R, N>(acc, y, ld);
     if (to.rows == RowType::kBFloat16) return store_rows<BFloat16, C, R, N>(acc, y, ld);

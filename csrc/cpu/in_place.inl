@@ -74,6 +74,53 @@ static void round_block(float* block, int64_t ld, int64_t rows, int64_t cols, vo
               [](float* from, __m256i v, auto lanes) { store_lanes(from, widen(v, static_cast<T*>(nullptr)), lanes); });
 }
 
+#elif defined(__AVX2__)
+// The kernels of elementwise.inl, of other types.
+template <Activation A, class Z, class T, bool InCache>
+FCB_INLINE void affine_narrow(const AffineBlock<float>& b) {
+  b.stream ? affine_block<float, A, true, InCache, false, Z, T>(b)
+           : affine_block<float, A, false, InCache, false, Z, T>(b);
+}
+
+template <Activation A, class T>
+static void affine_of_tile(const AffineBlock<float>& b) {
+  affine_narrow<A, float, T, true>(b);
+}
+
+template <Activation A, class T>
+static void affine_in_place(const AffineBlock<float>& b) {
+  affine_narrow<A, T, T, false>(b);
+  if (b.stream) end_streaming();
+}
+
+template <class T>
+static void emit_sums_in_place(const AffineBlock<float>& b) {
+  for (int64_t r = 0; r < b.rows; ++r)
+    for_vectors<float>(b.cols, [&](auto read, auto write, int64_t c) {
+      const Vector<float> z = read(row<float>(b.z, r, b.ld_z) + c);
+      T* const y = row<T>(b.y, r, b.ld_y) + c;
+      b.stream ? stream(y, z) : write(y, z);
+    });
+}
+
+template <class T>
+static void round_block(float* block, int64_t ld, int64_t rows, int64_t cols, void* memory, int64_t ld_memory,
+                        bool streams) {
+  for (int64_t r = 0; r < rows; ++r)
+    for_vectors<float>(cols, [&](auto read, auto write, int64_t c) {
+      float* const from = block + r * ld + c;
+      T* const to = row<T>(memory, r, ld_memory) + c;
+      if (!streams) __builtin_prefetch(to + kFetchRows * ld_memory, 1);
+      const __m128i stored = narrow((__m256)read(from), to);
+      const Vector<float> left = (Vector<float>)widen(stored, to);
+      streams ? stream(to, left) : write(to, left);
+      write(from, left);
+    });
+  if (streams) end_streaming();
+}
+#endif
+
+#if defined(__AVX2__)
 template <int A, class T>
 static constexpr void fill_affine(InPlaceKernels<float>* k) {
   if constexpr (A < kActivationCount) {
@@ -87,13 +134,14 @@ static constexpr void fill_affine(InPlaceKernels<float>* k) {
 template <class C, class T>
 static constexpr InPlaceKernels<C> in_place_kernels() {
   InPlaceKernels<C> k{};
-#if defined(__AVX512F__)
+#if defined(__AVX2__)
   if constexpr (kIsSmall<T>) {
     fill_affine<0, T>(&k);
     k.emit_sums = emit_sums_in_place<T>;
     fill_gradients<0, C, T, C>(&k.reduce, &k.apply);
     k.round = round_block<T>;
     k.depthwise = depthwise3<C, T>;
+    if constexpr (kNarrow) k.depthwise_clamped = depthwise3_clamped<C, T>;
     k.depthwise_outer = depthwise3_outer<C, T>;
   }
 #endif
