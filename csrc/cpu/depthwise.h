@@ -150,10 +150,16 @@ class DepthwiseConvolution {
     kernels_.end_streaming();
   }
 
-  void compute_tile(const PanelLines& in, const C* filters, const Tile<C>& tile,
-                    const TileEpilogue<C>& epilogue) const {
+  // Straight to memory if that can be and the kernels ask for its lines ahead, which those of depthwise_clamped do.
+  void compute_tile(const PanelLines& in, const C* filters, Tile<C> tile, const TileEpilogue<C>& epilogue) const {
     GemmOutput<C> to = epilogue.output(tile);
-    if (clamped_ && to.clamps && !to.keep && !to.block.stream) return clamped_(in, filters, to);
+    const bool straight = clamped_ && !to.block.stream;
+    if (straight && to.clamps && !to.keep) return clamped_(in, filters, to);
+    if (straight && to.emit == kernels_.emit_sums && to.rows == RowType::kCompute) {
+      tile.data = static_cast<C*>(to.block.y), tile.ld = to.block.ld_y;
+      depthwise_(in, filters, {tile.data, in.columns * tile.ld, tile.ld, false});
+      return epilogue.end(to, tile);
+    }
     depthwise_(in, filters, {tile.data, in.columns * tile.ld, tile.ld, false});
     to.block.z = tile.data, to.block.ld_z = tile.ld, to.block.rows = tile.rows;
     if (to.emit) to.emit(to.block);

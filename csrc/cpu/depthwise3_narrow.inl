@@ -70,6 +70,14 @@ struct NarrowAhead {
   }
 };
 
+// A store waits for its line: so those that the next R columns' take are asked for.
+template <int R, class T>
+FCB_INLINE void fetch_next_columns(const T* to, int64_t c, int64_t ld) {
+  if (c * sizeof(T) % 64 == 0)
+#pragma GCC unroll 7
+    for (int r = 0; r < R; ++r) __builtin_prefetch(to + (R + r) * ld, 1);
+}
+
 // What becomes of sums: stored as PanelTarget says.
 template <class C, bool Stream>
 struct NarrowSums {
@@ -78,7 +86,8 @@ struct NarrowSums {
 
   FCB_INLINE_MEMBER C* place(int64_t line, int64_t column) const { return data + line * ld_line + column * ld; }
   template <int R>
-  FCB_INLINE_MEMBER void put(C* to, int64_t, const Vector<C> (&sums)[R]) const {
+  FCB_INLINE_MEMBER void put(C* to, int64_t c, const Vector<C> (&sums)[R]) const {
+    if (!Stream) fetch_next_columns<R>(to, c, ld);
 #pragma GCC unroll 7
     for (int r = 0; r < R; ++r, to += ld) Stream ? stream(to, sums[r]) : store(to, sums[r]);
   }
@@ -96,9 +105,7 @@ struct NarrowClamps {
   FCB_INLINE_MEMBER T* place(int64_t line, int64_t column) const { return data + line * ld_line + column * ld; }
   template <int R>
   FCB_INLINE_MEMBER void put(T* to, int64_t c, const Vector<C> (&sums)[R]) const {
-    if (c * sizeof(T) % 64 == 0)
-#pragma GCC unroll 7
-      for (int r = 0; r < R; ++r) __builtin_prefetch(to + (R + r) * ld, 1);
+    fetch_next_columns<R>(to, c, ld);
     const Vector<C> m = load(mean + c), f = load(scale + c), b = load(beta + c);
     const Vector<C> least = broadcast(low), most = broadcast(high);
 #pragma GCC unroll 7
