@@ -26,7 +26,10 @@ class DepthwiseConvolution {
         source_(source),
         source_height_(source.grid().height),
         in_place_(slides_in_place(kernels, source, windows, channels.cols)),
-        depthwise_(in_place_ && !source.direct() ? source.in_place_kernels().depthwise : kernels.depthwise) {
+        depthwise_(in_place_ && !source.direct() ? source.in_place_kernels().depthwise : kernels.depthwise),
+        clamped_(!in_place_        ? nullptr
+                 : source.direct() ? kernels.depthwise_clamped
+                                   : source.in_place_kernels().depthwise_clamped) {
     for (const Tap& tap : windows.taps) {
       high_ = {std::min(high_.begin, tap.height), std::max(high_.end, tap.height + 1)};
       wide_ = {std::min(wide_.begin, tap.width), std::max(wide_.end, tap.width + 1)};
@@ -141,16 +144,23 @@ class DepthwiseConvolution {
                            worker};
         in.offset = in_place_ ? tile.channel : (panel - panels.begin) * kDepthwisePanel, in.cols = tile.cols;
         if (in_place_ && panels.size() == panels_.count()) in.ahead = next_lines(image, needed.end, tile);
-        depthwise_(in, s.filters + panel * panel_elements(),
-                   {w.tile, strip.size() * kDepthwisePanel, kDepthwisePanel, false});
-        finish_tile(tile, epilogue);
+        compute_tile(in, s.filters + panel * panel_elements(), tile, epilogue);
       }
     }
     kernels_.end_streaming();
   }
 
-  static void finish_tile(const Tile<C>& tile, const TileEpilogue<C>& epilogue) {
+  // Straight to memory if that can be and the kernels ask for its lines ahead, which those of depthwise_clamped do.
+  void compute_tile(const PanelLines& in, const C* filters, Tile<C> tile, const TileEpilogue<C>& epilogue) const {
     GemmOutput<C> to = epilogue.output(tile);
+    const bool straight = clamped_ && !to.block.stream;
+    if (straight && to.clamps && !to.keep) return clamped_(in, filters, to);
+    if (straight && to.emit == kernels_.emit_sums && to.rows == RowType::kCompute) {
+      tile.data = static_cast<C*>(to.block.y), tile.ld = to.block.ld_y;
+      depthwise_(in, filters, {tile.data, in.columns * tile.ld, tile.ld, false});
+      return epilogue.end(to, tile);
+    }
+    depthwise_(in, filters, {tile.data, in.columns * tile.ld, tile.ld, false});
     to.block.z = tile.data, to.block.ld_z = tile.ld, to.block.rows = tile.rows;
     if (to.emit) to.emit(to.block);
     epilogue.end(to, tile);
@@ -204,6 +214,7 @@ class DepthwiseConvolution {
   int64_t source_height_;
   bool in_place_;
   decltype(ComputeKernels<C>::depthwise) depthwise_;
+  decltype(ComputeKernels<C>::depthwise_clamped) clamped_;      // may be null
   Span high_{1 << 30, -(1 << 30)}, wide_{1 << 30, -(1 << 30)};  // of the taps: lines, columns
 };
 

@@ -1,15 +1,9 @@
-// 3x3 depthwise convolutions whose taps are neighbours, at strides 1 and 2: a window of the inputs slides along a line
-// in registers, so that a column loads only what is new to it, 3 or 6 vectors for 9 multiplications.
+// 3x3 depthwise convolutions as depthwise3_narrow.inl says, where there are 32 registers: a window of the inputs slides
+// along a line in them, so that a column loads only what is new to it, 3 or 6 vectors for 9 multiplications.
 //
-// Budget of 32 registers: 9 filters or 9 sums, 9 of the window, or 12 to 15 of those of two lines, which share theirs;
-// 1 or 2 more. 16 are too few.
+// Budget: 9 filters or 9 sums, 9 of the window, or 12 to 15 of those of two lines, which share theirs; 1 or 2 more.
 //
 // T: of memory. 16-bit numbers are converted as they are loaded; two lines at once convert those that they share once.
-constexpr bool kSlides = kTileRows >= 12;
-
-FCB_INLINE bool slides(const PanelLines& in) {
-  return kSlides && in.taps == 9 && in.row_taps == 3 && (in.step == in.tap_step || in.step == 2 * in.tap_step);
-}
 
 // Whether two lines are worth it: where loads cost conversions.
 template <class C, class T>
@@ -61,26 +55,6 @@ FCB_INLINE void slide(const PanelLines& in, const T* const (&lines)[R], F f) {
       f(j + 1, c, b, a);
     }
   }
-}
-
-// A row of the windows of output line l, from `channel` on.
-template <class T>
-FCB_INLINE const T* window_line(const PanelLines& in, int64_t l, int64_t row, int64_t channel) {
-  return static_cast<const T*>(in.sources[9 * l + 3 * row]) + in.offset + channel;
-}
-
-// Asks for what the windows of a vector of channels step over by a column, and moves on.
-template <class T, int S>
-FCB_INLINE void fetch_step(const T** next, int64_t step) {
-#pragma GCC unroll 4
-  for (int i = 0; i < S * S; ++i, *next += step) __builtin_prefetch(*next, 0, 2);
-}
-
-// Where `vector`, of so many of channels, begins to do so.
-template <class C, class T, int S>
-FCB_INLINE const T* first_ahead(const PanelLines& in, int64_t vector) {
-  const T* ahead = static_cast<const T*>(in.ahead ? in.ahead : in.sources[0]);
-  return in.ahead ? ahead + vector * in.lines * in.columns * S * S * kLanes<C> : ahead;
 }
 
 // Of the windows that begin with row `first` of the columns.
@@ -157,6 +131,7 @@ static void depthwise3_lines(const PanelLines& in, int64_t channel, const C* fil
 
 template <class C, class T>
 static void depthwise3(const PanelLines& in, const C* filters, const PanelTarget<C>& out) {
+  if constexpr (kNarrow) return depthwise3_narrow<C, T>(in, filters, out);
   const bool one = in.step == in.tap_step;
   const auto lines = out.stream ? (one ? depthwise3_lines<C, T, 1, true> : depthwise3_lines<C, T, 2, true>)
                                 : (one ? depthwise3_lines<C, T, 1, false> : depthwise3_lines<C, T, 2, false>);
@@ -205,6 +180,7 @@ static void depthwise3_outer_lines(const PanelLines& in, int64_t channel, const 
 
 template <class C, class T>
 static void depthwise3_outer(const PanelLines& in, const C* const* dz, int64_t dz_offset, int64_t dz_step, C* sums) {
+  if constexpr (kNarrow) return depthwise3_outer_narrow<C, T>(in, dz, dz_offset, dz_step, sums);
   const auto lines = in.step == in.tap_step ? depthwise3_outer_lines<C, T, 1> : depthwise3_outer_lines<C, T, 2>;
   for (int64_t c = 0; c < in.cols; c += kLanes<C>) lines(in, c, dz, dz_offset, dz_step, sums);
 }

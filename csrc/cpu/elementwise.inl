@@ -137,32 +137,32 @@ FCB_INLINE Vector<float> round_for_backward(Vector<float> x, const F& u_of) {
 
 // Of z in memory, or in cache: then these are the rows of a tile, and gemm has asked for what else they need. Rounds:
 // with b.rounded.
-// Takes its own copy of the block, as do those below: what is stored could be the caller's.
-template <class C, Activation A, bool Stream, bool InCache, bool Rounds = false>
+// Takes its own copy of the block, as do those below: what is stored could be the caller's. Z: of z, T: of memory.
+template <class C, Activation A, bool Stream, bool InCache, bool Rounds = false, class Z = C, class T = C>
 FCB_INLINE void affine_block(AffineBlock<C> b) {
   constexpr bool kPastCaches = Stream && !InCache;  // then memory decides, which likes one row's few streams
-  const int64_t ahead = fetch_distance<C>(b.ld_z), residual_ahead = fetch_distance<C>(b.ld_residual);
+  const int64_t ahead = fetch_distance<Z>(b.ld_z), residual_ahead = fetch_distance<T>(b.ld_residual);
   for_row_groups<kPastCaches ? 1 : 8>(b.rows, [&](int64_t first, int64_t end) {
     for_vectors<C>(b.cols, [&](auto read, auto write, int64_t c) {
       const Vector<C> mean = read(b.mean + c), scale = read(b.scale + c), beta = read(b.beta + c);
       for (int64_t r = first; r < end; ++r) {
-        if constexpr (!InCache) __builtin_prefetch(row<C>(b.z, r, b.ld_z) + c + ahead);
-        const C* residual = nullptr;
+        if constexpr (!InCache) __builtin_prefetch(row<Z>(b.z, r, b.ld_z) + c + ahead);
+        const T* residual = nullptr;
         if (b.residual) {
-          residual = row<C>(b.residual, r, b.ld_residual) + c;
+          residual = row<T>(b.residual, r, b.ld_residual) + c;
           if constexpr (kPastCaches) __builtin_prefetch(residual + residual_ahead);
         }
         const auto u_of = [&](Vector<C> centered) {
           const Vector<C> u = centered * scale + beta;
           return residual ? u + read(residual) : u;
         };
-        const Vector<C> centered = read(row<C>(b.z, r, b.ld_z) + c) - mean, u = u_of(centered);
+        const Vector<C> centered = read(row<Z>(b.z, r, b.ld_z) + c) - mean, u = u_of(centered);
         if constexpr (Rounds) {
           uint16_t* to = b.rounded + r * b.ld_rounded + c;
           __builtin_prefetch(to + (end - first) * b.ld_rounded);
           write(to, round_for_backward<A>(centered, u_of));
         }
-        C* y = row<C>(b.y, r, b.ld_y) + c;
+        T* y = row<T>(b.y, r, b.ld_y) + c;
         if constexpr (Stream) {
           stream(y, activate<A, C>(u));
         } else {
@@ -255,7 +255,13 @@ static void apply(const GradientBlock<C>& block) {
         __builtin_prefetch(row<T>(b.dy, r, b.ld_dy) + c + ahead_dy);
         const Vector<C> centered = read(row<Z>(b.z, r, b.ld_z) + c) - mean;
         const Vector<C> du = gradient_of_u<C, T, A, P>(b, read, r, c, centered, scale, beta);
-        if (b.d_residual) write(row<T>(b.d_residual, r, b.ld_d_residual) + c, du);
+        if (b.d_residual) {
+          T* const d_residual = row<T>(b.d_residual, r, b.ld_d_residual) + c;
+          if constexpr (kIsSmall<T>)
+            b.stream ? stream(d_residual, du) : write(d_residual, du);
+          else
+            write(d_residual, du);
+        }
         const Vector<C> d_conv = slope * du;
         write(row<D>(b.d_conv, r, b.ld_d_conv) + c, b.curve ? d_conv + (curve * centered + offset) : d_conv);
       }

@@ -75,24 +75,48 @@ static void round_block(float* block, int64_t ld, int64_t rows, int64_t cols, vo
 }
 
 #elif defined(__AVX2__)
-// Of tiles that gemm does not store as they are: most are whole, and never come here.
+// The kernels of elementwise.inl, of other types.
+template <Activation A, class Z, class T, bool InCache>
+FCB_INLINE void affine_narrow(const AffineBlock<float>& b) {
+  b.stream ? affine_block<float, A, true, InCache, false, Z, T>(b)
+           : affine_block<float, A, false, InCache, false, Z, T>(b);
+}
+
 template <Activation A, class T>
 static void affine_of_tile(const AffineBlock<float>& b) {
-  for (int64_t r = 0; r < b.rows; ++r)
-    for_vectors<float>(b.cols, [&](auto read, auto write, int64_t c) {
-      const Vector<float> z = read(row<float>(b.z, r, b.ld_z) + c);
-      Vector<float> u = (z - read(b.mean + c)) * read(b.scale + c) + read(b.beta + c);
-      if (b.residual) u += read(row<T>(b.residual, r, b.ld_residual) + c);
-      write(row<T>(b.y, r, b.ld_y) + c, activate<A, float>(u));
-    });
+  affine_narrow<A, float, T, true>(b);
+}
+
+template <Activation A, class T>
+static void affine_in_place(const AffineBlock<float>& b) {
+  affine_narrow<A, T, T, false>(b);
+  if (b.stream) end_streaming();
 }
 
 template <class T>
 static void emit_sums_in_place(const AffineBlock<float>& b) {
   for (int64_t r = 0; r < b.rows; ++r)
     for_vectors<float>(b.cols, [&](auto read, auto write, int64_t c) {
-      write(row<T>(b.y, r, b.ld_y) + c, read(row<float>(b.z, r, b.ld_z) + c));
+      const Vector<float> z = read(row<float>(b.z, r, b.ld_z) + c);
+      T* const y = row<T>(b.y, r, b.ld_y) + c;
+      b.stream ? stream(y, z) : write(y, z);
     });
+}
+
+template <class T>
+static void round_block(float* block, int64_t ld, int64_t rows, int64_t cols, void* memory, int64_t ld_memory,
+                        bool streams) {
+  for (int64_t r = 0; r < rows; ++r)
+    for_vectors<float>(cols, [&](auto read, auto write, int64_t c) {
+      float* const from = block + r * ld + c;
+      T* const to = row<T>(memory, r, ld_memory) + c;
+      if (!streams) __builtin_prefetch(to + kFetchRows * ld_memory, 1);
+      const __m128i stored = narrow((__m256)read(from), to);
+      const Vector<float> left = (Vector<float>)widen(stored, to);
+      streams ? stream(to, left) : write(to, left);
+      write(from, left);
+    });
+  if (streams) end_streaming();
 }
 #endif
 
@@ -123,6 +147,7 @@ static constexpr InPlaceKernels<C> in_place_kernels() {
     fill_gradients<0, C, T, C>(&k.reduce, &k.apply);
     k.round = round_block<T>;
     k.depthwise = depthwise3<C, T>;
+    if constexpr (kNarrow) k.depthwise_clamped = depthwise3_clamped<C, T>;
     k.depthwise_outer = depthwise3_outer<C, T>;
   }
 #endif

@@ -24,7 +24,9 @@ namespace {
 
 namespace fusedconvbn {
 namespace {
-#include "storage.inl"
+#include "half_vectors.inl"
+
+#include "storage.inl"  // by half_vectors.inl
 
 #include "narrow.inl"
 
@@ -35,7 +37,9 @@ namespace {
 
 #include "gemm.inl"  // kTileRows and the panel of all that follows
 
-#include "depthwise3.inl"
+#include "depthwise3_narrow.inl"
+
+#include "depthwise3.inl"  // by depthwise3_narrow.inl where registers are few
 
 #include "depthwise.inl"  // by depthwise3.inl where that can be
 #include "planes.inl"
@@ -143,8 +147,8 @@ static constexpr ComputeKernels<C> compute_kernels() {
   k.clamps_residual = kClampsResidual;
   k.gemm = gemm<C>;
   k.end_streaming = end_streaming;
-  k.slides = kSlides;
   k.depthwise = depthwise<C>;
+  if constexpr (kNarrow) k.depthwise_clamped = depthwise3_clamped<C, C>;
   k.outer = outer<C>;
   k.pack_rows = pack<C, kTileRows>;
   k.pack_columns = pack<C, static_cast<int>(kPanel<C>)>;

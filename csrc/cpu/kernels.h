@@ -102,8 +102,8 @@ constexpr int64_t kDepthwisePanel = 32;  // channels of a row in depthwise kerne
 struct PanelLines {
   const void* const* sources;
   int64_t lines, columns, taps, row_taps, tap_step, step, offset, cols;
-  // Where ComputeKernels::slides says so. Whether the first column of the first window, and the last one of the last,
-  // are beyond the image: zeros, not to be read.
+  // Of 3x3 windows of neighbours, at strides 1 and 2 (depthwise3.inl). Whether the first column of the first window,
+  // and the last one of the last, are beyond the image: zeros, not to be read.
   bool left = false, right = false;
   const void* ahead = nullptr;  // memory to be fetched meanwhile: as many elements as the windows step over
 };
@@ -178,10 +178,12 @@ struct ComputeKernels {
   // Adds the tile a[depth][outer_rows]' * b[depth][panel] to where `to` says.
   void (*add_columns)(const C* a, int64_t lda, const C* b, int64_t depth, const ColumnSegments<C>& to);
 
-  bool slides;  // 3x3 windows of neighbours, at strides 1 and 2, along lines of any length: depthwise3.inl
   // Depthwise, on up to kDepthwisePanel channels, element by element. out = sum over taps of rows *
   // filters[taps][kDepthwisePanel]; what it streams is ordered by end_streaming().
   void (*depthwise)(const PanelLines& in, const C* filters, const PanelTarget<C>& out);
+  // The same of 3x3 windows of neighbours (depthwise3_narrow.inl), straight to y: line after line, as to.clamps says.
+  // May be null.
+  void (*depthwise_clamped)(const PanelLines& in, const C* filters, const GemmOutput<C>& to);
   // sums[taps][kDepthwisePanel] += sum over lines and columns of rows * the row at dz[l] + dz_offset + c * dz_step.
   void (*depthwise_outer)(const PanelLines& in, const C* const* dz, int64_t dz_offset, int64_t dz_step, C* sums);
   // to[rows][ld_to] = the `cols` channels at from + r * ld, then zeros up to `width`.
@@ -237,8 +239,9 @@ struct InPlaceKernels {
   void (*apply[kActivationCount][3])(const GradientBlock<C>&);  // d_conv is of C
   // Stores a block and leaves in it what was stored.
   void (*round)(C* block, int64_t ld, int64_t rows, int64_t cols, void* memory, int64_t ld_memory, bool stream);
-  // As those of ComputeKernels, where `slides` says so; only what the windows read is of the 16-bit type.
+  // As those of ComputeKernels, of 3x3 windows of neighbours; only what the windows read, and y, is of the 16-bit type.
   void (*depthwise)(const PanelLines& in, const C* filters, const PanelTarget<C>& out);
+  void (*depthwise_clamped)(const PanelLines& in, const C* filters, const GemmOutput<C>& to);
   void (*depthwise_outer)(const PanelLines& in, const C* const* dz, int64_t dz_offset, int64_t dz_step, C* sums);
 };
 

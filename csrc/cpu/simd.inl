@@ -52,10 +52,18 @@ FCB_INLINE void end_streaming() {
 #endif
 }
 
+#if defined(__AVX2__) && !defined(__AVX512F__)
+FCB_INLINE __m256i mask_of(int64_t count) {
+  return _mm256_cmpgt_epi32(_mm256_set1_epi32(static_cast<int>(count)), _mm256_setr_epi32(0, 1, 2, 3, 4, 5, 6, 7));
+}
+#endif
+
 // The first `count` lanes, 0 < count < kLanes; the others are 0, and their memory is not touched.
 FCB_INLINE Vector<float> load_part(const float* from, int64_t count) {
 #if defined(__AVX512F__)
   return (Vector<float>)_mm512_maskz_loadu_ps((1u << count) - 1, from);
+#elif defined(__AVX2__)
+  return (Vector<float>)_mm256_maskload_ps(from, mask_of(count));
 #else
   Vector<float> v{};
   for (int64_t i = 0; i < count; ++i) v[i] = from[i];
@@ -76,6 +84,8 @@ FCB_INLINE void store_part(C* to, Vector<C> v, int64_t count) {
     _mm512_mask_storeu_ps(to, (1u << count) - 1, (__m512)v);
     return;
   }
+#elif defined(__AVX2__)
+  if constexpr (sizeof(C) == 4) return _mm256_maskstore_ps(to, mask_of(count), (__m256)v);
 #endif
   for (int64_t i = 0; i < count; ++i) to[i] = v[i];
 }
@@ -105,6 +115,8 @@ template <class V>
 FCB_INLINE V larger(V a, V b) {
 #if defined(__AVX512F__)
   if constexpr (sizeof(V) == 64 && sizeof(a[0]) == 4) return (V)_mm512_max_ps((__m512)a, (__m512)b);
+#elif defined(__AVX2__)
+  if constexpr (sizeof(V) == 32 && sizeof(a[0]) == 4) return (V)_mm256_max_ps((__m256)a, (__m256)b);
 #endif
   return a > b ? a : b;
 }
@@ -112,6 +124,8 @@ template <class V>
 FCB_INLINE V smaller(V a, V b) {
 #if defined(__AVX512F__)
   if constexpr (sizeof(V) == 64 && sizeof(a[0]) == 4) return (V)_mm512_min_ps((__m512)a, (__m512)b);
+#elif defined(__AVX2__)
+  if constexpr (sizeof(V) == 32 && sizeof(a[0]) == 4) return (V)_mm256_min_ps((__m256)a, (__m256)b);
 #endif
   return a < b ? a : b;
 }
@@ -143,6 +157,26 @@ FCB_INLINE void transpose_square(const float* from, int64_t ld_from, float* to, 
   }
 #pragma GCC unroll 16
   for (int r = 0; r < 16; ++r) _mm512_storeu_ps(to + r * ld_to, rows[r]);
+}
+#elif defined(__AVX2__)
+// As loads of halves bring rows r and r + 4 together, two interleavings of quarters are left.
+FCB_INLINE void transpose_square(const float* from, int64_t ld_from, float* to, int64_t ld_to) {
+#pragma GCC unroll 2
+  for (int half = 0; half < 2; ++half) {
+    __m256 rows[4];
+#pragma GCC unroll 4
+    for (int r = 0; r < 4; ++r) {
+      const float* const row = from + r * ld_from + 4 * half;
+      rows[r] = _mm256_insertf128_ps(_mm256_castps128_ps256(_mm_loadu_ps(row)), _mm_loadu_ps(row + 4 * ld_from), 1);
+    }
+    const __m256 low01 = _mm256_unpacklo_ps(rows[0], rows[1]), high01 = _mm256_unpackhi_ps(rows[0], rows[1]);
+    const __m256 low23 = _mm256_unpacklo_ps(rows[2], rows[3]), high23 = _mm256_unpackhi_ps(rows[2], rows[3]);
+    float* const out = to + 4 * half * ld_to;
+    _mm256_storeu_ps(out, _mm256_shuffle_ps(low01, low23, 0x44));
+    _mm256_storeu_ps(out + ld_to, _mm256_shuffle_ps(low01, low23, 0xee));
+    _mm256_storeu_ps(out + 2 * ld_to, _mm256_shuffle_ps(high01, high23, 0x44));
+    _mm256_storeu_ps(out + 3 * ld_to, _mm256_shuffle_ps(high01, high23, 0xee));
+  }
 }
 #endif
 

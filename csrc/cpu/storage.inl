@@ -9,96 +9,6 @@ FCB_INLINE void to_storage(double x, double* to) { *to = x; }
 FCB_INLINE void to_storage(float x, Half* to) { *to = to_half(x); }
 FCB_INLINE void to_storage(float x, BFloat16* to) { *to = to_bfloat16(x); }
 
-// Vectors of 16-bit types; the pointer only tells the type.
-#if defined(__AVX512F__)
-FCB_INLINE __m512 widen(__m256i v, const Half*) { return _mm512_cvtph_ps(v); }
-FCB_INLINE __m512 widen(__m256i v, const BFloat16*) {
-  return _mm512_castsi512_ps(_mm512_slli_epi32(_mm512_cvtepu16_epi32(v), 16));
-}
-// The upper halves of numbers, rounded as to_bfloat16() does; the lower ones are of no meaning. Of a NaN the upper half
-// is cut: it has come of arithmetic, or of 16 bits, so that this is a NaN.
-FCB_INLINE __m512i rounded_bits(__m512 v) {
-  const __m512i bits = _mm512_castps_si512(v);
-  const __mmask16 odd = _mm512_test_epi32_mask(bits, _mm512_set1_epi32(0x10000));
-  const __m512i half = _mm512_mask_blend_epi32(odd, _mm512_set1_epi32(0x7fff), _mm512_set1_epi32(0x8000));
-  return _mm512_mask_add_epi32(bits, _mm512_cmp_ps_mask(v, v, _CMP_ORD_Q), bits, half);
-}
-
-FCB_INLINE __m256i narrow(__m512 v, const Half*) { return _mm512_cvtps_ph(v, _MM_FROUND_TO_NEAREST_INT); }
-FCB_INLINE __m256i narrow(__m512 v, const BFloat16*) {
-#if defined(__AVX512BF16__)  // subnormals become 0
-  return (__m256i)_mm512_cvtneps_pbh(v);
-#else
-  return _mm512_cvtepi32_epi16(_mm512_srli_epi32(rounded_bits(v), 16));
-#endif
-}
-
-// The first `count` lanes.
-FCB_INLINE __mmask16 first_lanes(int64_t count) { return static_cast<__mmask16>((1u << count) - 1); }
-
-// The lanes that the mask leaves out are 0, and their memory is not touched.
-FCB_INLINE __m512 load_lanes(const float* from, __mmask16 lanes) { return _mm512_maskz_loadu_ps(lanes, from); }
-template <class T>
-FCB_INLINE __m512 load_lanes(const T* from, __mmask16 lanes) {
-  return widen(_mm256_maskz_loadu_epi16(lanes, from), from);
-}
-FCB_INLINE void store_lanes(float* to, __m512 v, __mmask16 lanes) { _mm512_mask_storeu_ps(to, lanes, v); }
-template <class T>
-FCB_INLINE void store_lanes(T* to, __m512 v, __mmask16 lanes) {
-  _mm256_mask_storeu_epi16(to, lanes, narrow(v, to));
-}
-
-// As load(), store() and their parts, of vectors of float.
-template <class T>
-FCB_INLINE Vector<float> load_16_bit(const T* from, __mmask16 lanes) {
-  return (Vector<float>)load_lanes(from, lanes);
-}
-FCB_INLINE Vector<float> load(const Half* from) { return load_16_bit(from, 0xffff); }
-FCB_INLINE Vector<float> load(const BFloat16* from) { return load_16_bit(from, 0xffff); }
-FCB_INLINE Vector<float> load_part(const Half* from, int64_t n) { return load_16_bit(from, first_lanes(n)); }
-FCB_INLINE Vector<float> load_part(const BFloat16* from, int64_t n) { return load_16_bit(from, first_lanes(n)); }
-FCB_INLINE void store(Half* to, Vector<float> v) { store_lanes(to, (__m512)v, 0xffff); }
-FCB_INLINE void store(BFloat16* to, Vector<float> v) { store_lanes(to, (__m512)v, 0xffff); }
-FCB_INLINE void store_part(Half* to, Vector<float> v, int64_t n) { store_lanes(to, (__m512)v, first_lanes(n)); }
-FCB_INLINE void store_part(BFloat16* to, Vector<float> v, int64_t n) { store_lanes(to, (__m512)v, first_lanes(n)); }
-#else
-#if defined(__AVX2__)
-FCB_INLINE Vector<float> load(const Half* from) {
-  return (Vector<float>)_mm256_cvtph_ps(_mm_loadu_si128(reinterpret_cast<const __m128i*>(from)));
-}
-#endif
-FCB_INLINE Vector<float> widen(Simd<float>::Halves v) {
-  return (Vector<float>)(__builtin_convertvector(v, Simd<float>::Bits) << 16);
-}
-FCB_INLINE Vector<float> load(const BFloat16* from) {
-  Simd<float>::Halves v;
-  __builtin_memcpy(&v, from, sizeof v);
-  return widen(v);
-}
-FCB_INLINE Vector<float> load_part(const BFloat16* from, int64_t n) {
-  Simd<float>::Halves v{};
-  for (int64_t i = 0; i < n; ++i) v[i] = from[i].bits;
-  return widen(v);
-}
-#endif
-
-// The upper halves of numbers: what of a bfloat16 there is.
-FCB_INLINE Simd<float>::Halves upper_halves(Vector<float> v) {
-  return __builtin_convertvector((Simd<float>::Bits)v >> 16, Simd<float>::Halves);
-}
-FCB_INLINE void store(uint16_t* to, Vector<float> v) {
-  const auto halves = upper_halves(v);
-  __builtin_memcpy(to, &halves, sizeof halves);
-}
-FCB_INLINE void store_part(uint16_t* to, Vector<float> v, int64_t n) {
-  const auto halves = upper_halves(v);
-#if defined(__AVX512F__)
-  _mm256_mask_storeu_epi16(to, first_lanes(n), (__m256i)halves);
-#else
-  for (int64_t i = 0; i < n; ++i) to[i] = halves[i];
-#endif
-}
-
 #if defined(__AVX2__)
 template <class T>
 constexpr bool kLoadsVectors = true;
@@ -125,8 +35,14 @@ FCB_INLINE void row_to_compute(const T* from, int64_t count, C* to, [[maybe_unus
     return store_lanes(to + i, load_lanes(from + i, first_lanes(count - i)), first_lanes(count - i));
   }
 #elif defined(__AVX2__)
-  if constexpr (__is_same(T, Half))
-    for (; i + 8 <= count; i += 8) store(to + i, load(from + i));
+  if constexpr (kIsSmall<T>) {
+    for (; i + 8 <= count; i += 8) {
+      __builtin_prefetch(to + ahead + i, 1);
+      store(to + i, load(from + i));
+    }
+    if (i < count) store_part(to + i, load_part(from + i, count - i), count - i);
+    return;
+  }
 #endif
   for (; i < count; ++i) to[i] = to_compute(from[i]);
 }
@@ -203,8 +119,8 @@ FCB_INLINE void store_lines(C* block, int64_t ld, int64_t rows, int64_t cols, T*
 #endif
 
 #if !defined(__AVX512F__)
-template <class C, int N>
-FCB_INLINE void store_vectors(C* to, const Vector<C> (&v)[N]) {
+template <class C, int N, class T>
+FCB_INLINE void store_vectors(T* to, const Vector<C> (&v)[N]) {
 #pragma GCC unroll 4
   for (int n = 0; n < N; ++n) store(to + n * kLanes<C>, v[n]);
 }
@@ -220,10 +136,16 @@ FCB_INLINE void stream_row(const C* from, int64_t count, T* to) {
 template <class C, class T>
 FCB_INLINE void row_to_storage(const C* from, int64_t count, T* to) {
   int64_t i = 0;
-#if defined(__AVX2__)
+#if defined(__AVX512F__)
   if constexpr (__is_same(T, Half))
     for (; i + 8 <= count; i += 8)
       _mm_storeu_si128(reinterpret_cast<__m128i*>(to + i), _mm256_cvtps_ph(_mm256_loadu_ps(from + i), 0));
+#elif defined(__AVX2__)
+  if constexpr (kIsSmall<T>) {
+    for (; i + 8 <= count; i += 8) store(to + i, load(from + i));
+    if (i < count) store_part(to + i, load_part(from + i, count - i), count - i);
+    return;
+  }
 #endif
   if constexpr (__is_same(T, C))
     for (; i + kLanes<C> <= count; i += kLanes<C>) store(to + i, load(from + i));
@@ -283,6 +205,28 @@ static void load_block(const void* memory, int64_t pixel_stride, int64_t channel
   }
 }
 
+#if defined(__AVX2__) && !defined(__AVX512F__)
+// The other way, from whole squares.
+template <class C, class T>
+FCB_INLINE void store_columns(const C* block, int64_t ld, int64_t rows, int64_t cols, T* to, int64_t stride) {
+  constexpr int64_t L = kLanes<C>;
+  const int64_t whole_rows = rows / L * L, whole_cols = cols / L * L;
+  for (int64_t c = 0; c < cols; c += L)
+    for (int64_t r = 0; r < rows; r += L) {
+      const C* const square = block + r * ld + c;
+      T* const at = to + c * stride + r;
+      if (c < whole_cols && r < whole_rows) {
+        C columns[L * L];
+        transpose_square(square, ld, columns, L);
+        for (int64_t i = 0; i < L; ++i) store(at + i * stride, load(columns + i * L));
+      } else {
+        for (int64_t i = 0; c + i < cols && i < L; ++i)
+          for (int64_t k = 0; r + k < rows && k < L; ++k) to_storage(square[k * ld + i], at + i * stride + k);
+      }
+    }
+}
+#endif
+
 template <class C, class T>
 static void load_rows(const void* const* from, int64_t offset, int64_t rows, int64_t cols, C* to, int64_t ld) {
   for (int64_t r = 0; r < rows; ++r) row_to_compute(static_cast<const T*>(from[r]) + offset, cols, to + r * ld, ld);
@@ -308,6 +252,9 @@ static void store_block(const C* block, int64_t ld, int64_t rows, int64_t cols, 
     }
     return;
   }
+#if defined(__AVX2__) && !defined(__AVX512F__)
+  if (pixel_stride == 1) return store_columns(block, ld, rows, cols, to, channel_stride);
+#endif
   for (int64_t r0 = 0; r0 < rows; r0 += 16) {
     const int64_t r1 = r0 + 16 < rows ? r0 + 16 : rows;
     for (int64_t c = 0; c < cols; ++c)
