@@ -70,6 +70,9 @@ FCB_INLINE __m128i narrow(__m256 v, const BFloat16*) {
   const __m256i bits = rounded_bits(v);
   return _mm_packus_epi32(_mm256_castsi256_si128(bits), _mm256_extracti128_si256(bits, 1));
 }
+FCB_INLINE __m256i narrow(__m256 low, __m256 high, const BFloat16*) {
+  return _mm256_permute4x64_epi64(_mm256_packus_epi32(rounded_bits(low), rounded_bits(high)), 0xd8);
+}
 
 template <class N>
 FCB_INLINE N number_at(const void* from) {

@@ -124,9 +124,7 @@ static void round_block(float* block, int64_t ld, int64_t rows, int64_t cols, vo
 template <int A, class T>
 static constexpr void fill_affine(InPlaceKernels<float>* k) {
   if constexpr (A < kActivationCount) {
-#if defined(__AVX512F__)
     k->affine[A] = affine_in_place<static_cast<Activation>(A), T>;
-#endif
     k->affine_of_tile[A] = affine_of_tile<static_cast<Activation>(A), T>;
     fill_affine<A + 1, T>(k);
   }
@@ -140,10 +138,6 @@ static constexpr InPlaceKernels<C> in_place_kernels() {
   if constexpr (kIsSmall<T>) {
     fill_affine<0, T>(&k);
     k.emit_sums = emit_sums_in_place<T>;
-  }
-#endif
-#if defined(__AVX512F__)
-  if constexpr (kIsSmall<T>) {
     fill_gradients<0, C, T, C>(&k.reduce, &k.apply);
     k.round = round_block<T>;
     k.depthwise = depthwise3<C, T>;

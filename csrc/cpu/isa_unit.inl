@@ -28,8 +28,6 @@ namespace {
 
 #include "storage.inl"  // by half_vectors.inl
 
-#include "narrow.inl"
-
 #include "elementwise.inl"
 #include "line_gradients.inl"
 

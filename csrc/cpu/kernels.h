@@ -231,7 +231,6 @@ struct ComputeKernels {
 // All pointers of AffineBlock and GradientBlock are to that type, but those that a kernel's comment names.
 template <class C>
 struct InPlaceKernels {
-  // Null but on AVX-512: all but affine_of_tile and emit_sums.
   void (*affine[kActivationCount])(const AffineBlock<C>&);
   void (*affine_of_tile[kActivationCount])(const AffineBlock<C>&);  // z is of C; ordered by end_streaming()
   void (*emit_sums)(const AffineBlock<C>&);                         // y = z of C; ordered by end_streaming()
@@ -255,7 +254,7 @@ struct StorageKernels {
                 int64_t channel_stride, bool stream);
   // to[rows][ld] = `cols` elements of each row, those at from[row] + offset.
   void (*load_rows)(const void* const* from, int64_t offset, int64_t rows, int64_t cols, C* to, int64_t ld);
-  InPlaceKernels<C> in_place;  // null where there are none; on AVX2 few
+  InPlaceKernels<C> in_place;  // null where there are none
 };
 
 struct KernelSet {

@@ -121,6 +121,10 @@ FCB_INLINE void store_lines(C* block, int64_t ld, int64_t rows, int64_t cols, T*
 #if !defined(__AVX512F__)
 template <class C, int N, class T>
 FCB_INLINE void store_vectors(T* to, const Vector<C> (&v)[N]) {
+#if defined(__AVX2__)
+  if constexpr (N == 2 && __is_same(T, BFloat16))  // a pair costs less than its halves
+    return _mm256_storeu_si256(reinterpret_cast<__m256i*>(to), narrow((__m256)v[0], (__m256)v[1], to));
+#endif
 #pragma GCC unroll 4
   for (int n = 0; n < N; ++n) store(to + n * kLanes<C>, v[n]);
 }
