@@ -75,12 +75,13 @@ constexpr WinogradPrices kFilterGradientPrices = {32,
                                                   0,
                                                   false};
 
-// Whether the transformed inputs of so many windows of F(MxM), and their products by a panel, stay in an L2 of 2 MiB,
-// with some filters.
+// Whether the transformed inputs of so many windows of F(MxM), and their products by a panel, stay in L2 with some
+// filters; max_bytes: for the former, of an L2 of 2 MiB.
 template <int M>
-constexpr bool winograd_inputs_fit_cache(int64_t windows, int64_t depth, int64_t element_bytes) {
-  constexpr int64_t kMaxBytes = 5 << 18, kPanel = 32;
-  return (M + 2) * (M + 2) * windows * (depth + kPanel) * element_bytes <= kMaxBytes;
+constexpr bool winograd_inputs_fit_cache(int64_t windows, int64_t depth, int64_t element_bytes,
+                                         int64_t max_bytes = 5 << 18) {
+  constexpr int64_t kPanel = 32;
+  return (M + 2) * (M + 2) * windows * (depth + kPanel) * element_bytes <= max_bytes;
 }
 
 struct WinogradProblem {
