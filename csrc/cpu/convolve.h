@@ -52,6 +52,7 @@ struct Channels {
   int64_t groups, depth, cols;  // per group: reduced, produced
   // Whether filters [taps][depth][cols] are new at each call, so that it is for that one alone that they are packed.
   bool new_filters = false;
+  bool kept_filters = false;  // whether they are packed once for many calls
 };
 
 template <class C>

@@ -128,6 +128,11 @@ static constexpr WinogradKernels<C> winograd_kernels() {
   k.gradient = winograd_gradient<C, M>;
   k.filter = winograd_filter<C, M>;
   k.filter_gradient = winograd_filter_gradient<C, M>;
+  if constexpr (kFewRegisters) {
+    k.filter_lines[0] = winograd_filter_lines<C, M, 0>;
+    k.filter_lines[1] = winograd_filter_lines<C, M, 1>;
+    if constexpr (M == 4) k.filter_lines[2] = winograd_filter_lines<C, M, 2>;
+  }
   return k;
 }
 
@@ -157,6 +162,7 @@ static constexpr ComputeKernels<C> compute_kernels() {
   k.multiply_shifted = multiply_shifted<C>;
   k.depthwise_outer = depthwise_outer<C>;
   k.multiply_planes = multiply_planes<C>;
+  if constexpr (kFewRegisters) k.multiply_low_planes = multiply_low_planes<C>;
   k.multiply_transposed_planes = multiply_transposed_planes<C>;
   k.winograd2 = winograd_kernels<C, 2>();
   k.winograd4 = winograd_kernels<C, 4>();

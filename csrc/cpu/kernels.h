@@ -198,6 +198,9 @@ struct ComputeKernels {
   // a[plane][depth / kPlaneDepth][rows][kPlaneDepth] * b[plane][depth][panel]; lda is the distance of blocks, ldb the
   // panel.
   void (*multiply_planes)(const Planes<C>&);
+  // The same of outer_rows or fewer and of no more than kPlaneDepth, where b lies in L1. Null where the vectors are so
+  // wide, and L2 so near to them, that nothing is won.
+  void (*multiply_low_planes)(const Planes<C>&);
   // a[plane][depth][rows]' * b[plane][depth][panel].
   void (*multiply_transposed_planes)(const Planes<C>&);
   WinogradKernels<C> winograd2, winograd4;

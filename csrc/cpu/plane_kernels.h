@@ -24,7 +24,7 @@ struct Planes {
   int64_t plane_c;
   bool add;  // to what c holds
   // multiply_planes: what will be read next, `ahead_row` elements of it for each row of b; plane_b apart for each
-  // plane.
+  // plane, but of multiply_low_planes one after the other.
   const C* ahead = nullptr;
   int64_t ahead_row = 0;
 };
@@ -45,6 +45,9 @@ struct WinogradKernels {
   void (*gradient)(const GatheredRows<C>& rows, const PlaneLayout<C>& to);
   // filters[9 taps, `tap` elements apart][depth][ld], of which a panel; planes[depth][panel].
   void (*filter)(const C* filters, int64_t tap, int64_t ld, int64_t depth, C* planes, int64_t plane, bool streams);
+  // The same of lines 0 and M + 1, 1 and 2, 3 and 4 of the planes: planes[2][M + 2][depth][panel]. Null where
+  // multiply_low_planes is.
+  void (*filter_lines[3])(const C* filters, int64_t tap, int64_t ld, int64_t depth, C* planes, int64_t plane);
   void (*filter_gradient)(const C* planes, int64_t plane, int64_t rows, C* filters);
   void (*output[2][2])(const C* planes, int64_t plane, int64_t count, int64_t pixels, int64_t lines, C* rows,
                        int64_t pitch);

@@ -5,7 +5,7 @@
 // hardware reads ahead, and all its elements have constant distances from one pointer. With a pointer for each row the
 // compiler runs out of registers (-12 % of the speed).
 
-constexpr bool kFewRegisters = kTileRows < 12;
+constexpr bool kFewRegisters = kTileRows < 12;  // of AVX2 and below
 
 // What will be read next, asked for a cache line or a part of one every step of depth.
 struct NextFilters {
@@ -74,6 +74,30 @@ static void multiply_planes(const Planes<C>& in) {
       multiply_plane(in, in.a + p * in.plane_a + k / kPlaneDepth * in.lda, in.b + p * in.plane_b + k * kPanel<C>,
                      in.ahead + p * in.plane_b + k * in.ahead_row, in.depth - k < kDepth ? in.depth - k : kDepth,
                      in.c + p * in.plane_c, in.add || k > 0);
+}
+
+// One tile of each plane. What the next one reads of a and c is asked for: it comes from L2 in pieces that no hardware
+// foresees.
+template <class C, int R>
+static void low_planes(const Planes<C>& in) {
+  constexpr int64_t kLine = 64 / sizeof(C), kBytes = sizeof(C);
+  const C *a = in.a, *b = in.b;
+  const char* ahead = reinterpret_cast<const char*>(in.ahead);
+  C* c = in.c;
+  for (int64_t p = 0; p < in.planes; ++p, a += in.plane_a, b += in.plane_b, c += in.plane_c) {
+#pragma GCC unroll 16
+    for (int r = 0; r < R; ++r) {
+      __builtin_prefetch(c + in.plane_c + r * kPanel<C>);
+      for (int64_t k = 0; k < in.depth; k += kLine) __builtin_prefetch(a + in.plane_a + r * kPlaneDepth + k);
+    }
+    plane_tile<C, R>(a, 0, b, in.depth, c, in.add, {ahead, in.ahead_row * kBytes});
+    ahead += in.depth * in.ahead_row * kBytes;
+  }
+}
+
+template <class C, int R = kTileRows>
+static void multiply_low_planes(const Planes<C>& in) {
+  if constexpr (R > 0) in.rows == R ? low_planes<C, R>(in) : multiply_low_planes<C, R - 1>(in);
 }
 
 // Asks for `lines` cache lines.

@@ -17,11 +17,11 @@
 namespace fusedconvbn {
 namespace {
 
-constexpr int64_t kChunk = 32;     // tiles: with blocks of 64 x 64 a plane's operands and sums are 36 KiB, within L1
-constexpr int64_t kMaxRows = 72;   // of a block: input channels
-constexpr int64_t kMaxPanels = 2;  // of a block: panels of output channels. All planes' sums of 64 x 64 are 576 KiB
-constexpr int64_t kTasks = 16;     // enough for as many threads
-constexpr int64_t kMinChunks = 8;  // of a range
+constexpr int64_t kChunk = 32;      // tiles: with blocks of 64 x 64 a plane's operands and sums are 36 KiB, within L1
+constexpr int64_t kMaxRows = 72;    // of a block: input channels
+constexpr int64_t kMaxBytes = 256;  // of a row of a block: output channels. All planes' sums of 64 x 64 are 576 KiB
+constexpr int64_t kTasks = 16;      // enough for as many threads
+constexpr int64_t kMinChunks = 8;   // of a range
 
 template <class C, int M>
 class WinogradFilterGradient {
@@ -33,12 +33,13 @@ class WinogradFilterGradient {
         transforms_(winograd_kernels<C, M>(k_)),
         sum_storage_(storage_of<C>(set, sizeof(C) == 8 ? DType::kFloat64 : DType::kFloat32)),
         d_filters_(filter_image(buffers.d_filters, storage_of<C>(set, p.dtype))),
+        max_panels_(kMaxBytes / (k_.panel * static_cast<int64_t>(sizeof(C)))),
         windows_(winograd_windows<M>(forward_windows(p))),
         inputs_(Image<C>(buffers.inputs, storage_of<C>(set, p.dtype), input_grid(p)), p.in_channels, windows_, false,
                 kChunk, kChunk),
         dz_(conv_grad_image<C>(set, p, conv_grad), p.out_channels, tiles(windows_), false, kChunk, kChunk) {
     row_blocks_ = ceil_div(p.in_channels, kMaxRows);
-    column_blocks_ = ceil_div(p.out_channels, kMaxPanels * k_.panel);
+    column_blocks_ = ceil_div(p.out_channels, max_panels_ * k_.panel);
     chunks_ = ceil_div(windows_.positions(), kChunk);
     ranges_ = std::clamp<int64_t>(std::min(chunks_ / kMinChunks, kTasks / (row_blocks_ * column_blocks_)), 1, kTasks);
   }
@@ -65,7 +66,7 @@ class WinogradFilterGradient {
     typename WindowReader<C>::Scratch inputs, dz;
     C* input_planes;  // [kPlanes][kChunk][input_ld()]
     C* dz_planes;     // [kPlanes][kChunk][dz_ld()]
-    C* sums;          // [kMaxPanels][kPlanes][kMaxRows][panel]
+    C* sums;          // [max_panels_][kPlanes][kMaxRows][panel]
     C* filters;       // [9][kMaxRows][panel]
   };
   struct FilterBlock {
@@ -82,13 +83,13 @@ class WinogradFilterGradient {
   int64_t zero_elements() const { return std::max(p_.in_channels, p_.out_channels); }
   int64_t input_ld() const { return kMaxRows + kOdd; }
   int64_t input_plane() const { return kChunk * input_ld() + kOdd; }
-  int64_t dz_ld() const { return kMaxPanels * k_.panel + kOdd; }
+  int64_t dz_ld() const { return max_panels_ * k_.panel + kOdd; }
   int64_t dz_plane() const { return kChunk * dz_ld() + kOdd; }
   int64_t sum_plane() const { return kMaxRows * k_.panel + kOdd; }
   int64_t filter_elements() const { return 9 * p_.in_channels * p_.out_channels; }
 
   FilterBlock block(int64_t index) const {
-    const int64_t r = index / column_blocks_, c = index % column_blocks_, cols = kMaxPanels * k_.panel;
+    const int64_t r = index / column_blocks_, c = index % column_blocks_, cols = max_panels_ * k_.panel;
     const int64_t row = r * p_.in_channels / row_blocks_, end = (r + 1) * p_.in_channels / row_blocks_;
     return {row, end - row, c * cols, std::min(cols, p_.out_channels - c * cols)};
   }
@@ -100,14 +101,14 @@ class WinogradFilterGradient {
     for (int w = 0; w < workers; ++w)
       workers_.push_back({inputs_.carve(&arena, zeros_), dz_.carve(&arena, zeros_),
                           arena.take<C>(kPlanes * input_plane()), arena.take<C>(kPlanes * dz_plane()),
-                          arena.take<C>(kMaxPanels * kPlanes * sum_plane()), arena.take<C>(9 * kMaxRows * k_.panel)});
+                          arena.take<C>(max_panels_ * kPlanes * sum_plane()), arena.take<C>(9 * kMaxRows * k_.panel)});
     scratch_bytes_ = arena.used();
   }
 
   // One block of the filters over one range of the tiles.
   void accumulate(int64_t range, const FilterBlock& b, const Worker& w) const {
     const int64_t begin = range * chunks_ / ranges_, end = (range + 1) * chunks_ / ranges_;
-    if (begin == end) std::fill(w.sums, w.sums + kMaxPanels * kPlanes * sum_plane(), C(0));
+    if (begin == end) std::fill(w.sums, w.sums + max_panels_ * kPlanes * sum_plane(), C(0));
     if (b.cols % k_.panel != 0) std::fill(w.dz_planes, w.dz_planes + kPlanes * dz_plane(), C(0));
     for (int64_t chunk = begin; chunk < end; ++chunk) {
       const int64_t first = chunk * kChunk, count = std::min(kChunk, windows_.positions() - first);
@@ -160,6 +161,7 @@ class WinogradFilterGradient {
   const WinogradKernels<C>& transforms_;
   Storage<C> sum_storage_;
   Image<C> d_filters_;
+  int64_t max_panels_;  // of a block
   Windows windows_;
   WindowReader<C> inputs_, dz_;
   int64_t row_blocks_, column_blocks_, chunks_, ranges_;

@@ -36,7 +36,9 @@ class WinogradConvolution {
         windows_(windows),
         depth_(channels.depth),
         cols_(channels.cols),
-        few_(inputs_fit_cache()),
+        few_(inputs_fit_cache(channels.kept_filters)),
+        low_(few_ && kernels.multiply_low_planes && windows_.positions() <= kernels.outer_rows),
+        part_depth_(low_ ? kLowDepth : kPartDepth),
         pass_panels_(few_ ? 1 : std::min(kMaxPassPanels, ceil_div(channels.cols, kernels.panel))),
         block_windows_(block_windows()),
         reader_(source, depth_, windows_.windows(), false, block_windows_, block_windows_) {}
@@ -46,10 +48,10 @@ class WinogradConvolution {
     C* planes;    // [kPlanes][depth / kPlaneDepth][windows][kPlaneDepth]
     C* products;  // [pass_panels_][kPlanes][windows][panel]
     C* outputs;   // [kGroupRows][panel]
-    C* filters;   // [9][kBlockElements], or of few windows a part, [kPlanes][kPartDepth][panel]
+    C* filters;   // [9][kBlockElements], or of few windows a part, [kPlanes][part_depth_][panel]
   };
   struct Scratch {
-    C* filters;  // [panels][kPlanes][depth][panel], or of few windows [panels][parts][9][kPartDepth][panel]
+    C* filters;  // [panels][kPlanes][depth][panel], or of few windows [panels][parts][9][part_depth_][panel]
     C* zeros;
     std::vector<Worker> workers;
   };
@@ -108,6 +110,7 @@ class WinogradConvolution {
   static constexpr int64_t kGroup = kGroupRows / (M * M);  // its windows
   static constexpr int64_t kMaxPassPanels = 16;
   static constexpr int64_t kPartDepth = (M == 2 ? 2 : 1) * kPlaneDepth;  // 256 KiB of transformed floats, or 288
+  static constexpr int64_t kLowDepth = 32;                               // 24 KiB of two lines of planes
   static constexpr int64_t kOdd = 64 / sizeof(C);  // elements that make a plane an odd number of cache lines
 
   int64_t block_end(int64_t block) const { return std::min((block + 1) * kGroup, windows_.positions()); }
@@ -117,14 +120,15 @@ class WinogradConvolution {
   int64_t product_panel() const { return kPlanes * product_plane(); }
   int64_t panels() const { return ceil_div(cols_, kernels_.panel); }
   int64_t filter_plane() const { return depth_ * kernels_.panel + kOdd; }
-  int64_t part_plane() const { return kPartDepth * kernels_.panel + kOdd; }
+  int64_t part_plane() const { return part_depth_ * kernels_.panel + kOdd; }
   int64_t part_element(int64_t begin) const { return 9 * begin * kernels_.panel; }
   int64_t panel_elements() const { return few_ ? part_element(depth_) : kPlanes * filter_plane(); }
 
   // Whether all windows make one block, whose planes stay in L2 with a part of the transformed filters. These are then
   // used but once, and made just before that: of all of them (M+2)^2 planes would come from memory in place of 9.
-  bool inputs_fit_cache() const {
-    return winograd_inputs_fit_cache<M>(kernels_.caches.l2, windows_.positions(), depth_, sizeof(C));
+  bool inputs_fit_cache(bool kept_filters) const {
+    return winograd_inputs_fit_cache<M>(max_input_bytes(kernels_.caches.l2, kept_filters), windows_.positions(), depth_,
+                                        sizeof(C));
   }
 
   // Windows of a task. The filters pass by once a task: so many windows hide that they come from L3, and those of up to
@@ -146,7 +150,7 @@ class WinogradConvolution {
   static constexpr int64_t kBlockElements = 16384;  // for each tap: 9 of them are 576 KiB of floats
 
   FilterBlocks filter_blocks(const FilterLayout& f) const {
-    if (few_) return {kPartDepth, 1};
+    if (few_) return {part_depth_, 1};
     const int64_t depth = f.depth_stride == 1 ? kBlockElements / kernels_.panel / 2 : 16;
     return {depth, std::max<int64_t>(1, kBlockElements / (depth * kernels_.panel))};
   }
@@ -185,7 +189,9 @@ class WinogradConvolution {
     transform_windows(rows, w);
     for (int64_t panel = panel_begin; panel < panel_end; panel += pass_panels_) {
       const int64_t pass_end = std::min(panel + pass_panels_, panel_end);
-      if (few_)
+      if (low_)
+        multiply_by_lines(rows, packed + panel * panel_elements(), w);
+      else if (few_)
         multiply_by_parts(rows, packed + panel * panel_elements(), w);
       else
         multiply(rows, packed + panel * panel_elements(), pass_end - panel, w);
@@ -228,8 +234,8 @@ class WinogradConvolution {
   // The products of a panel, whose parts lie one after the other: while one is multiplied, the next is asked for.
   void multiply_by_parts(const WindowRows& rows, const C* filters, const Worker& w) const {
     const int64_t panel = kernels_.panel, ahead_row = ceil_div(9 * panel, kPlanes);
-    for (int64_t begin = 0; begin < depth_; begin += kPartDepth) {
-      const int64_t depth = std::min(kPartDepth, depth_ - begin);
+    for (int64_t begin = 0; begin < depth_; begin += part_depth_) {
+      const int64_t depth = std::min(part_depth_, depth_ - begin);
       const C* const next = filters + part_element(begin + depth);
       transforms_.filter(filters + part_element(begin), depth * panel, panel, depth, w.filters, part_plane(), false);
       for (int64_t p = 0; p < kPlanes; ++p)
@@ -238,6 +244,43 @@ class WinogradConvolution {
                         begin > 0, next + p * depth * ahead_row, ahead_row},
                        w);
     }
+  }
+
+  // The same of so few windows that the products of a line of planes are but a tile for each.
+  void multiply_by_lines(const WindowRows& rows, const C* filters, const Worker& w) const {
+    const int64_t panel = kernels_.panel, ahead_row = ceil_div(9 * panel, kPlanes);
+    for (int64_t begin = 0; begin < depth_; begin += part_depth_) {
+      const int64_t depth = std::min(part_depth_, depth_ - begin);
+      const C* const from = filters + part_element(begin);
+      const C* next = filters + part_element(begin + depth);
+      for (int64_t pair = 0; pair <= M / 2; ++pair) {
+        transforms_.filter_lines[pair](from, depth * panel, panel, depth, w.filters, part_plane());
+        const int64_t low = pair == 0 ? 0 : 2 * pair - 1, high = pair == 0 ? M + 1 : 2 * pair;
+        next = multiply_line(rows, low, {begin, begin + depth}, w.filters, next, ahead_row, w);
+        next =
+            multiply_line(rows, high, {begin, begin + depth}, w.filters + (M + 2) * part_plane(), next, ahead_row, w);
+      }
+    }
+  }
+
+  // A line of planes, those at once that have the same rows. Returns what is to be asked for after it.
+  const C* multiply_line(const WindowRows& rows, int64_t line, Span depth, const C* filters, const C* next,
+                         int64_t ahead_row, const Worker& w) const {
+    const int64_t at = depth.begin / kPlaneDepth * depth_block() + depth.begin % kPlaneDepth;
+    for (int64_t x = 0, end; x < M + 2; x = end) {
+      const int64_t first = line * (M + 2) + x;
+      const Span span = rows.of_plane<M>(first);
+      for (end = x + 1; end < M + 2; ++end)
+        if (const Span s = rows.of_plane<M>(first + end - x); s.begin != span.begin || s.end != span.end) break;
+      if (span.size() > 0)
+        kernels_.multiply_low_planes({end - x, span.size(), depth.size(),
+                                      w.planes + first * plane() + at + span.begin * kPlaneDepth, 0, plane(),
+                                      filters + x * part_plane(), kernels_.panel, part_plane(),
+                                      w.products + first * product_plane() + span.begin * kernels_.panel,
+                                      product_plane(), depth.begin > 0, next, ahead_row});
+      next += (end - x) * depth.size() * ahead_row;
+    }
+    return next;
   }
 
   // `product` of the rows that plane p has, from the depth `begin` on.
@@ -288,6 +331,8 @@ class WinogradConvolution {
   WinogradWindows<M> windows_;
   int64_t depth_, cols_;
   bool few_;               // windows: see inputs_fit_cache()
+  bool low_;               // no more of them than a tile has rows
+  int64_t part_depth_;     // of few windows
   int64_t pass_panels_;    // multiplied in a pass over the planes
   int64_t block_windows_;  // of a task, at most
   WindowReader<C> reader_;

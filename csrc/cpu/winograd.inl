@@ -141,6 +141,31 @@ static void winograd_filter(const C* filters, int64_t tap, int64_t ld, int64_t d
   end_streaming();
 }
 
+// Of the lines of G g G', two at a time: 0 and that of infinity, then those of a and -a, and so on, which share what
+// they are made of. So few planes stay in an L1 of 32 KiB until they are multiplied.
+template <class C, int M, int Pair>
+static void winograd_filter_lines(const C* filters, int64_t tap, int64_t ld, int64_t depth, C* planes, int64_t plane) {
+  constexpr int kLow = Pair == 0 ? 0 : 2 * Pair - 1, kHigh = Pair == 0 ? M + 1 : 2 * Pair;
+  const auto line = [](const auto& from, auto& to) { WinogradLine<M>::filter(from, to); };
+  for (int64_t k = 0; k < depth; ++k, filters += ld)
+    for (int64_t c = 0; c < kPanel<C>; c += kLanes<C>) {
+      Vector<C> from[3], column[M + 2], half[2][3], to[M + 2];
+#pragma GCC unroll 3
+      for (int x = 0; x < 3; ++x) {
+#pragma GCC unroll 3
+        for (int y = 0; y < 3; ++y) from[y] = load(filters + (3 * y + x) * tap + c);
+        line(from, column);
+        half[0][x] = column[kLow], half[1][x] = column[kHigh];
+      }
+#pragma GCC unroll 2
+      for (int y = 0; y < 2; ++y) {
+        line(half[y], to);
+#pragma GCC unroll 6
+        for (int x = 0; x < M + 2; ++x) store(planes + (y * (M + 2) + x) * plane + k * kPanel<C> + c, to[x]);
+      }
+    }
+}
+
 // filters[9][rows][panel] = G' s G of planes[(M+2)^2][rows][panel].
 template <class C, int M>
 static void winograd_filter_gradient(const C* planes, int64_t plane, int64_t rows, C* filters) {

@@ -10,12 +10,18 @@
 
 namespace fusedconvbn {
 
-// Whether the transformed inputs of so many windows of F(MxM), and their products by a panel, stay in L2, with some
-// filters.
+// How much of L2 the transformed inputs of few windows may take, and their products by a panel, beside transformed
+// filters. An L2 of less than 2 MiB has no room for all of these; but where filters are new at each call that is still
+// better than to write them to memory, until L3 is needed a lot.
+constexpr int64_t max_input_bytes(int64_t l2, bool kept_filters) {
+  return l2 >= 2 << 20 || kept_filters ? l2 / 8 * 5 : l2 / 2 * 3;
+}
+
+// Whether the inputs of so many windows of F(MxM) take no more.
 template <int M>
-constexpr bool winograd_inputs_fit_cache(int64_t l2, int64_t windows, int64_t depth, int64_t element_bytes) {
+constexpr bool winograd_inputs_fit_cache(int64_t max_bytes, int64_t windows, int64_t depth, int64_t element_bytes) {
   constexpr int64_t kPanel = 32;
-  return (M + 2) * (M + 2) * windows * (depth + kPanel) * element_bytes <= l2 / 8 * 5;
+  return (M + 2) * (M + 2) * windows * (depth + kPanel) * element_bytes <= max_bytes;
 }
 
 struct WinogradProblem {
@@ -61,7 +67,8 @@ double winograd_cost(const WinogradPrices& prices, const WinogradProblem& p) {
   const int64_t l2 = prices.unit.l2, panel = 2 * prices.unit.lanes;
   const int64_t cols = ceil_div(p.cols, panel) * panel, filters = kElements * p.depth * cols;
   const int64_t windows = p.batch * ceil_div(p.height, M) * ceil_div(p.width, M);
-  const bool in_cache = prices.filter_in_cache[i] > 0 && winograd_inputs_fit_cache<M>(l2, windows, p.depth, 4);
+  const bool in_cache = prices.filter_in_cache[i] > 0 &&
+                        winograd_inputs_fit_cache<M>(max_input_bytes(l2, prices.kept_filters), windows, p.depth, 4);
   const double filter =
       in_cache ? filter_in_cache_price(prices, i, kTaps * p.depth * cols) : filter_price(prices, i, filters);
   const double input = prices.input[i] + (in_cache || !is_deep(l2, kElements, p) ? 0 : prices.deep[i]);

@@ -28,6 +28,7 @@ struct WinogradPrices {
   double far_filter[3];       // more for it, for each MiB of the filters as they come
   double unpacked_filter;     // of an element that the direct algorithm reads where it lies; 0: not done
   bool narrow_windows;        // whether F(4x4) has windows of two outputs
+  bool kept_filters = false;  // whether they are packed before
 };
 
 struct WinogradPriceList {
@@ -61,6 +62,7 @@ constexpr WinogradPrices kAvx512Inference = {kAvx512Unit,
                                              {0, 0.124, 0.096},
                                              {0, 0, 0},
                                              0,
+                                             true,
                                              true};
 constexpr WinogradPrices kAvx512InputGradient = {kAvx512Unit,
                                                  16,
@@ -113,6 +115,7 @@ constexpr WinogradPrices kAvx2Inference = {kAvx2Unit,
                                            {0, 0.124, 0.096},
                                            {0, 0, 0},
                                            0,
+                                           true,
                                            true};
 constexpr WinogradPrices kAvx2InputGradient = {kAvx2Unit,
                                                16,
