@@ -31,6 +31,8 @@ namespace {
 
 #include "gemm.inl"  // kTileRows and the panel of all that follows
 
+#include "outer.inl"  // of the panels of gemm.inl
+
 #include "depthwise3.inl"
 
 #include "depthwise.inl"  // by depthwise3.inl where that can be
