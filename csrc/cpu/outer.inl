@@ -115,7 +115,7 @@ static void pack(const C* const* rows, int64_t offset, int64_t count, int64_t va
     const int64_t n = count - first < kGroup ? count - first : kGroup;
     C* to = packed;
     int64_t c = 0;
-    if constexpr (Width < kLanes<C>)
+    if constexpr (Width < kLanes<C> && kInRuns)  // +15 % on AVX2; not measured with 12 of 16
       for (; c + kLanes<C> <= valid; c += Width, to += panel) pack_short<C, Width>(rows + first, offset + c, n, to);
     for (; c < whole; c += Width, to += panel)
       for (int64_t r = 0; r < n; ++r) __builtin_memcpy(to + r * Width, rows[first + r] + offset + c, Width * sizeof(C));
