@@ -35,6 +35,8 @@ namespace {
 
 #include "gemm.inl"  // kTileRows and the panel of all that follows
 
+#include "outer.inl"  // of the panels of gemm.inl
+
 #include "depthwise3_narrow.inl"
 
 #include "depthwise3.inl"  // by depthwise3_narrow.inl where registers are few
