@@ -153,9 +153,8 @@ class DepthwiseConvolution {
   // Straight to memory if that can be and the kernels ask for its lines ahead, which those of depthwise_clamped do.
   void compute_tile(const PanelLines& in, const C* filters, Tile<C> tile, const TileEpilogue<C>& epilogue) const {
     GemmOutput<C> to = epilogue.output(tile);
-    const bool straight = clamped_ && !to.block.stream;
-    if (straight && to.clamps && !to.keep) return clamped_(in, filters, to);
-    if (straight && to.emit == kernels_.emit_sums && to.rows == RowType::kCompute) {
+    if (clamped_ && to.clamps && !to.keep) return clamped_(in, filters, to);
+    if (clamped_ && !to.block.stream && to.emit == kernels_.emit_sums && to.rows == RowType::kCompute) {
       tile.data = static_cast<C*>(to.block.y), tile.ld = to.block.ld_y;
       depthwise_(in, filters, {tile.data, in.columns * tile.ld, tile.ld, false});
       return epilogue.end(to, tile);

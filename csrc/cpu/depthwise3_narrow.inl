@@ -78,38 +78,35 @@ FCB_INLINE void fetch_next_columns(const T* to, int64_t c, int64_t ld) {
     for (int r = 0; r < R; ++r) __builtin_prefetch(to + (R + r) * ld, 1);
 }
 
-// What becomes of sums: stored as PanelTarget says.
-template <class C, bool Stream>
+// What becomes of sums: rows of them are stored as they are.
+template <class C, bool Streams>
 struct NarrowSums {
+  static constexpr bool kStreams = Streams;
   C* data;
   int64_t ld_line, ld;
 
-  FCB_INLINE_MEMBER C* place(int64_t line, int64_t column) const { return data + line * ld_line + column * ld; }
   template <int R>
-  FCB_INLINE_MEMBER void put(C* to, int64_t c, const Vector<C> (&sums)[R]) const {
-    if (!Stream) fetch_next_columns<R>(to, c, ld);
+  FCB_INLINE_MEMBER void put(C* to, int64_t ld_to, int64_t, const Vector<C> (&sums)[R]) const {
 #pragma GCC unroll 7
-    for (int r = 0; r < R; ++r, to += ld) Stream ? stream(to, sums[r]) : store(to, sums[r]);
+    for (int r = 0; r < R; ++r, to += ld_to) store(to, sums[r]);
   }
 };
 
-// Or y of them, as GemmOutput::clamps says, into the rows of y. A store waits for its line: so those of the next
-// columns are asked for.
-template <class C, class T, bool Bounded>
+// Or rows of y, as GemmOutput::clamps says.
+template <class C, class T, bool Bounded, bool Streams>
 struct NarrowClamps {
-  const C *mean, *scale, *beta;
-  C low, high;
+  static constexpr bool kStreams = Streams;
   T* data;
   int64_t ld_line, ld;
+  const C *mean, *scale, *beta;
+  C low, high;
 
-  FCB_INLINE_MEMBER T* place(int64_t line, int64_t column) const { return data + line * ld_line + column * ld; }
   template <int R>
-  FCB_INLINE_MEMBER void put(T* to, int64_t c, const Vector<C> (&sums)[R]) const {
-    fetch_next_columns<R>(to, c, ld);
+  FCB_INLINE_MEMBER void put(T* to, int64_t ld_to, int64_t c, const Vector<C> (&sums)[R]) const {
     const Vector<C> m = load(mean + c), f = load(scale + c), b = load(beta + c);
     const Vector<C> least = broadcast(low), most = broadcast(high);
 #pragma GCC unroll 7
-    for (int r = 0; r < R; ++r, to += ld) {
+    for (int r = 0; r < R; ++r, to += ld_to) {
       const Vector<C> y = larger(least, (sums[r] - m) * f + b);
       store(to, Bounded ? smaller(most, y) : y);
     }
@@ -122,15 +119,20 @@ FCB_INLINE void depthwise3_columns(const T* const (&rows)[3], int64_t step, int6
                                    const C* filters, NarrowAhead<T>* ahead, const Results& results, To* to) {
   const T *row0 = rows[0], *row1 = rows[1], *row2 = rows[2];
   NarrowAhead<T> fetched = *ahead;
+  constexpr bool kStreams = Results::kStreams;
+  alignas(64) To buffer[kStreams ? R * kDepthwisePanel : 1];  // lines past the caches are to be whole
   for (int64_t c = 0; c < cols; c += kLanes<C>) {
     Vector<C> sums[R] = {};
     add_window_row<C, S, R>(row0 + c, step, beyond, filters + c, sums);
     add_window_row<C, S, R>(row1 + c, step, beyond, filters + 3 * kDepthwisePanel + c, sums);
     add_window_row<C, S, R>(row2 + c, step, beyond, filters + 6 * kDepthwisePanel + c, sums);
     fetched.template fetch<R * S * S* static_cast<int>(kLanes<C>)>();
-    results.template put<R>(to + c, c, sums);
+    if constexpr (!kStreams) fetch_next_columns<R>(to + c, c, results.ld);
+    results.template put<R>((kStreams ? buffer : to) + c, kStreams ? kDepthwisePanel : results.ld, c, sums);
   }
   *ahead = fetched;
+  if constexpr (kStreams)
+    for (int r = 0; r < R; ++r) stream_bytes(to + r * results.ld, buffer + r * kDepthwisePanel, cols * sizeof(To));
 }
 
 // Columns of line l from column j on: R of them at once, then what is left in smaller blocks.
@@ -142,7 +144,8 @@ FCB_INLINE void depthwise3_from_column(const PanelLines& in, int64_t l, int64_t 
       const int64_t at = j * in.step;
       depthwise3_columns<C, T, S, R>(
           {window_line<T>(in, l, 0, at), window_line<T>(in, l, 1, at), window_line<T>(in, l, 2, at)}, in.tap_step,
-          in.cols, {in.left && j == 0, in.right && j + R == in.columns}, filters, ahead, results, results.place(l, j));
+          in.cols, {in.left && j == 0, in.right && j + R == in.columns}, filters, ahead, results,
+          results.data + l * results.ld_line + j * results.ld);
     }
     depthwise3_from_column<C, T, S, R / 2>(in, l, j, filters, ahead, results);
   }
@@ -171,18 +174,23 @@ FCB_INLINE void depthwise3_narrow(const PanelLines& in, const C* filters, const 
     depthwise3_narrow_lines<C, T>(in, filters, NarrowSums<C, false>{out.data, out.ld_line, out.ld_column});
 }
 
-template <bool Bounded, class C, class T>
+template <bool Bounded, bool Streams, class C, class T>
 FCB_INLINE void depthwise3_clamped(const PanelLines& in, const C* filters, const GemmOutput<C>& to) {
   const AffineBlock<C>& b = to.block;
-  depthwise3_narrow_lines<C, T>(in, filters,
-                                NarrowClamps<C, T, Bounded>{b.mean, b.scale, b.beta, to.low, to.high,
-                                                            static_cast<T*>(b.y), in.columns * b.ld_y, b.ld_y});
+  const NarrowClamps<C, T, Bounded, Streams> y{
+      static_cast<T*>(b.y), in.columns * b.ld_y, b.ld_y, b.mean, b.scale, b.beta, to.low, to.high};
+  depthwise3_narrow_lines<C, T>(in, filters, y);
 }
 
 template <class C, class T>
 static void depthwise3_clamped(const PanelLines& in, const C* filters, const GemmOutput<C>& to) {
-  to.high < __builtin_huge_val() ? depthwise3_clamped<true, C, T>(in, filters, to)
-                                 : depthwise3_clamped<false, C, T>(in, filters, to);
+  const bool bounded = to.high < __builtin_huge_val();
+  if (to.block.stream)
+    bounded ? depthwise3_clamped<true, true, C, T>(in, filters, to)
+            : depthwise3_clamped<false, true, C, T>(in, filters, to);
+  else
+    bounded ? depthwise3_clamped<true, false, C, T>(in, filters, to)
+            : depthwise3_clamped<false, false, C, T>(in, filters, to);
 }
 
 // A line of windows and of dz, of a vector of channels.

@@ -149,8 +149,9 @@ FCB_INLINE Vector<float> round_for_backward(Vector<float> x, const F& u_of) {
 template <class C, Activation A, bool Stream, bool InCache, bool Rounds = false, class Z = C, class T = C>
 FCB_INLINE void affine_block(AffineBlock<C> b) {
   constexpr bool kPastCaches = Stream && !InCache;  // then memory decides, which likes one row's few streams
+  constexpr bool kByRows = kPastCaches || (Stream && sizeof(Vector<C>) < 64);  // a streamed line is to follow at once
   const int64_t ahead = fetch_distance<Z>(b.ld_z), residual_ahead = fetch_distance<T>(b.ld_residual);
-  for_row_groups<kPastCaches ? 1 : 8>(b.rows, [&](int64_t first, int64_t end) {
+  for_row_groups<kByRows ? 1 : 8>(b.rows, [&](int64_t first, int64_t end) {
     for_vectors<C>(b.cols, [&](auto read, auto write, int64_t c) {
       const Vector<C> mean = read(b.mean + c), scale = read(b.scale + c), beta = read(b.beta + c);
       for (int64_t r = first; r < end; ++r) {

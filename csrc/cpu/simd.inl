@@ -45,6 +45,13 @@ FCB_INLINE void stream(float* to, Vector<float> v) {
 
 FCB_INLINE void stream(double* to, Vector<double> v) { store(to, v); }
 
+// The same of so many bytes, whole vectors of any type.
+FCB_INLINE void stream_bytes(void* to, const void* from, int64_t bytes) {
+  for (int64_t i = 0; i < bytes; i += FCB_VECTOR_BYTES)
+    stream(reinterpret_cast<float*>(static_cast<char*>(to) + i),
+           load(reinterpret_cast<const float*>(static_cast<const char*>(from) + i)));
+}
+
 // Orders streamed stores before whatever tells other threads that they are done.
 FCB_INLINE void end_streaming() {
 #if defined(__AVX__)
