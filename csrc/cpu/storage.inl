@@ -130,10 +130,18 @@ FCB_INLINE void store_vectors(T* to, const Vector<C> (&v)[N]) {
 }
 #endif
 
-// A whole aligned row past the caches; only memory of the compute type.
+#if defined(__AVX2__) && !defined(__AVX512F__)
+template <class C, class T>
+constexpr bool kStreamsRows = true;
+#else
+template <class C, class T>
+constexpr bool kStreamsRows = __is_same(T, C);  // others are not streamed, or by lines
+#endif
+
+// A whole aligned row past the caches.
 template <class C, class T>
 FCB_INLINE void stream_row(const C* from, int64_t count, T* to) {
-  if constexpr (__is_same(T, C))
+  if constexpr (kStreamsRows<C, T>)
     for (int64_t i = 0; i < count; i += kLanes<C>) stream(to + i, load(from + i));
 }
 
