@@ -140,9 +140,9 @@ Status detect_device(int threads, DeviceInfo* device);
 // How many of `threads` shorten a call: work for less than some microseconds is done before another thread has begun.
 int useful_threads(const ConvBnParams& params, int threads);
 
-// What a choice among algorithms of a stage compared: estimates for one thread, of float32 with AVX2 or AVX-512 (thirds:
-// AMX), whatever the problem's type; for the portable kernels those with AVX-512. The least is chosen, unless something
-// else rules it out: few channels, a margin for thirds, FUSEDCONVBN_STRICT, what the caller names.
+// What a choice among algorithms of a stage compared: estimates for one thread, of float32 with AVX2 or AVX-512
+// (thirds: AMX), whatever the problem's type; for the portable kernels those with AVX-512. The least is chosen, unless
+// something else rules it out: few channels, a margin for thirds, FUSEDCONVBN_STRICT, what the caller names.
 struct Estimate {
   std::string algorithm;
   double nanoseconds;
