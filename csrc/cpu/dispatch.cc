@@ -63,11 +63,19 @@ bool forward_float_moments_applies(const ConvBnParams& p) {
   return p.dtype == DType::kFloat32 && forward_moments_applies(p);
 }
 
+// With AVX2, half of AVX-512's products a cycle, those of backward count for more beside passes over z: few passes over
+// a z that leaves L3.
+bool outputs_are_many(const ConvBnParams& p) {
+  constexpr int64_t kFarBytes = 16 << 20;
+  const bool far = p.pixels() * p.out_channels * 4 >= kFarBytes;
+  return p.out_channels >= (far ? 4 : 6) * p.in_channels;
+}
+
 // Where memory limits the layer: few inputs, much output, and so many pixels that S W, C products an element of the
 // filters, costs less than a pass over z.
-bool suits_moments(const ConvBnParams& p, Isa) {
+bool suits_moments(const ConvBnParams& p, Isa isa) {
   constexpr int64_t kMinBytes = 512 << 10, kPixelsFor = 3;  // of so many products
-  if (p.algorithm != Algorithm::kAuto || p.strict) return false;
+  if (p.algorithm != Algorithm::kAuto || p.strict || (isa == Isa::kAvx2 && !outputs_are_many(p))) return false;
   return (p.in_channels <= 64 || (p.in_channels <= 128 && p.out_channels >= 4 * p.in_channels)) &&
          p.pixels() * p.out_channels * 4 >= kMinBytes && kPixelsFor * p.pixels() >= p.in_channels * p.in_channels;
 }

@@ -32,17 +32,19 @@ FCB_INLINE void outer_steps(const C* a, int64_t lda, const C* b, int64_t ldb, Ve
 // come in runs (+10 % there).
 constexpr bool kInRuns = kTileRows < 12;
 
-// acc += a' b over `depth`, in runs of kStep.
+constexpr int kRun = 4;
+
+// acc += a' b over `depth`, in runs of kRun.
 template <class C, int R, int N>
 FCB_INLINE void accumulate_runs(const C* a, int64_t lda, const C* b, int64_t ldb, int64_t depth, Ahead<C>* ahead,
                                 Vector<C> (&acc)[R][N]) {
   int64_t k = 0, left = ahead ? 0 : depth;  // before the next line is asked for
-  for (; k + kStep <= depth; k += kStep, left -= kStep, a += kStep * lda, b += kStep * ldb) {
+  for (; k + kRun <= depth; k += kRun, left -= kRun, a += kRun * lda, b += kRun * ldb) {
     if (left <= 0) {
       fetch(ahead);
       left += ahead->steps;
     }
-    outer_steps<C, R, N, kStep>(a, lda, b, ldb, acc);
+    outer_steps<C, R, N, kRun>(a, lda, b, ldb, acc);
   }
   for (; k < depth; ++k, a += lda, b += ldb) outer_steps<C, R, N, 1>(a, lda, b, ldb, acc);
 }
