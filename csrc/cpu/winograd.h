@@ -172,7 +172,8 @@ class WinogradConvolution {
 
   void transform(const C* loaded, int64_t begin, int64_t depth, int64_t panel, int64_t count, C* packed) const {
     const int64_t ld = count * kernels_.panel;
-    const bool streams = packed_elements() * static_cast<int64_t>(sizeof(C)) > kStreamed;
+    constexpr int64_t kElement = sizeof(C), kLine = 64;  // bytes; parts of lines, to 36 planes in turn, would be slow
+    const bool streams = kernels_.lanes * kElement == kLine && packed_elements() * kElement > kStreamed;
     for (int64_t p = 0; p < count; ++p)
       transforms_.filter(loaded + p * kernels_.panel, depth * ld, ld, depth,
                          packed + (panel + p) * panel_elements() + begin * kernels_.panel, filter_plane(), streams);
