@@ -153,7 +153,7 @@ class DepthwiseConvolution {
   // Straight to memory if that can be and the kernels ask for its lines ahead, which those of depthwise_clamped do.
   void compute_tile(const PanelLines& in, const C* filters, Tile<C> tile, const TileEpilogue<C>& epilogue) const {
     GemmOutput<C> to = epilogue.output(tile);
-    if (clamped_ && to.clamps && !to.keep) return clamped_(in, filters, to);
+    if (clamped_ && to.clamps && !to.block.residual && !to.keep) return clamped_(in, filters, to);
     if (clamped_ && !to.block.stream && to.emit == kernels_.emit_sums && to.rows == RowType::kCompute) {
       tile.data = static_cast<C*>(to.block.y), tile.ld = to.block.ld_y;
       depthwise_(in, filters, {tile.data, in.columns * tile.ld, tile.ld, false});
