@@ -66,7 +66,7 @@ bool forward_float_moments_applies(const ConvBnParams& p) {
 // With AVX2, half of AVX-512's products a cycle, those of backward count for more beside passes over z: few passes over
 // a z that leaves L3.
 bool outputs_are_many(const ConvBnParams& p) {
-  constexpr int64_t kFarBytes = 16 << 20;
+  constexpr int64_t kFarBytes = 12 << 20;
   const bool far = p.pixels() * p.out_channels * 4 >= kFarBytes;
   return p.out_channels >= (far ? 4 : 6) * p.in_channels;
 }
@@ -123,11 +123,12 @@ bool few_source_channels(const ConvBnParams& p) {
 
 // The same, and enough outputs: a vector of them is all that the direct algorithm needs for its tiles. With a panel of
 // them its tiles are faster in training and beside a residual, unless windows are large.
-bool suits_forward_few_channels(const ConvBnParams& p, Isa) {
-  constexpr int64_t kMinOutputs = 17, kPanel = 64, kLargeWindow = 64;  // elements
+bool suits_forward_few_channels(const ConvBnParams& p, Isa isa) {
+  constexpr int64_t kPanel = 64, kLargeWindow = 64;  // elements
+  const int64_t min_outputs = isa == Isa::kAvx2 ? 9 : 17;
   const bool direct_is_faster =
       (p.training || p.has_residual) && p.out_channels >= kPanel && p.taps() * p.in_channels < kLargeWindow;
-  return few_source_channels(p) && p.out_channels >= kMinOutputs && !direct_is_faster;
+  return few_source_channels(p) && p.out_channels >= min_outputs && !direct_is_faster;
 }
 
 bool backward_few_channels_applies(const ConvBnParams& p) { return one_group(p) && has_conv_out(p) && p.pixels() > 0; }
