@@ -11,10 +11,11 @@ constexpr int kTileRows = FCB_TILE_ROWS;
 template <int N>
 constexpr int kRows = N == 1 ? 12 : 2 * kTileRows / N;
 constexpr int kMaxVectors = kTileRows >= 12 ? 4 : 2;
+constexpr bool kFewRows = kTileRows < 12;  // and half as many sums: what is not multiplication shows
 
 // Tiles of few rows: a block's are nearly equal then, none of fewer rows than its sums need not to wait for each other.
 template <int N>
-constexpr bool kEvenTiles = kTileRows < 12 && N == 2;
+constexpr bool kEvenTiles = kFewRows && N == 2;
 
 // acc[r] += element k of row r of a times N vectors of row k of b, k < K.
 template <class C, int R, int N, int K>
@@ -25,12 +26,14 @@ FCB_INLINE void accumulate(const C* const (&a)[R], int64_t begin, const C* b, in
 #pragma GCC unroll 4
     for (int n = 0; n < N; ++n) v[n] = load(b + n * kLanes<C>);
 #pragma GCC unroll 16
-    for (int r = 0; r < R; ++r) {
-      const Vector<C> x = broadcast(a[r][begin + k]);
-#pragma GCC unroll 4
-      for (int n = 0; n < N; ++n) add_product(&acc[r][n], x, v[n]);
-    }
+    for (int r = 0; r < R; ++r) add_products<C>(acc[r], a[r][begin + k], v);
   }
+}
+
+// Keeps gcc from adding to a pointer for each row, or line of filters, where one index serves all.
+template <class T>
+FCB_INLINE void hide(T* value) {
+  if (kFewRows) asm("" : "+r"(*value));
 }
 
 // Asks for the first cache lines of R rows: each tap's are short runs, which the hardware does not foresee (+1 .. 4 %).
@@ -41,9 +44,9 @@ FCB_INLINE void fetch_rows(const C* const* rows, int64_t offset, int64_t depth) 
     for (int64_t k = 0; k < depth && k < kLines * kLine; k += kLine) __builtin_prefetch(rows[r] + offset + k);
 }
 
-// In straight runs of kStep of the depth: the end of a short loop is one that the processor does not foresee. Steps of 12
-// multiplications are short beside what else a run does, which shows where another thread shares the core (+5 %).
-constexpr int kStep = kTileRows >= 12 ? 4 : 8;
+// In straight runs of kStep of the depth: the end of a short loop is one that the processor does not foresee. Steps of
+// 12 multiplications are short beside what else a run does, which shows where another thread shares the core (+5 %).
+constexpr int kStep = kFewRows ? 8 : 4;
 
 // Memory that is asked for evenly: a line, or a part of one again, every kStep, with no branch that the processor could
 // not foresee (+4 %).
@@ -86,12 +89,19 @@ struct Meanwhile {
   RowsInTransit<C> rows;
 };
 
-// The sums of `valid` rows from `first` on, and of the last one again up to R.
-template <class C, int R, int N>
+// The sums of `valid` rows from `first` on, and of the last one again up to R. LdB: the distance of the filters' rows
+// where it is known.
+template <int LdB, class C, int R, int N>
 FCB_INLINE void multiply_rows(const GatheredRows<C>& in, int64_t first, int64_t valid, const Filters<C>& b,
                               Meanwhile<C>* meanwhile, Vector<C> (&acc)[R][N]) {
   const C* filters = b.rows;
-  const int64_t ldb = b.ld;
+  const int64_t ldb = LdB ? LdB : b.ld;
+  Fetch own[kFetches];  // in registers, where a tile of few rows leaves some
+  if (kFewRows)
+#pragma GCC unroll 3
+    for (int i = 0; i < kFetches; ++i) own[i] = meanwhile->ahead[i];
+  Fetch(&ahead)[kFetches] = kFewRows ? own : meanwhile->ahead;
+  const int64_t whole = in.depth / kStep * kStep;
   for (int64_t t = 0; t < in.taps; ++t) {
     const C* const* rows = in.rows + t * in.row_stride + first;
     const C* a[R];
@@ -99,14 +109,19 @@ FCB_INLINE void multiply_rows(const GatheredRows<C>& in, int64_t first, int64_t 
     for (int r = 0; r < R; ++r) a[r] = rows[r < valid ? r : valid - 1] + in.offset;
     if (t + 1 < in.taps && valid == R) fetch_rows<C, R>(rows + in.row_stride, in.offset, in.depth);
     int64_t k = 0;
-    for (; k + kStep <= in.depth; k += kStep, filters += kStep * ldb) {
+    for (; k < whole; k += kStep, filters += kStep * ldb) {
 #pragma GCC unroll 3
-      for (Fetch& f : meanwhile->ahead) fetch(&f);
+      for (Fetch& f : ahead) fetch(&f);
       move_row<C, N>(&meanwhile->rows);
+      hide(&k);
+      hide(&filters);
       accumulate<C, R, N, kStep>(a, k, filters, ldb, acc);
     }
     for (; k < in.depth; ++k, filters += ldb) accumulate<C, R, N, 1>(a, k, filters, ldb, acc);
   }
+  if (kFewRows)
+#pragma GCC unroll 3
+    for (int i = 0; i < kFetches; ++i) meanwhile->ahead[i].at = own[i].at;
 }
 
 // A whole tile. A function of its own, for the sake of its registers.
@@ -116,7 +131,11 @@ static __attribute__((noinline)) void gemm_tile(const GatheredRows<C>& in, int64
   Vector<C> acc[R][N] = {};
   if (to.add) load_tile<C, R, N>(to.tile + first * N * kLanes<C>, R, acc);
   meanwhile->rows.begin_tile(to, first);
-  multiply_rows<C, R, N>(in, first, R, filters, meanwhile, acc);
+  constexpr int kLdB = kFewRows ? N * kLanes<C> : 0;
+  if (kLdB && filters.ld == kLdB)
+    multiply_rows<kLdB, C, R, N>(in, first, R, filters, meanwhile, acc);
+  else
+    multiply_rows<0, C, R, N>(in, first, R, filters, meanwhile, acc);
   finish_tile<C, R, N>(acc, first, to, &meanwhile->rows);
 }
 
@@ -128,7 +147,7 @@ static void gemm_rest(const GatheredRows<C>& in, int64_t first, int64_t rows, co
     if (rows <= R / 2) return gemm_rest<C, N, R / 2>(in, first, rows, filters, meanwhile, tile, add);
   Vector<C> acc[R][N] = {};
   if (add) load_tile<C, R, N>(tile, rows, acc);
-  multiply_rows<C, R, N>(in, first, rows, filters, meanwhile, acc);
+  multiply_rows<0, C, R, N>(in, first, rows, filters, meanwhile, acc);
   store_tile<C, R, N>(acc, rows, tile);
 }
 

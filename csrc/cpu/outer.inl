@@ -19,11 +19,7 @@ FCB_INLINE void outer_steps(const C* a, int64_t lda, const C* b, int64_t ldb, Ve
 #pragma GCC unroll 3
     for (int n = 0; n < N; ++n) v[n] = load(b + n * kLanes<C>);
 #pragma GCC unroll 16
-    for (int r = 0; r < R; ++r) {
-      const Vector<C> x = broadcast(a[r]);
-#pragma GCC unroll 3
-      for (int n = 0; n < N; ++n) add_product(&acc[r][n], x, v[n]);
-    }
+    for (int r = 0; r < R; ++r) add_products<C>(acc[r], a[r], v);
   }
 }
 
@@ -53,13 +49,9 @@ FCB_INLINE void accumulate_runs(const C* a, int64_t lda, const C* b, int64_t ldb
 template <class C, int R>
 FCB_INLINE void accumulate_outer(const C* a, const C* b, int64_t depth, Vector<C> (&acc)[R][2]) {
   for (int64_t k = 0; k < depth; ++k, a += kTileRows, b += kPanel<C>) {
-    const Vector<C> b0 = load(b), b1 = load(b + kLanes<C>);
+    const Vector<C> v[2] = {load(b), load(b + kLanes<C>)};
 #pragma GCC unroll 16
-    for (int r = 0; r < R; ++r) {
-      const Vector<C> x = broadcast(a[r]);
-      add_product(&acc[r][0], x, b0);
-      add_product(&acc[r][1], x, b1);
-    }
+    for (int r = 0; r < R; ++r) add_products<C>(acc[r], a[r], v);
   }
 }
 

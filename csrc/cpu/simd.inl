@@ -117,6 +117,32 @@ FCB_INLINE void add_product(V* acc, V x, V y) {
 #endif
 }
 
+// acc += x * v, of two vectors.
+template <class C>
+FCB_INLINE void add_products(Vector<C> (&acc)[2], const C& x, const Vector<C> (&v)[2]) {
+#if defined(__AVX2__) && !defined(__AVX512F__)
+  Vector<C> broadcasted;
+  if constexpr (sizeof(C) == 4)
+    asm("vbroadcastss %5, %2\n\tvfmadd231ps %3, %2, %0\n\tvfmadd231ps %4, %2, %1"
+        : "+x"(acc[0]), "+x"(acc[1]), "=&x"(broadcasted)
+        : "x"(v[0]), "x"(v[1]), "m"(x));
+  else
+    asm("vbroadcastsd %5, %2\n\tvfmadd231pd %3, %2, %0\n\tvfmadd231pd %4, %2, %1"
+        : "+x"(acc[0]), "+x"(acc[1]), "=&x"(broadcasted)
+        : "x"(v[0]), "x"(v[1]), "m"(x));
+#else
+  const Vector<C> broadcasted = broadcast(x);
+  for (int n = 0; n < 2; ++n) add_product(&acc[n], broadcasted, v[n]);
+#endif
+}
+
+template <class C, int N>
+FCB_INLINE void add_products(Vector<C> (&acc)[N], const C& x, const Vector<C> (&v)[N]) {
+  const Vector<C> broadcasted = broadcast(x);
+#pragma GCC unroll 4
+  for (int n = 0; n < N; ++n) add_product(&acc[n], broadcasted, v[n]);
+}
+
 // a > b ? a : b and a < b ? a : b, in an instruction if there is one: b where either is NaN.
 template <class V>
 FCB_INLINE V larger(V a, V b) {

@@ -55,7 +55,7 @@ FCB_INLINE void ask_for_row(const char** row, int64_t ld, int64_t vector) {
 
 template <class C, int N>
 FCB_INLINE void move_row(RowsInTransit<C>* t) {
-  if (--t->left > 0) return;
+  if (--t->left != 0) return;
   t->left = t->steps;
   if (t->rows > 0) stream_row<C, N>(t);
   ask_for_row<N>(&t->residual, t->ld_residual, t->vector);
