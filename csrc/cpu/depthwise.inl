@@ -3,7 +3,7 @@
 
 // Columns whose sums share a load of the filters: 7 x 2 vectors of 32 registers, as images are often multiples of 7
 // wide; 4 x 2 of 16.
-constexpr int kDepthwiseColumns = kTileRows >= 12 ? 7 : 4;
+constexpr int kDepthwiseColumns = kFewRows ? 4 : 7;
 // Vectors of channels whose products with dz are summed at once, and taps: 9 x 2 sums of 32 registers, 9 of 16.
 constexpr int kDepthwiseVectors = kTileRows / 6;
 constexpr int kDepthwiseTaps = 9;

@@ -86,7 +86,7 @@ class DepthwiseBackward {
     const int64_t inputs = in_place_ ? 0 : (regions_.input_ring_lines() + 1) * regions_.input_ring_pixels();
     const int64_t pixels = inputs + (regions_.gradient_ring_lines() + 1) * regions_.gradient_ring_pixels();
     const int64_t bytes = pixels * kDepthwisePanel * static_cast<int64_t>(sizeof(C));
-    return panels_.share(std::min(kMaxRingBytes, k_.caches.l2 / 2) / std::max<int64_t>(1, bytes));
+    return panels_.share(std::min(kMaxRingBytes, k_.l2 / 2) / std::max<int64_t>(1, bytes));
   }
 
   Worker carve(Arena* arena) const {

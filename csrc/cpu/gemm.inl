@@ -5,13 +5,13 @@
 template <class C>
 constexpr int64_t kPanel = 2 * kLanes<C>;
 constexpr int kTileRows = FCB_TILE_ROWS;
+constexpr bool kFewRows = kTileRows < 12;  // and sums: what is not multiplication shows beside them
 
 // Of N vectors of columns: N vectors of the filters and R broadcasts feed N * R multiplications, so wide tiles load
 // less. One vector takes 12 rows, for fewer sums would wait for each other.
 template <int N>
 constexpr int kRows = N == 1 ? 12 : 2 * kTileRows / N;
-constexpr int kMaxVectors = kTileRows >= 12 ? 4 : 2;
-constexpr bool kFewRows = kTileRows < 12;  // and half as many sums: what is not multiplication shows
+constexpr int kMaxVectors = kFewRows ? 2 : 4;
 
 // Tiles of few rows: a block's are nearly equal then, none of fewer rows than its sums need not to wait for each other.
 template <int N>

@@ -130,7 +130,7 @@ static constexpr WinogradKernels<C> winograd_kernels() {
   k.gradient = winograd_gradient<C, M>;
   k.filter = winograd_filter<C, M>;
   k.filter_gradient = winograd_filter_gradient<C, M>;
-  if constexpr (kFewRegisters) {
+  if constexpr (kFewRows) {
     k.filter_lines[0] = winograd_filter_lines<C, M, 0>;
     k.filter_lines[1] = winograd_filter_lines<C, M, 1>;
     if constexpr (M == 4) k.filter_lines[2] = winograd_filter_lines<C, M, 2>;
@@ -138,8 +138,9 @@ static constexpr WinogradKernels<C> winograd_kernels() {
   return k;
 }
 
-// Of Xeons since Sapphire Rapids; of EPYC before Zen 4, and less than those Core processors have that lack AVX-512.
-constexpr Caches kCaches = FCB_VECTOR_BYTES == 64 ? Caches{48 << 10, 2 << 20} : Caches{32 << 10, 512 << 10};
+// Of a core: of Xeons since Sapphire Rapids; of EPYC before Zen 4, and less than those Core processors have that lack
+// AVX-512.
+constexpr int64_t kL2 = FCB_VECTOR_BYTES == 64 ? 2 << 20 : 512 << 10;
 
 template <class C>
 static constexpr ComputeKernels<C> compute_kernels() {
@@ -148,7 +149,7 @@ static constexpr ComputeKernels<C> compute_kernels() {
   k.outer_rows = kTileRows;
   k.lanes = kLanes<C>;
   k.gemm_columns = kMaxVectors * kLanes<C>;
-  k.caches = kCaches;
+  k.l2 = kL2;
   k.clamps_residual = kClampsResidual;
   k.gemm = gemm<C>;
   k.end_streaming = end_streaming;
@@ -164,7 +165,7 @@ static constexpr ComputeKernels<C> compute_kernels() {
   k.multiply_shifted = multiply_shifted<C>;
   k.depthwise_outer = depthwise_outer<C>;
   k.multiply_planes = multiply_planes<C>;
-  if constexpr (kFewRegisters) k.multiply_low_planes = multiply_low_planes<C>;
+  if constexpr (kFewRows) k.multiply_low_planes = multiply_low_planes<C>;
   k.multiply_transposed_planes = multiply_transposed_planes<C>;
   k.winograd2 = winograd_kernels<C, 2>();
   k.winograd4 = winograd_kernels<C, 4>();

@@ -141,19 +141,13 @@ struct ProductKernel {
 
 struct ThirdsKernels;  // thirds.h
 
-// What a core has on the machines that an instruction set is usually found on: bytes. Constants, not what this machine
-// has, so that a plan is that of its problem and its instruction set.
-struct Caches {
-  int64_t l1, l2;
-};
-
 template <class C>
 struct ComputeKernels {
   int64_t panel;         // columns of a packed filter panel and of a tile
   int64_t outer_rows;    // rows of an outer-product tile
   int64_t lanes;         // of a vector
   int64_t gemm_columns;  // at most
-  Caches caches;
+  int64_t l2;            // bytes a core: a constant, for a plan is not to be that of its machine
   bool clamps_residual;  // see GemmOutput::clamps
 
   // tile[count][columns] = sum over taps and depth of rows * filters. What it streams is ordered by end_streaming().

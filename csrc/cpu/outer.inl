@@ -25,15 +25,11 @@ FCB_INLINE void outer_steps(const C* a, int64_t lda, const C* b, int64_t ldb, Ve
 
 // Beside 32 registers a step is 24 multiplications, long enough for a loop. With 12 of them the loop's own instructions
 // show, most of all where another thread shares the core, and with it the instructions that start in a cycle: so they
-// come in runs (+10 % there).
-constexpr bool kInRuns = kTileRows < 12;
-
-constexpr int kRun = 4;
-
-// acc += a' b over `depth`, in runs of kRun.
+// come in runs (+10 % there), and a line is asked for before a run.
 template <class C, int R, int N>
-FCB_INLINE void accumulate_runs(const C* a, int64_t lda, const C* b, int64_t ldb, int64_t depth, Ahead<C>* ahead,
-                                Vector<C> (&acc)[R][N]) {
+FCB_INLINE void sum_in_runs(const C* a, int64_t lda, const C* b, int64_t ldb, int64_t depth, Ahead<C>* ahead,
+                            Vector<C> (&acc)[R][N]) {
+  constexpr int kRun = 4;
   int64_t k = 0, left = ahead ? 0 : depth;  // before the next line is asked for
   for (; k + kRun <= depth; k += kRun, left -= kRun, a += kRun * lda, b += kRun * ldb) {
     if (left <= 0) {
@@ -45,28 +41,23 @@ FCB_INLINE void accumulate_runs(const C* a, int64_t lda, const C* b, int64_t ldb
   for (; k < depth; ++k, a += lda, b += ldb) outer_steps<C, R, N, 1>(a, lda, b, ldb, acc);
 }
 
-// acc += a' b over `depth`.
-template <class C, int R>
-FCB_INLINE void accumulate_outer(const C* a, const C* b, int64_t depth, Vector<C> (&acc)[R][2]) {
-  for (int64_t k = 0; k < depth; ++k, a += kTileRows, b += kPanel<C>) {
-    const Vector<C> v[2] = {load(b), load(b + kLanes<C>)};
-#pragma GCC unroll 16
-    for (int r = 0; r < R; ++r) add_products<C>(acc[r], a[r], v);
+// acc += a' b over `depth`: R columns of a, N vectors of columns of b.
+template <class C, int R, int N>
+FCB_INLINE void product_sums(const C* a, int64_t lda, const C* b, int64_t ldb, int64_t depth, Ahead<C>* ahead,
+                             Vector<C> (&acc)[R][N]) {
+  if constexpr (kFewRows) return sum_in_runs<C, R, N>(a, lda, b, ldb, depth, ahead, acc);
+  const int64_t step = ahead ? ahead->steps : depth;
+  for (int64_t k = 0; k < depth;) {
+    if (ahead) fetch(ahead);
+    for (const int64_t end = k + step < depth ? k + step : depth; k < end; ++k, a += lda, b += ldb)
+      outer_steps<C, R, N, 1>(a, lda, b, ldb, acc);
   }
 }
 
 template <class C, int R>
 static void outer_tile(const C* a, const C* b, int64_t depth, bool add, C* tile, Ahead<C>* ahead) {
   Vector<C> acc[R][2] = {};  // of this block alone: adding it to the tile once errs less than adding each product
-  if constexpr (kInRuns) {
-    accumulate_runs<C, R, 2>(a, kTileRows, b, kPanel<C>, depth, ahead, acc);
-  } else {
-    const int64_t step = ahead ? ahead->steps : depth;
-    for (int64_t k = 0; k < depth; k += step) {
-      if (ahead) fetch(ahead);
-      accumulate_outer<C, R>(a + k * kTileRows, b + k * kPanel<C>, k + step < depth ? step : depth - k, acc);
-    }
-  }
+  product_sums<C, R, 2>(a, kTileRows, b, kPanel<C>, depth, ahead, acc);
 #pragma GCC unroll 16
   for (int r = 0; r < R; ++r)
     for (int v = 0; v < 2; ++v) {
@@ -109,7 +100,7 @@ static void pack(const C* const* rows, int64_t offset, int64_t count, int64_t va
     const int64_t n = count - first < kGroup ? count - first : kGroup;
     C* to = packed;
     int64_t c = 0;
-    if constexpr (Width < kLanes<C> && kInRuns)  // +15 % on AVX2; not measured with 12 of 16
+    if constexpr (Width < kLanes<C> && kFewRows)  // +15 % on AVX2; not measured with 12 of 16
       for (; c + kLanes<C> <= valid; c += Width, to += panel) pack_short<C, Width>(rows + first, offset + c, n, to);
     for (; c < whole; c += Width, to += panel)
       for (int64_t r = 0; r < n; ++r) __builtin_memcpy(to + r * Width, rows[first + r] + offset + c, Width * sizeof(C));

@@ -5,8 +5,6 @@
 // hardware reads ahead, and all its elements have constant distances from one pointer. With a pointer for each row the
 // compiler runs out of registers (-12 % of the speed).
 
-constexpr bool kFewRegisters = kTileRows < 12;  // of AVX2 and below
-
 // What will be read next, asked for a cache line or a part of one every step of depth.
 struct NextFilters {
   const char* from;

@@ -22,28 +22,6 @@ static void center_rows(const GatheredRows<C>& in, const C* mean, C* centered, i
     });
 }
 
-// acc += R rows of the product by N vectors of its columns.
-template <class C, int R, int N>
-FCB_INLINE void product_sums(const C* a, int64_t lda, const C* b, int64_t ldb, int64_t depth, Ahead<C>* ahead,
-                             Vector<C> (&acc)[R][N]) {
-  if constexpr (kInRuns) return accumulate_runs<C, R, N>(a, lda, b, ldb, depth, ahead, acc);
-  const int64_t step = ahead ? ahead->steps : depth;
-  for (int64_t k = 0; k < depth;) {
-    if (ahead) fetch(ahead);
-    for (const int64_t end = k + step < depth ? k + step : depth; k < end; ++k, a += lda, b += ldb) {
-      Vector<C> v[N];
-#pragma GCC unroll 3
-      for (int n = 0; n < N; ++n) v[n] = load(b + n * kLanes<C>);
-#pragma GCC unroll 16
-      for (int r = 0; r < R; ++r) {
-        const Vector<C> x = broadcast(a[r]);
-#pragma GCC unroll 3
-        for (int n = 0; n < N; ++n) acc[r][n] += x * v[n];
-      }
-    }
-  }
-}
-
 template <class C, int R, int N>
 static void product(const C* a, int64_t lda, const C* b, int64_t ldb, int64_t depth, C* sums, int64_t ld,
                     Ahead<C>* ahead) {
@@ -62,7 +40,7 @@ static void product(const C* a, int64_t lda, const C* b, int64_t ldb, int64_t de
 // a quarter slower, and two vectors serve in its place.
 template <class C, int M>
 static constexpr ProductKernel<C> product_kernel() {
-  constexpr int N = M == 1 && kInRuns ? 2 : M, R = N == 1 ? kTileRows * 4 / 3 : kRows<N>;
+  constexpr int N = M == 1 && kFewRows ? 2 : M, R = N == 1 ? kTileRows * 4 / 3 : kRows<N>;
   return {R, N * kLanes<C>, product<C, R, N>};
 }
 

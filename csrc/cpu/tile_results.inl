@@ -45,11 +45,12 @@ FCB_INLINE void stream_row(RowsInTransit<C>* t) {
   --t->rows;
 }
 
-template <int N>
+template <class C, int N>
 FCB_INLINE void ask_for_row(const char** row, int64_t ld, int64_t vector) {
   if (!*row) return;
+  constexpr int kVectorsOfLine = 64 / sizeof(Vector<C>);
 #pragma GCC unroll 4
-  for (int n = 0; n < N; ++n) __builtin_prefetch(*row + n * vector);
+  for (int n = 0; n < N; n += kVectorsOfLine) __builtin_prefetch(*row + n * vector);
   *row += ld;
 }
 
@@ -58,8 +59,8 @@ FCB_INLINE void move_row(RowsInTransit<C>* t) {
   if (--t->left != 0) return;
   t->left = t->steps;
   if (t->rows > 0) stream_row<C, N>(t);
-  ask_for_row<N>(&t->residual, t->ld_residual, t->vector);
-  ask_for_row<N>(&t->result, t->ld_result, t->vector);
+  ask_for_row<C, N>(&t->residual, t->ld_residual, t->vector);
+  ask_for_row<C, N>(&t->result, t->ld_result, t->vector);
 }
 
 template <class C, int R, int N>

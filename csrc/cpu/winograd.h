@@ -127,7 +127,7 @@ class WinogradConvolution {
   // Whether all windows make one block, whose planes stay in L2 with a part of the transformed filters. These are then
   // used but once, and made just before that: of all of them (M+2)^2 planes would come from memory in place of 9.
   bool inputs_fit_cache(bool kept_filters) const {
-    return winograd_inputs_fit_cache<M>(max_input_bytes(kernels_.caches.l2, kept_filters), windows_.positions(), depth_,
+    return winograd_inputs_fit_cache<M>(max_input_bytes(kernels_.l2, kept_filters), windows_.positions(), depth_,
                                         sizeof(C));
   }
 

@@ -97,7 +97,7 @@ FCB_INLINE void channels_to_planes_lean(const GatheredRows<C>& in, int64_t begin
 template <int M, int Pitch, int InY, int InX, int OutY, int OutX, class C, class Line>
 FCB_INLINE void pixels_to_planes(const GatheredRows<C>& in, const PlaneLayout<C>& to, Line line) {
   for (int64_t k = 0; k < in.depth; k += kPlaneDepth)
-    if constexpr (kFewRegisters)
+    if constexpr (kFewRows)
       channels_to_planes_lean<M, Pitch, InY, InX, OutY, OutX>(in, k,
                                                               k + kPlaneDepth < in.depth ? k + kPlaneDepth : in.depth,
                                                               to.planes + k / kPlaneDepth * to.block, to, line);
@@ -201,7 +201,7 @@ static void winograd_output(const C* planes, int64_t plane, int64_t count, int64
                             int64_t pitch) {
   constexpr int Y = Height + 2, X = Width + 2;
   int64_t r = 0;
-  if constexpr (kFewRegisters) {
+  if constexpr (kFewRows) {
     if (lines == Height) r = pixels / Width, whole_outputs<C, M, Height, Width>(planes, plane, r, rows, pitch);
   }
   for (; r < count; ++r)
