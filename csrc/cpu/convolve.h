@@ -284,7 +284,7 @@ class Convolution {
     if (exceeds_cache(run.epilogue.reads.row_bytes / static_cast<int64_t>(sizeof(C))))
       in->ahead[0] = next_filters(panels, index, number, run.panels);
     const int64_t share = (index - panels.begin) * parts_.count() + number, shares = panels.size() * parts_.count();
-    fetch_pixels(positions.end, share, shares, run.epilogue.reads, in);
+    fetch_pixels(positions.end, share, shares, run.epilogue, in);
   }
 
   static Stretch<C> share_of(const Stretch<C>& all, int64_t number, int64_t shares) {
@@ -299,16 +299,20 @@ class Convolution {
             reinterpret_cast<const C*>(from + units.end * bytes)};
   }
 
-  // A share of what the block at position `first` reads.
-  void fetch_pixels(int64_t first, int64_t number, int64_t shares, const RowsAhead& reads, GatheredRows<C>* in) const {
+  // A share of what the block at position `first` reads, and writes if there are no filters to be fetched.
+  void fetch_pixels(int64_t first, int64_t number, int64_t shares, const TileEpilogue<C>& epilogue,
+                    GatheredRows<C>* in) const {
     const int64_t count = std::min(kBlockRows, windows_.positions() - first);
     if (count <= 0) return;
+    const auto rows = [&](const RowsAhead& image) {
+      return share_of(memory(image.data, {first, first + count}, image.row_bytes), number, shares);
+    };
     if (fetches_blocks_) {
       const Span elements = reader_.new_elements(first, count);
       in->ahead[1] = share_of(memory(source_.memory(), elements, source_.element_bytes()), number, shares);
     }
-    if (reads.data)
-      in->ahead[2] = share_of(memory(reads.data, {first, first + count}, reads.row_bytes), number, shares);
+    if (epilogue.reads.data) in->ahead[2] = rows(epilogue.reads);
+    if (epilogue.writes.data && !in->ahead[0].begin) in->ahead[0] = rows(epilogue.writes);
   }
 
   // The part of all panels behind this one; a task of fewer panels would ask for what others read.

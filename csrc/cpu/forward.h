@@ -103,10 +103,13 @@ class Forward {
         to.activation = static_cast<int>(p_.activation), to.rows = storage_.row_type;
         return to;
       };
-    if (residual_.present() && residual_.rows())
-      epilogue.reads = {residual_.memory(), residual_.ld() * residual_.element_bytes()};
+    if (residual_.present() && residual_.rows()) epilogue.reads = rows_of(residual_);
+    if (k_.fetches_results && p_.group_out() > p_.group_in() && output_.rows() && !output_.streams(0, p_.group_out()))
+      epilogue.writes = rows_of(output_);
     convolve(parallel, epilogue);
   }
+
+  static RowsAhead rows_of(const Image<C>& image) { return {image.memory(), image.ld() * image.element_bytes()}; }
 
   void set_clamp(GemmOutput<C>* to) const {
     constexpr C kInfinity = std::numeric_limits<C>::infinity();

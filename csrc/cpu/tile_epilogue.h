@@ -18,7 +18,7 @@ struct Tile {
   int worker;
 };
 
-// Rows that are asked for before they are read.
+// Rows that are asked for before they are read or written.
 struct RowsAhead {
   const void* data = nullptr;  // may be null
   int64_t row_bytes = 0;
@@ -35,7 +35,7 @@ struct TileEpilogue {
   // May be empty. The same where the rows of memory are of 16-bit numbers.
   std::function<GemmOutput<C>(const Tile<C>&)> in_place = nullptr;
   // Of all channels; asked for a block ahead.
-  RowsAhead reads{};
+  RowsAhead reads{}, writes{};
 
   GemmOutput<C> output(const Tile<C>& tile) const {
     GemmOutput<C> to = in_place ? in_place(tile) : row_by_row ? row_by_row(tile) : GemmOutput<C>{tile.data};
