@@ -130,9 +130,9 @@ def test_suite(instrumented, name, suite):
     arguments = ["-m", "pytest", "-p", "no:cacheprovider", "-m", "not slow", "-k", "not stock and not tensorflow"]
     arguments += ["--capture=sys", "--rootdir", folder]  # or a report would be lost with the process
     printed = run_instrumented(sanitizer, folder, *arguments, folder / "tests" / suite)
-    if " passed" not in printed:
-        assert " skipped" in printed
-        pytest.skip(f"nothing of {suite} runs on this machine")
+    if suite == "test_numerics_thirds.py" and "this machine has no amx" in printed:
+        pytest.skip("this machine has no amx")
+    assert " passed" in printed
 
 
 RACE = """

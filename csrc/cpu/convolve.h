@@ -128,8 +128,10 @@ class Convolution {
     }
     parallel->run(block_tasks * panel_tasks, [&](int64_t task, int worker) {
       const int64_t block = task / panel_tasks * task_blocks, share = task % panel_tasks;
-      run_task({block, std::min(block + task_blocks, blocks())}, part(share, panel_tasks, panels()), filters,
-               {panels_at, s, worker, epilogue});
+      const Span task_span{block, std::min(block + task_blocks, blocks())};
+      const int64_t own = panel_tasks == 1 ? task_span.end * kBlockRows : 0;
+      run_task(task_span, part(share, panel_tasks, panels()), filters,
+               {panels_at, s, worker, epilogue, threads == 1 ? windows_.positions() : own});
     });
   }
 
@@ -150,6 +152,7 @@ class Convolution {
     const Scratch& scratch;
     int worker;
     const TileEpilogue<C>& epilogue;
+    int64_t written_until;  // position up to which nobody else writes results meanwhile
   };
 
   // Whether the filters and what two blocks read, their pixels and that many channels of others, exceed an L2 of 2 MiB.
@@ -284,7 +287,7 @@ class Convolution {
     if (exceeds_cache(run.epilogue.reads.row_bytes / static_cast<int64_t>(sizeof(C))))
       in->ahead[0] = next_filters(panels, index, number, run.panels);
     const int64_t share = (index - panels.begin) * parts_.count() + number, shares = panels.size() * parts_.count();
-    fetch_pixels(positions.end, share, shares, run.epilogue, in);
+    fetch_pixels(positions.end, share, shares, run, in);
   }
 
   static Stretch<C> share_of(const Stretch<C>& all, int64_t number, int64_t shares) {
@@ -299,9 +302,8 @@ class Convolution {
             reinterpret_cast<const C*>(from + units.end * bytes)};
   }
 
-  // A share of what the block at position `first` reads, and writes if there are no filters to be fetched.
-  void fetch_pixels(int64_t first, int64_t number, int64_t shares, const TileEpilogue<C>& epilogue,
-                    GatheredRows<C>* in) const {
+  // A share of what the block at position `first` reads, and writes if a place is left.
+  void fetch_pixels(int64_t first, int64_t number, int64_t shares, const Run& run, GatheredRows<C>* in) const {
     const int64_t count = std::min(kBlockRows, windows_.positions() - first);
     if (count <= 0) return;
     const auto rows = [&](const RowsAhead& image) {
@@ -311,8 +313,10 @@ class Convolution {
       const Span elements = reader_.new_elements(first, count);
       in->ahead[1] = share_of(memory(source_.memory(), elements, source_.element_bytes()), number, shares);
     }
-    if (epilogue.reads.data) in->ahead[2] = rows(epilogue.reads);
-    if (epilogue.writes.data && !in->ahead[0].begin) in->ahead[0] = rows(epilogue.writes);
+    const RowsAhead &reads = run.epilogue.reads, &writes = run.epilogue.writes;
+    if (reads.data) in->ahead[2] = rows(reads);
+    Stretch<C>& left = in->ahead[reads.data ? 0 : 2];
+    if (writes.data && first < run.written_until && !left.begin) left = rows(writes);
   }
 
   // The part of all panels behind this one; a task of fewer panels would ask for what others read.

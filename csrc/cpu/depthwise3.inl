@@ -131,7 +131,7 @@ static void depthwise3_lines(const PanelLines& in, int64_t channel, const C* fil
 
 template <class C, class T>
 static void depthwise3(const PanelLines& in, const C* filters, const PanelTarget<C>& out) {
-  if constexpr (kNarrow) return depthwise3_narrow<C, T>(in, filters, out);
+  if constexpr (kFewRows) return depthwise3_narrow<C, T>(in, filters, out);
   const bool one = in.step == in.tap_step;
   const auto lines = out.stream ? (one ? depthwise3_lines<C, T, 1, true> : depthwise3_lines<C, T, 2, true>)
                                 : (one ? depthwise3_lines<C, T, 1, false> : depthwise3_lines<C, T, 2, false>);
@@ -180,7 +180,7 @@ static void depthwise3_outer_lines(const PanelLines& in, int64_t channel, const 
 
 template <class C, class T>
 static void depthwise3_outer(const PanelLines& in, const C* const* dz, int64_t dz_offset, int64_t dz_step, C* sums) {
-  if constexpr (kNarrow) return depthwise3_outer_narrow<C, T>(in, dz, dz_offset, dz_step, sums);
+  if constexpr (kFewRows) return depthwise3_outer_narrow<C, T>(in, dz, dz_offset, dz_step, sums);
   const auto lines = in.step == in.tap_step ? depthwise3_outer_lines<C, T, 1> : depthwise3_outer_lines<C, T, 2>;
   for (int64_t c = 0; c < in.cols; c += kLanes<C>) lines(in, c, dz, dz_offset, dz_step, sums);
 }

@@ -3,7 +3,6 @@
 //
 // Budget of 16 registers: 7 sums, a row of 3 filters, 1 or 2 inputs; or 9 sums, 3 inputs of a column, 3 of dz. So an
 // input is loaded, and converted, once for the 3 multiplications by a row of filters.
-constexpr bool kNarrow = kFewRows;
 
 FCB_INLINE bool slides(const PanelLines& in) {
   return in.taps == 9 && in.row_taps == 3 && (in.step == in.tap_step || in.step == 2 * in.tap_step);

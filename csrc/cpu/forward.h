@@ -104,7 +104,8 @@ class Forward {
         return to;
       };
     if (residual_.present() && residual_.rows()) epilogue.reads = rows_of(residual_);
-    if (k_.fetches_results && p_.group_out() > p_.group_in() && output_.rows() && !output_.streams(0, p_.group_out()))
+    const bool many = p_.group_out() > p_.group_in() && output_.memory() != residual_.memory();
+    if (k_.fetches_results && many && output_.rows() && !output_.streams(0, std::min(k_.gemm_columns, p_.group_out())))
       epilogue.writes = rows_of(output_);
     convolve(parallel, epilogue);
   }

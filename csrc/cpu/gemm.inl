@@ -4,8 +4,6 @@
 // broadcast. With 16 registers (AVX2, SSE2): 6 x 2 = 12, 2, 1. A 14-row tile makes gcc 12 spill.
 template <class C>
 constexpr int64_t kPanel = 2 * kLanes<C>;
-constexpr int kTileRows = FCB_TILE_ROWS;
-constexpr bool kFewRows = kTileRows < 12;  // and sums: what is not multiplication shows beside them
 
 // Of N vectors of columns: N vectors of the filters and R broadcasts feed N * R multiplications, so wide tiles load
 // less. One vector takes 12 rows, for fewer sums would wait for each other.
@@ -96,7 +94,7 @@ FCB_INLINE void multiply_rows(const GatheredRows<C>& in, int64_t first, int64_t 
                               Meanwhile<C>* meanwhile, Vector<C> (&acc)[R][N]) {
   const C* filters = b.rows;
   const int64_t ldb = LdB ? LdB : b.ld;
-  Fetch own[kFetches];  // in registers, where a tile of few rows leaves some
+  Fetch own[kFetches];  // in registers, which tiles of few rows leave
   if (kFewRows)
 #pragma GCC unroll 3
     for (int i = 0; i < kFetches; ++i) own[i] = meanwhile->ahead[i];

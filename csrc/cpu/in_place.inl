@@ -141,7 +141,7 @@ static constexpr InPlaceKernels<C> in_place_kernels() {
     fill_gradients<0, C, T, C>(&k.reduce, &k.apply);
     k.round = round_block<T>;
     k.depthwise = depthwise3<C, T>;
-    if constexpr (kNarrow) k.depthwise_clamped = depthwise3_clamped<C, T>;
+    if constexpr (kFewRows) k.depthwise_clamped = depthwise3_clamped<C, T>;
     k.depthwise_outer = depthwise3_outer<C, T>;
   }
 #endif

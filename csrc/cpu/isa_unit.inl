@@ -151,11 +151,11 @@ static constexpr ComputeKernels<C> compute_kernels() {
   k.gemm_columns = kMaxVectors * kLanes<C>;
   k.l2 = kL2;
   k.clamps_residual = kClampsResidual;
-  k.fetches_results = kFewRows;  // AVX2: from memory 24->144 x1.3, from L3 x1.0-1.1; of 64->64 -3 %
+  k.fetches_results = kFewRows;  // timed with AVX2: from memory 24->144 x1.3, from L3 x1.0-1.1; of 64->64 -3 %
   k.gemm = gemm<C>;
   k.end_streaming = end_streaming;
   k.depthwise = depthwise<C>;
-  if constexpr (kNarrow) k.depthwise_clamped = depthwise3_clamped<C, C>;
+  if constexpr (kFewRows) k.depthwise_clamped = depthwise3_clamped<C, C>;
   k.outer = outer<C>;
   k.pack_rows = pack<C, kTileRows>;
   k.pack_columns = pack<C, static_cast<int>(kPanel<C>)>;

@@ -149,7 +149,7 @@ struct ComputeKernels {
   int64_t gemm_columns;  // at most
   int64_t l2;            // bytes a core: a constant, for a plan is not to be that of its machine
   bool clamps_residual;  // see GemmOutput::clamps
-  bool fetches_results;  // a block ahead, where they are many
+  bool fetches_results;  // whether a convolution asks for the memory of the next block's results
 
   // tile[count][columns] = sum over taps and depth of rows * filters. What it streams is ordered by end_streaming().
   void (*gemm)(const GatheredRows<C>& rows, const Filters<C>& filters, const GemmOutput<C>& to);

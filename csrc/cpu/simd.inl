@@ -17,6 +17,11 @@ struct Simd<double> {
 template <class C>
 using Vector = typename Simd<C>::Vector;
 
+// Rows of a register tile of two vectors of columns. Few beside 16 registers (AVX2 and below): so are its sums, and
+// what is not multiplication shows beside them.
+constexpr int kTileRows = FCB_TILE_ROWS;
+constexpr bool kFewRows = kTileRows < 12;
+
 template <class C>
 constexpr int64_t kLanes = FCB_VECTOR_BYTES / sizeof(C);
 
@@ -117,31 +122,30 @@ FCB_INLINE void add_product(V* acc, V x, V y) {
 #endif
 }
 
-// acc += x * v, of two vectors.
-template <class C>
-FCB_INLINE void add_products(Vector<C> (&acc)[2], const C& x, const Vector<C> (&v)[2]) {
-#if defined(__AVX2__) && !defined(__AVX512F__)
-  Vector<C> broadcasted;
-  if constexpr (sizeof(C) == 4)
-    asm("vbroadcastss %5, %2\n\tvfmadd231ps %3, %2, %0\n\tvfmadd231ps %4, %2, %1"
-        : "+x"(acc[0]), "+x"(acc[1]), "=&x"(broadcasted)
-        : "x"(v[0]), "x"(v[1]), "m"(x));
-  else
-    asm("vbroadcastsd %5, %2\n\tvfmadd231pd %3, %2, %0\n\tvfmadd231pd %4, %2, %1"
-        : "+x"(acc[0]), "+x"(acc[1]), "=&x"(broadcasted)
-        : "x"(v[0]), "x"(v[1]), "m"(x));
-#else
-  const Vector<C> broadcasted = broadcast(x);
-  for (int n = 0; n < 2; ++n) add_product(&acc[n], broadcasted, v[n]);
-#endif
-}
-
+// acc += x * v, of N vectors.
 template <class C, int N>
 FCB_INLINE void add_products(Vector<C> (&acc)[N], const C& x, const Vector<C> (&v)[N]) {
   const Vector<C> broadcasted = broadcast(x);
 #pragma GCC unroll 4
   for (int n = 0; n < N; ++n) add_product(&acc[n], broadcasted, v[n]);
 }
+
+// Of two vectors in one piece, so that x takes a register for no longer than it must: gcc 12 keeps several rows' at a
+// time and runs out of registers. Sanitizers see no loads of assembly.
+#if defined(__AVX2__) && !defined(__AVX512F__) && !defined(__SANITIZE_ADDRESS__) && !defined(__SANITIZE_THREAD__)
+template <class C>
+FCB_INLINE void add_products(Vector<C> (&acc)[2], const C& x, const Vector<C> (&v)[2]) {
+  Vector<C> broadcasted;
+  if constexpr (sizeof(C) == 4)
+    asm("vbroadcastss %5, %2\n\tvfmadd231ps %3, %2, %0\n\tvfmadd231ps %4, %2, %1"
+        : "+&x"(acc[0]), "+x"(acc[1]), "=&x"(broadcasted)
+        : "x"(v[0]), "x"(v[1]), "m"(x));
+  else
+    asm("vbroadcastsd %5, %2\n\tvfmadd231pd %3, %2, %0\n\tvfmadd231pd %4, %2, %1"
+        : "+&x"(acc[0]), "+x"(acc[1]), "=&x"(broadcasted)
+        : "x"(v[0]), "x"(v[1]), "m"(x));
+}
+#endif
 
 // a > b ? a : b and a < b ? a : b, in an instruction if there is one: b where either is NaN.
 template <class V>

@@ -1,7 +1,7 @@
 // What becomes of the sums of a register tile, or of a tile in L1: results that go to memory while they are at hand.
 
 // Whether whole tiles add the residual themselves: tiles of few columns would call `emit` often.
-constexpr bool kClampsResidual = FCB_TILE_ROWS < 12;
+constexpr bool kClampsResidual = kFewRows;
 // Whether they store sums as 16-bit numbers, too: those that have no scale.
 #if defined(__AVX2__) && !defined(__AVX512F__)
 constexpr bool kStoresNarrowSums = true;
@@ -48,7 +48,8 @@ FCB_INLINE void stream_row(RowsInTransit<C>* t) {
 template <class C, int N>
 FCB_INLINE void ask_for_row(const char** row, int64_t ld, int64_t vector) {
   if (!*row) return;
-  constexpr int kVectorsOfLine = 64 / sizeof(Vector<C>);
+  constexpr int kVectorsOfLine =
+      64 / sizeof(Vector<C>);  // of rows that begin with a line; of others some are not asked for
 #pragma GCC unroll 4
   for (int n = 0; n < N; n += kVectorsOfLine) __builtin_prefetch(*row + n * vector);
   *row += ld;

@@ -139,7 +139,7 @@ class FusedConvBN : public ConvBnKernel {
     b.moving_variance = t->input(moving_variance_, shapes.channels);
     b.residual = t->input(residual_, shapes.output);
     b.output = plan.params.training ? t->output(output_, shapes.output)  // where z may lie meanwhile
-                                    : t->output_in_cache(residual_, output_, shapes.output);
+                                    : t->output_in_used_memory(residual_, output_, shapes.output);
     const auto statistic = [&](const Port& port) {
       return plan.params.training ? t->output(port, shapes.channels) : t->output_if_read(port, shapes.channels);
     };

@@ -1,6 +1,8 @@
-// Memory of results that the caches hold. The next result takes what was given back last, whose lines are still there,
-// and in large pages. TensorFlow's allocator takes the smallest gap that fits, of small pages, and takes 1 us longer
-// (ResNet-50 at batch 1 in bfloat16: 2 % of all).
+// Memory of results, in large pages. Of those that the caches hold the next one takes what was given back last, whose
+// lines are still there; TensorFlow's allocator takes the smallest gap that fits, of small pages, and takes 1 us longer
+// (ResNet-50 at batch 1 in bfloat16: 2 % of all). Larger ones go past the caches and take what was given back first.
+// From 32 MB on, C's allocator would have new memory from the system for each, whose first use takes longer than the
+// convolution where the host of a virtual machine has to find it, too.
 #pragma once
 
 #include <cstddef>
@@ -17,16 +19,19 @@ namespace fusedconvbn::tf {
 
 class OutputMemory {
  public:
-  // Smaller results cost TensorFlow less; larger ones go past the caches.
-  static constexpr size_t kMinBytes = size_t{32} << 10, kMaxBytes = size_t{4} << 20;
+  // Smaller results cost TensorFlow less; larger ones than kMaxCached go past the caches.
+  static constexpr size_t kMinBytes = size_t{32} << 10, kMaxCached = size_t{4} << 20;
 
-  // One for the process, never destroyed: tensors may outlive all else.
-  static OutputMemory* global() {
-    static OutputMemory* memory = new OutputMemory;
-    return memory;
+  // The process's for results of so many bytes. Never destroyed: tensors may outlive all else. Of idle memory, small
+  // pieces are more than a network has results at a time, and little beside its filters; large ones, what a residual
+  // block has.
+  static OutputMemory* of(size_t bytes) {
+    static OutputMemory* cached = new OutputMemory(32, size_t{32} << 20, true);
+    static OutputMemory* large = new OutputMemory(8, size_t{256} << 20, false);
+    return bytes <= kMaxCached ? cached : large;
   }
 
-  // Of this type and shape, and of kMinBytes to kMaxBytes; not initialized if there is no memory left.
+  // Of this type and shape; not initialized if there is no memory left.
   tensorflow::Tensor take(tensorflow::DataType dtype, const tensorflow::TensorShape& shape) {
     const size_t bytes = shape.num_elements() * tensorflow::DataTypeSize(dtype);
     Piece piece = take_idle(bytes);
@@ -37,8 +42,8 @@ class OutputMemory {
   }
 
  private:
-  // Of idle memory: more than a network has results at a time, and little beside its filters.
-  static constexpr size_t kMaxIdlePieces = 32, kMaxIdleBytes = size_t{32} << 20;
+  OutputMemory(size_t max_idle_pieces, size_t max_idle_bytes, bool used_last)
+      : max_idle_pieces_(max_idle_pieces), max_idle_bytes_(max_idle_bytes), used_last_(used_last) {}
 
   struct Piece {
     std::shared_ptr<void> data;
@@ -67,12 +72,14 @@ class OutputMemory {
     const size_t bytes_;
   };
 
-  // The smallest that is large enough, and at most twice as large; of equal ones that which was used last.
+  // The smallest that is large enough, and at most twice as large; of equal ones that which was used last, or first.
   Piece take_idle(size_t bytes) {
     std::lock_guard<std::mutex> lock(mutex_);
     auto best = idle_.end();
     for (auto it = idle_.begin(); it != idle_.end(); ++it)
-      if (it->bytes >= bytes && it->bytes <= 2 * bytes && (best == idle_.end() || it->bytes <= best->bytes)) best = it;
+      if (it->bytes >= bytes && it->bytes <= 2 * bytes &&
+          (best == idle_.end() || it->bytes < best->bytes || (used_last_ && it->bytes == best->bytes)))
+        best = it;
     if (best == idle_.end()) return {};
     Piece piece = std::move(*best);
     idle_.erase(best);
@@ -87,13 +94,15 @@ class OutputMemory {
     std::lock_guard<std::mutex> lock(mutex_);
     idle_bytes_ += piece.bytes;
     idle_.push_back(std::move(piece));
-    while (idle_.size() > kMaxIdlePieces || idle_bytes_ > kMaxIdleBytes) {
+    while (idle_.size() > max_idle_pieces_ || idle_bytes_ > max_idle_bytes_) {
       idle_bytes_ -= idle_.front().bytes;
       dropped.push_back(std::move(idle_.front()));
       idle_.erase(idle_.begin());
     }
   }
 
+  const size_t max_idle_pieces_, max_idle_bytes_;
+  const bool used_last_;
   PiecePool pieces_;
   std::mutex mutex_;
   std::vector<Piece> idle_;  // the one used last is the last

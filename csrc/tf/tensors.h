@@ -63,18 +63,19 @@ class Tensors {
     return pointer(*tensor);
   }
 
-  // As output(), where lines are in cache, as those of new memory are not: in the memory of this input, which was just
-  // read, if there is one that nobody else refers to (ResNet-50 at batch 1: -2 %), else in what was last in use. Large
-  // results go past the caches, and past lines that are there they take longer (batch 16: +1 to +3 %).
-  void* output_in_cache(const Port& over, const Port& port, const tensorflow::TensorShape& shape) {
+  // As output(), in memory that was in use: in that of this input, which was just read, if there is one that nobody
+  // else refers to (ResNet-50 at batch 1: -2 %), else in what results have given back. Large results go past the
+  // caches, and past lines that are there, as an input's are, they take longer (batch 16: +1 to +3 %).
+  void* output_in_used_memory(const Port& over, const Port& port, const tensorflow::TensorShape& shape) {
     const tensorflow::DataType dtype = context_->expected_output_dtype(port.index);
     const size_t bytes = shape.num_elements() * tensorflow::DataTypeSize(dtype);
-    if (!status_.ok() || bytes > OutputMemory::kMaxBytes) return output(port, shape);
+    if (!status_.ok()) return nullptr;
     tensorflow::Tensor* tensor = nullptr;
-    if (over.index >= 0 && context_->forward_input_to_output_with_shape(over.index, port.index, shape, &tensor))
+    if (bytes <= OutputMemory::kMaxCached && over.index >= 0 &&
+        context_->forward_input_to_output_with_shape(over.index, port.index, shape, &tensor))
       return pointer(*tensor);
     if (bytes < OutputMemory::kMinBytes || !any_memory_will_do(port)) return output(port, shape);
-    const tensorflow::Tensor kept = OutputMemory::global()->take(dtype, shape);
+    const tensorflow::Tensor kept = OutputMemory::of(bytes)->take(dtype, shape);
     if (!kept.IsInitialized()) return output(port, shape);
     context_->set_output(port.index, kept);
     return pointer(kept);
