@@ -6,7 +6,7 @@ file(GLOB avx512_sources CONFIGURE_DEPENDS csrc/cpu/*_avx512.cc)
 file(GLOB amx_sources CONFIGURE_DEPENDS csrc/cpu/*_amx.cc)
 
 if(CMAKE_SYSTEM_PROCESSOR MATCHES "^(x86_64|AMD64|amd64)$")
-  set_source_files_properties(${avx2_sources} PROPERTIES COMPILE_OPTIONS "-mavx2;-mfma;-mf16c")
+  set_source_files_properties(${avx2_sources} PROPERTIES COMPILE_OPTIONS "-mavx2;-mfma;-mf16c;-mprfchw")
   set(avx512_options "-mavx512f;-mavx512vl;-mavx512dq;-mavx512bw;-mfma;-mf16c;-mprefer-vector-width=512")
   set_source_files_properties(${avx512_sources} PROPERTIES COMPILE_OPTIONS "${avx512_options}")
   include(CheckCXXCompilerFlag)

@@ -30,8 +30,9 @@ struct RowsInTransit {
     if (!to.emit) return;
     const int64_t bytes = bytes_of<C>(to.rows);
     ld_residual = to.block.ld_residual * bytes, ld_result = to.block.ld_y * bytes, vector = kLanes<C> * bytes;
-    if (to.block.residual) residual = row<char>(to.block.residual, first, ld_residual);
-    if (!to.block.stream) result = row<char>(to.block.y, first, ld_result);
+    const bool in_place = to.block.residual == to.block.y;  // asked for but once: as what is written
+    if (to.block.residual && !in_place) residual = row<char>(to.block.residual, first, ld_residual);
+    if (!to.block.stream || in_place) result = row<char>(to.block.y, first, ld_result);
   }
   bool asks() const { return residual || result; }
 };
@@ -45,13 +46,14 @@ FCB_INLINE void stream_row(RowsInTransit<C>* t) {
   --t->rows;
 }
 
-template <class C, int N>
+// Write: to be written, for which no other core may keep the line.
+template <class C, int N, bool Write>
 FCB_INLINE void ask_for_row(const char** row, int64_t ld, int64_t vector) {
   if (!*row) return;
   constexpr int kVectorsOfLine =
       64 / sizeof(Vector<C>);  // of rows that begin with a line; of others some are not asked for
 #pragma GCC unroll 4
-  for (int n = 0; n < N; n += kVectorsOfLine) __builtin_prefetch(*row + n * vector);
+  for (int n = 0; n < N; n += kVectorsOfLine) __builtin_prefetch(*row + n * vector, Write);
   *row += ld;
 }
 
@@ -60,8 +62,8 @@ FCB_INLINE void move_row(RowsInTransit<C>* t) {
   if (--t->left != 0) return;
   t->left = t->steps;
   if (t->rows > 0) stream_row<C, N>(t);
-  ask_for_row<C, N>(&t->residual, t->ld_residual, t->vector);
-  ask_for_row<C, N>(&t->result, t->ld_result, t->vector);
+  ask_for_row<C, N, false>(&t->residual, t->ld_residual, t->vector);
+  ask_for_row<C, N, true>(&t->result, t->ld_result, t->vector);
 }
 
 template <class C, int R, int N>
