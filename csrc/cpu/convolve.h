@@ -14,6 +14,7 @@
 #include "panel_parts.h"
 #include "products.h"
 #include "span.h"
+#include "tasks.h"
 #include "tile_epilogue.h"
 #include "windows.h"
 
@@ -115,8 +116,8 @@ class Convolution {
     if (windows_.positions() == 0) return;
     std::fill(s.zeros, s.zeros + reader_.zero_elements(), C(0));
     // Few blocks: tasks of fewer panels, so that every thread has several.
-    const int64_t threads = parallel->threads(), wanted = threads == 1 ? 1 : 4 * threads;
-    const bool all_blocks = whole_source() && panels() >= wanted;
+    const int64_t wanted = wanted_tasks(*parallel, kTasks);
+    const bool all_blocks = whole_source() && panels() >= wanted_tasks(*parallel, kFewTasks);
     const int64_t share = fetches_blocks_ ? std::max<int64_t>(1, blocks() / wanted) : blocks_in_task_;
     const int64_t task_blocks = all_blocks ? blocks() : std::min(blocks_in_task_, share);
     const int64_t block_tasks = ceil_div(blocks(), task_blocks);
@@ -131,7 +132,7 @@ class Convolution {
       const Span task_span{block, std::min(block + task_blocks, blocks())};
       const int64_t own = panel_tasks == 1 ? task_span.end * kBlockRows : 0;
       run_task(task_span, part(share, panel_tasks, panels()), filters,
-               {panels_at, s, worker, epilogue, threads == 1 ? windows_.positions() : own});
+               {panels_at, s, worker, epilogue, parallel->threads() == 1 ? windows_.positions() : own});
     });
   }
 
@@ -326,11 +327,13 @@ class Convolution {
     return {filters + rows.begin * cols_, filters + rows.end * cols_};
   }
 
-  // The part behind this one. Behind the last are the first again: the next block begins with them.
+  // The part behind this one. Behind the last are the first again, for the next block; or where a task serves all
+  // blocks, those that the thread's next task is likely to begin with.
   Stretch<C> next_filters(const Span& panels, int64_t index, int64_t number, const C* packed) const {
     if (++number == parts_.count()) number = 0, ++index;
-    if (index == panels.end && in_cache_) return {};
-    const Panel panel = panel_of(index == panels.end ? panels.begin : index);
+    if (index == panels.end && !in_cache_) index = panels.begin;
+    if (index == this->panels()) return {};
+    const Panel panel = panel_of(index);
     const PanelPart part = parts_[number];
     const C* const data = packed + panel.element;
     return {data + part.rows.begin * panel.width, data + part.rows.end * panel.width};

@@ -8,6 +8,7 @@
 
 #include "convolve.h"
 #include "depthwise_lines.h"
+#include "tasks.h"
 #include "windows.h"
 
 namespace fusedconvbn {
@@ -70,7 +71,7 @@ class DepthwiseConvolution {
     if (windows_.positions() == 0) return;
     pack_panels(filters.data, filters.tap_offset, storage_, panels_, s.filters);
     std::fill_n(s.zeros, zero_elements(), C(0));
-    const int64_t images = windows_.batch * strips(), wanted = 4 * parallel->threads();
+    const int64_t images = windows_.batch * strips(), wanted = kFewTasks * parallel->threads();
     const int64_t share = in_place_ ? panels_.share(panels_.count() * images * groups() / wanted) : ring_share();
     const int64_t shares = ceil_div(panels_.count(), share);
     // Few images: bands of lines, so that every thread has several.

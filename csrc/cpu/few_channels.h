@@ -7,6 +7,7 @@
 
 #include "convolve.h"
 #include "phase_lines.h"
+#include "tasks.h"
 
 namespace fusedconvbn {
 
@@ -64,8 +65,7 @@ class FewChannelsConvolution {
     if (!filters.packed) pack(filters, s, s.filters, parallel);
     const C* packed = filters.packed ? static_cast<const C*>(filters.packed) : s.filters;
     // Few images: bands of lines, so that every thread has several.
-    const int64_t wanted = parallel->threads() == 1 ? 1 : 4 * parallel->threads();
-    const int64_t bands = std::min(groups(), ceil_div(wanted, windows_.batch));
+    const int64_t bands = std::min(groups(), ceil_div(wanted_tasks(*parallel, kTasks), windows_.batch));
     parallel->run(windows_.batch * bands, [&](int64_t task, int worker) {
       run_band(task / bands, part(task % bands, bands, groups()), s.workers[worker],
                [&](const Block& b) { run_block(b, packed, s.offsets, s.workers[worker].tile, worker, epilogue); });

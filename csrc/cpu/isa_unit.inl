@@ -165,7 +165,7 @@ static constexpr ComputeKernels<C> compute_kernels() {
   k.split = split<C>;
   k.multiply_shifted = multiply_shifted<C>;
   k.depthwise_outer = depthwise_outer<C>;
-  k.multiply_planes = multiply_planes<C>;
+  k.multiply_plane = multiply_plane<C>;
   if constexpr (kFewRows) k.multiply_low_planes = multiply_low_planes<C>;
   k.multiply_transposed_planes = multiply_transposed_planes<C>;
   k.winograd2 = winograd_kernels<C, 2>();

@@ -190,11 +190,11 @@ struct ComputeKernels {
   // [c * multiplier, (c + 1) * multiplier).
   void (*depthwise_fold)(C* block, int64_t rows, int64_t cols, int64_t multiplier);
 
-  // a[plane][depth / kPlaneDepth][rows][kPlaneDepth] * b[plane][depth][panel]; lda is the distance of blocks, ldb the
+  // One plane: a[depth / kPlaneDepth][rows][kPlaneDepth] * b[depth][panel]; lda is the distance of blocks, ldb the
   // panel.
-  void (*multiply_planes)(const Planes<C>&);
-  // The same of outer_rows or fewer and of no more than kPlaneDepth, where b lies in L1. Null where the vectors are so
-  // wide, and L2 so near to them, that nothing is won.
+  void (*multiply_plane)(const Planes<C>&);
+  // Many planes, of outer_rows or fewer and of no more than kPlaneDepth, where b lies in L1. Null where the vectors are
+  // so wide, and L2 so near to them, that nothing is won.
   void (*multiply_low_planes)(const Planes<C>&);
   // a[plane][depth][rows]' * b[plane][depth][panel].
   void (*multiply_transposed_planes)(const Planes<C>&);

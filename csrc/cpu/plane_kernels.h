@@ -12,7 +12,7 @@ struct GatheredRows;
 // [kPlaneDepth].
 constexpr int64_t kPlaneDepth = 64;
 
-// Matrix products of many planes; c is [plane][rows][panel], the others as the kernel says. Distances in elements.
+// Matrix products of planes; c is [plane][rows][panel], the others as the kernel says. Distances in elements.
 template <class C>
 struct Planes {
   int64_t planes, rows, depth;
@@ -23,8 +23,7 @@ struct Planes {
   C* c;
   int64_t plane_c;
   bool add;  // to what c holds
-  // multiply_planes: what will be read next, `ahead_row` elements of it for each row of b; plane_b apart for each
-  // plane, but of multiply_low_planes one after the other.
+  // What will be read next, `ahead_row` elements of it for each row of b, one plane's after the other's.
   const C* ahead = nullptr;
   int64_t ahead_row = 0;
 };

@@ -50,9 +50,9 @@ FCB_INLINE void plane_tile_of(int64_t rows, const C* a, int64_t block_a, const C
   }
 }
 
-// One plane, in as few tiles as can be, of equal height but for one row: full tiles and a low one would be slower.
+// In as few tiles as can be, of equal height but for one row: full tiles and a low one would be slower.
 template <class C>
-FCB_INLINE void multiply_plane(const Planes<C>& in, const C* a, const C* b, const C* ahead, int64_t depth, C* c,
+FCB_INLINE void multiply_depth(const Planes<C>& in, const C* a, const C* b, const C* ahead, int64_t depth, C* c,
                                bool add) {
   const int64_t tiles = (in.rows + kTileRows - 1) / kTileRows, step = in.ahead_row * sizeof(C) / tiles;
   const char* next = reinterpret_cast<const char*>(ahead);
@@ -63,15 +63,13 @@ FCB_INLINE void multiply_plane(const Planes<C>& in, const C* a, const C* b, cons
   }
 }
 
-// A pass over the rows takes no more depth than L1 has room for the filters.
+// One plane. A pass over the rows takes no more depth than L1 has room for the filters.
 template <class C>
-static void multiply_planes(const Planes<C>& in) {
+static void multiply_plane(const Planes<C>& in) {
   constexpr int64_t kBlocks = 32768 / (kPanel<C> * sizeof(C) * kPlaneDepth), kDepth = kBlocks * kPlaneDepth;
-  for (int64_t p = 0; p < in.planes; ++p)
-    for (int64_t k = 0; k < in.depth; k += kDepth)
-      multiply_plane(in, in.a + p * in.plane_a + k / kPlaneDepth * in.lda, in.b + p * in.plane_b + k * kPanel<C>,
-                     in.ahead + p * in.plane_b + k * in.ahead_row, in.depth - k < kDepth ? in.depth - k : kDepth,
-                     in.c + p * in.plane_c, in.add || k > 0);
+  for (int64_t k = 0; k < in.depth; k += kDepth)
+    multiply_depth(in, in.a + k / kPlaneDepth * in.lda, in.b + k * kPanel<C>, in.ahead + k * in.ahead_row,
+                   in.depth - k < kDepth ? in.depth - k : kDepth, in.c, in.add || k > 0);
 }
 
 // One tile of each plane. What the next one reads of a and c is asked for: it comes from L2 in pieces that no hardware

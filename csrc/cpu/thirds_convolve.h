@@ -6,6 +6,7 @@
 #include <vector>
 
 #include "convolve.h"
+#include "tasks.h"
 #include "thirds.h"
 #include "thirds_choice.h"
 
@@ -92,7 +93,7 @@ class ThirdsConvolution {
     if (!filters.packed) pack(filters, s, s.filters, parallel);
     const auto* packed = static_cast<const uint16_t*>(filters.packed ? filters.packed : s.filters);
     // Few blocks: tasks of fewer panels, so that every thread has several.
-    const int64_t threads = parallel->threads(), wanted = threads == 1 ? 1 : 4 * threads;
+    const int64_t wanted = wanted_tasks(*parallel, kFewTasks);
     const int64_t task_blocks = std::clamp<int64_t>(blocks() / wanted, 1, kTaskBlocks);
     const int64_t block_tasks = ceil_div(blocks(), task_blocks),
                   shares = std::min(spans(), ceil_div(wanted, block_tasks));

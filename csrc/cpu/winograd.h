@@ -13,6 +13,7 @@
 #include "arena.h"
 #include "convolve.h"
 #include "image.h"
+#include "tasks.h"
 #include "windows.h"
 #include "winograd_choice.h"
 #include "winograd_windows.h"
@@ -45,10 +46,11 @@ class WinogradConvolution {
 
   struct Worker {
     typename WindowReader<C>::Scratch reader;
-    C* planes;    // [kPlanes][depth / kPlaneDepth][windows][kPlaneDepth]
-    C* products;  // [pass_panels_][kPlanes][windows][panel]
-    C* outputs;   // [kGroupRows][panel]
-    C* filters;   // [9][kBlockElements], or of few windows a part, [kPlanes][part_depth_][panel]
+    int64_t* transformed;  // first of the windows in `planes`; -1: none
+    C* planes;             // [kPlanes][depth / kPlaneDepth][windows][kPlaneDepth]
+    C* products;           // [pass_panels_][kPlanes][windows][panel]
+    C* outputs;            // [kGroupRows][panel]
+    C* filters;            // [9][kBlockElements], or of few windows a part, [kPlanes][part_depth_][panel]
   };
   struct Scratch {
     C* filters;  // [panels][kPlanes][depth][panel], or of few windows [panels][parts][9][part_depth_][panel]
@@ -59,7 +61,7 @@ class WinogradConvolution {
   Scratch carve(Arena* arena, int workers) const {
     Scratch s{arena->take<C>(packed_elements()), arena->take<C>(reader_.zero_elements()), {}};
     for (int w = 0; w < workers; ++w)
-      s.workers.push_back({reader_.carve(arena, s.zeros), arena->take<C>(kPlanes * plane()),
+      s.workers.push_back({reader_.carve(arena, s.zeros), arena->take<int64_t>(1), arena->take<C>(kPlanes * plane()),
                            arena->take<C>(pass_panels_ * product_panel()), arena->take<C>(kGroupRows * kernels_.panel),
                            arena->take<C>(few_ ? kPlanes * part_plane() : 9 * kBlockElements)});
     return s;
@@ -93,10 +95,11 @@ class WinogradConvolution {
     std::fill(s.zeros, s.zeros + reader_.zero_elements(), C(0));
     if (!filters.packed) pack(filters, s, s.filters, parallel);
     const C* packed = filters.packed ? static_cast<const C*>(filters.packed) : s.filters;
-    // Few windows: tasks of fewer panels, each of which transforms the windows again.
-    const int64_t threads = parallel->threads(), wanted = threads == 1 ? 1 : 2 * threads;
-    const int64_t tasks = ceil_div(blocks(), block_windows_ / kGroup);
-    const int64_t panel_tasks = std::min(panels(), ceil_div(wanted, tasks));
+    for (const Worker& w : s.workers) *w.transformed = -1;
+    // Few windows: tasks of fewer panels, for which each thread transforms the windows again. A plane's rows, which a
+    // task reads from L2, should serve more than one of them.
+    const int64_t tasks = ceil_div(blocks(), block_windows_ / kGroup), most = ceil_div(panels(), 2);
+    const int64_t panel_tasks = std::min(most, ceil_div(wanted_tasks(*parallel, kTasks / 2), tasks));
     parallel->run(tasks * panel_tasks, [&](int64_t task, int worker) {
       const int64_t at = task / panel_tasks, share = task % panel_tasks;
       run_task(at * blocks() / tasks, (at + 1) * blocks() / tasks, share * panels() / panel_tasks,
@@ -185,9 +188,12 @@ class WinogradConvolution {
     const Worker& w = s.workers[worker];
     const int64_t first = begin * kGroup, last = block_end(end - 1);
     const WindowRows rows = windows_.rows(first, last);
-    reader_.stage(first, last - first, w.reader);
-    point(first, last, rows, w.reader);
-    transform_windows(rows, w);
+    if (*w.transformed != first) {
+      reader_.stage(first, last - first, w.reader);
+      point(first, last, rows, w.reader);
+      transform_windows(rows, w);
+      *w.transformed = first;
+    }
     for (int64_t panel = panel_begin; panel < panel_end; panel += pass_panels_) {
       const int64_t pass_end = std::min(panel + pass_panels_, panel_end);
       if (low_)
@@ -223,13 +229,20 @@ class WinogradConvolution {
             {w.planes + row * kPlaneDepth, kPlaneDepth, depth_block(), plane()});
   }
 
-  // The products of some panels, plane by plane: a plane's rows stay in L2 meanwhile.
-  void multiply(const WindowRows& rows, const C* packed, int64_t panels, const Worker& w) const {
-    for (int64_t p = 0; p < kPlanes; ++p, packed += filter_plane())
-      multiply_plane(rows, p, 0,
-                     {panels, 0, depth_, nullptr, depth_block(), 0, packed, kernels_.panel, panel_elements(), nullptr,
-                      product_panel(), false, packed + panel_elements(), kernels_.panel},
-                     w);
+  // The products of some panels, plane by plane: a plane's rows stay in L2 meanwhile. While a panel is multiplied, what
+  // comes after it is asked for: the next panel, plane or pass.
+  void multiply(const WindowRows& rows, const C* filters, int64_t panels, const Worker& w) const {
+    for (int64_t p = 0; p < kPlanes; ++p)
+      for (int64_t i = 0; i < panels; ++i) {
+        const C* const from = filters + p * filter_plane() + i * panel_elements();
+        const C* const behind =
+            p + 1 < kPlanes ? filters + (p + 1) * filter_plane() : filters + panels * panel_elements();
+        const C* const ahead = i + 1 < panels ? from + panel_elements() : behind;
+        multiply_plane(rows, p, 0,
+                       {1, 0, depth_, nullptr, depth_block(), 0, from, kernels_.panel, 0,
+                        w.products + i * product_panel(), 0, false, ahead, kernels_.panel},
+                       w);
+      }
   }
 
   // The products of a panel, whose parts lie one after the other: while one is multiplied, the next is asked for.
@@ -241,7 +254,7 @@ class WinogradConvolution {
       transforms_.filter(filters + part_element(begin), depth * panel, panel, depth, w.filters, part_plane(), false);
       for (int64_t p = 0; p < kPlanes; ++p)
         multiply_plane(rows, p, begin,
-                       {1, 0, depth, nullptr, depth_block(), 0, w.filters + p * part_plane(), panel, 0, nullptr, 0,
+                       {1, 0, depth, nullptr, depth_block(), 0, w.filters + p * part_plane(), panel, 0, w.products, 0,
                         begin > 0, next + p * depth * ahead_row, ahead_row},
                        w);
     }
@@ -290,8 +303,8 @@ class WinogradConvolution {
     if (span.begin == span.end) return;
     product.rows = span.end - span.begin;
     product.a = w.planes + p * plane() + begin / kPlaneDepth * depth_block() + span.begin * kPlaneDepth;
-    product.c = w.products + p * product_plane() + span.begin * kernels_.panel;
-    kernels_.multiply_planes(product);
+    product.c += p * product_plane() + span.begin * kernels_.panel;
+    kernels_.multiply_plane(product);
   }
 
   // Transforms the products of a group back, line by line, so that the outputs of a line are consecutive rows. Returns
