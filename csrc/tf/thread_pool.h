@@ -85,10 +85,11 @@ class IntraOpThreads : public ParallelFor {
       finished.notify_one();
     }
 
-    // Looks whether all is done for about as long as it would take to sleep and be woken.
+    // Looks whether all is done for a few times as long as it would take to sleep and be woken: a virtual machine's
+    // processor that sleeps goes to other guests.
     void wait() {
-      constexpr std::chrono::microseconds kWakeUp(40);
-      if (watch(kWakeUp, [this] { return unfinished.load() == 0; })) return;
+      constexpr std::chrono::microseconds kPatience(250);
+      if (watch(kPatience, [this] { return unfinished.load() == 0; })) return;
       std::unique_lock<std::mutex> lock(mutex);
       finished.wait(lock, [this] { return unfinished.load() == 0; });
     }
