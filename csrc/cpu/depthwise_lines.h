@@ -72,8 +72,7 @@ template <class C>
 bool slides_in_place(const ComputeKernels<C>& kernels, const Image<C>& source, const Windows& windows,
                      int64_t multiplier) {
   const auto& taps = windows.taps;
-  if (!(source.direct() || source.in_place()) || multiplier > 1 ||
-      source.ld() % kernels.lanes != 0 || taps.size() != 9)
+  if (!(source.direct() || source.in_place()) || multiplier > 1 || source.ld() % kernels.lanes != 0 || taps.size() != 9)
     return false;
   for (int64_t t = 0; t < 9; ++t)
     if (taps[t].width != taps[0].width + t % 3 || taps[t].height != taps[t / 3 * 3].height) return false;
