@@ -8,6 +8,7 @@
 #include <cstddef>
 #include <memory>
 #include <mutex>
+#include <optional>
 #include <utility>
 #include <vector>
 
@@ -31,14 +32,14 @@ class OutputMemory {
     return bytes <= kMaxCached ? cached : large;
   }
 
-  // Of this type and shape; not initialized if there is no memory left.
-  tensorflow::Tensor take(tensorflow::DataType dtype, const tensorflow::TensorShape& shape) {
+  // Of this type and shape; nothing if there is no memory left.
+  std::optional<tensorflow::Tensor> take(tensorflow::DataType dtype, const tensorflow::TensorShape& shape) {
     const size_t bytes = shape.num_elements() * tensorflow::DataTypeSize(dtype);
     Piece piece = take_idle(bytes);
     if (!piece.data) piece = {pieces_.take(bytes), bytes};
-    if (!piece.data) return tensorflow::Tensor(dtype);
+    if (!piece.data) return std::nullopt;
     auto* const buffer = new Buffer(this, std::move(piece), bytes);
-    return {dtype, shape, tensorflow::core::RefCountPtr<tensorflow::TensorBuffer>(buffer)};
+    return tensorflow::Tensor(dtype, shape, tensorflow::core::RefCountPtr<tensorflow::TensorBuffer>(buffer));
   }
 
  private:

@@ -2,6 +2,7 @@
 #pragma once
 
 #include <array>
+#include <optional>
 
 #include "attributes.h"
 #include "memory.h"
@@ -75,10 +76,10 @@ class Tensors {
         context_->forward_input_to_output_with_shape(over.index, port.index, shape, &tensor))
       return pointer(*tensor);
     if (bytes < OutputMemory::kMinBytes || !any_memory_will_do(port)) return output(port, shape);
-    const tensorflow::Tensor kept = OutputMemory::of(bytes)->take(dtype, shape);
-    if (!kept.IsInitialized()) return output(port, shape);
-    context_->set_output(port.index, kept);
-    return pointer(kept);
+    const std::optional<tensorflow::Tensor> kept = OutputMemory::of(bytes)->take(dtype, shape);
+    if (!kept) return output(port, shape);
+    context_->set_output(port.index, *kept);
+    return pointer(*kept);
   }
 
   // Null if nothing in the graph reads it: then there need be no tensor.
