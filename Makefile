@@ -8,7 +8,7 @@ READY := $(VENV)/.ready
 endif
 BOOTSTRAP ?= python3
 CLANG_FORMAT = $(dir $(PYTHON))clang-format
-CPP = $(shell find csrc -name '*.cc' -o -name '*.h' -o -name '*.inl')
+CPP = $(shell find csrc cuda -name '*.cc' -o -name '*.h' -o -name '*.inl' -o -name '*.cu' -o -name '*.cuh')
 PIP := $(PYTHON) -m pip --disable-pip-version-check install -qq --progress-bar off
 
 export TF_CPP_MIN_LOG_LEVEL ?= 2

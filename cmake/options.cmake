@@ -11,8 +11,8 @@ set(CMAKE_SKIP_RPATH ON)  # TensorFlow's library is loaded before ours: no path 
 
 # No -ffast-math: NaN and infinity must come out as they go in. No -march: kernels for newer instruction sets are
 # files of their own (core.cmake), chosen at run time. Vector types are passed between inlined functions only: no ABI.
-add_compile_options(-Wall -Wextra -Wno-psabi -fno-math-errno -ffunction-sections
-                    "-ffile-prefix-map=${CMAKE_SOURCE_DIR}/=")
+add_compile_options("$<$<COMPILE_LANGUAGE:CXX>:-Wall;-Wextra;-Wno-psabi;-fno-math-errno;-ffunction-sections>"
+                    "$<$<COMPILE_LANGUAGE:CXX>:-ffile-prefix-map=${CMAKE_SOURCE_DIR}/=>")
 
 if(FUSEDCONVBN_SANITIZE)
   add_compile_options("-fsanitize=${FUSEDCONVBN_SANITIZE}" -fno-sanitize-recover=all -fno-omit-frame-pointer -g -O1)  # -O3 takes minutes a file

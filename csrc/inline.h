@@ -3,8 +3,8 @@
 #pragma once
 
 #ifdef __CUDACC__
-#define FCB_INLINE static __host__ __device__ __forceinline__
+#define FCB_INLINE_MEMBER __host__ __device__ __forceinline__
 #else
-#define FCB_INLINE static inline __attribute__((always_inline))
-#endif
 #define FCB_INLINE_MEMBER inline __attribute__((always_inline))  // of a class of internal linkage
+#endif
+#define FCB_INLINE static FCB_INLINE_MEMBER

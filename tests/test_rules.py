@@ -9,7 +9,8 @@ from fusedconvbn import raw
 
 ROOT = Path(__file__).parent.parent
 FOLDERS = (".ci", "benchmarks", "cmake", "csrc", "cuda", "docs", "examples", "fusedconvbn", "tests", "tools")
-SUFFIXES = {"", ".cc", ".cmake", ".h", ".in", ".inl", ".md", ".py", ".toml", ".txt", ".yaml"}
+CPP = {".cc", ".cu", ".cuh", ".h", ".inl"}
+SUFFIXES = CPP | {"", ".cmake", ".in", ".md", ".py", ".toml", ".txt", ".yaml"}
 PRIVATE_IMPORTS = {  # nothing public tells it
     ("stock.py", "tensorflow.python.ops"),
 }
@@ -33,10 +34,10 @@ def included(path: Path) -> set[str]:
 
 
 def is_core(path: Path) -> bool:
-    return path.suffix in {".cc", ".h", ".inl"} and path.parts[1] not in {"tf", "python"}
+    return path.suffix in CPP and path.parts[1] not in {"tf", "python"}
 
 
-@pytest.mark.parametrize("path", [p for p in files("csrc") if is_core(p)], ids=str)
+@pytest.mark.parametrize("path", [p for p in files("csrc", "cuda") if is_core(p)], ids=str)
 def test_the_core_knows_no_framework(path):
     foreign = re.compile(r"^(tensorflow|tsl|xla|absl|pybind11|Python\.h|numpy|Eigen|unsupported/Eigen|omp\.h|thread$)")
     assert [name for name in included(path) if foreign.match(name)] == []
@@ -66,7 +67,7 @@ def test_private_modules_of_others_are_not_imported(path):
 
 
 def test_files_are_short():
-    code = [path for path in files() if path.suffix in {".cc", ".h", ".inl", ".py", ".cmake"}]
+    code = [path for path in files() if path.suffix in CPP | {".py", ".cmake"}]
     assert {str(path): lines for path in code if (lines := text(path).count("\n")) >= 400} == {}
 
 

@@ -11,6 +11,7 @@ import sys
 from dataclasses import dataclass
 from pathlib import Path
 
+import cuda_host
 import pytest
 
 ROOT = Path(__file__).parent.parent
@@ -132,6 +133,21 @@ def test_suite(instrumented, name, suite):
     printed = run_instrumented(sanitizer, folder, *arguments, folder / "tests" / suite)
     if suite == "test_numerics_thirds.py" and "this machine has no amx" in printed:
         pytest.skip("this machine has no amx")
+    assert " passed" in printed
+
+
+def test_cuda_kernels_on_the_host(tmp_path):
+    """Under AddressSanitizer, which knows of the fibers, on the cases of `make test`."""
+    library = cuda_host.build_host(tmp_path, FUSEDCONVBN_SANITIZE=ADDRESS.flags)
+    assert ADDRESS.marks in library.read_bytes()
+    printed = run(
+        *[sys.executable, "-m", "pytest", "-p", "no:cacheprovider", "-m", "not slow", "--capture=sys"],
+        *["tests/test_cuda_host.py", "-k", "not barrier"],
+        cwd=ROOT,
+        LD_PRELOAD=" ".join(map(runtime, ADDRESS.runtimes)),
+        FUSEDCONVBN_CUDA_HOST=str(library),
+        **ADDRESS.options,
+    )
     assert " passed" in printed
 
 

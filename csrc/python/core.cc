@@ -16,6 +16,7 @@
 #include "../conv_bn.h"
 #include "../cpu/dispatch.h"
 #include "../shape.h"
+#include "cuda_library.h"
 #include "thread_pool.h"
 
 namespace fusedconvbn::python {
@@ -246,6 +247,7 @@ void define_plan(py::module_* m) {
 
 PYBIND11_MODULE(_core, m) {
   define_plan(&m);
+  define_cuda_library(&m);
   m.def("kernels", &kernels);
   // All arguments are arrays or None, positional: what is read, then what is written, in the order of ForwardBuffers
   // and BackwardBuffers; last a workspace. This and packed filters are aligned to 64 bytes.

@@ -1,0 +1,52 @@
+// Sums over the pixels, channel by channel. The pixels are divided into ranges, whose number the problem fixes; a block
+// of threads takes a range and some neighbouring channels, and adds up in an order that does not depend on the machine.
+#pragma once
+
+#include "image.h"
+#include "launch.h"
+
+namespace fusedconvbn::cuda {
+
+struct Ranges {
+  int64_t pixels, size, count, channels;
+  int tile;  // channels a block
+
+  // Ranges long enough to hide what a block costs, and no more of them than one thread adds up quickly.
+  Ranges(const ConvBnParams& p, int channel_tile) : pixels(p.pixels()), channels(p.out_channels), tile(channel_tile) {
+    constexpr int64_t kShortest = 256, kMost = 1024;
+    size = ceil_div(pixels, kMost) < kShortest ? kShortest : ceil_div(pixels, kMost);
+    count = ceil_div(pixels, size);
+  }
+  explicit Ranges(const ConvBnParams& p) : Ranges(p, p.data_format == DataFormat::kNHWC ? 32 : 8) {}
+
+  int64_t blocks() const { return count * ceil_div(channels, tile); }
+};
+
+// A thread's share of a block's work: one channel, and every lanes-th pixel of the range. Neighbouring threads take
+// neighbours in memory: channels in NHWC, pixels in NCHW.
+struct Share {
+  int64_t range, channel, begin, end;
+  int lanes, lane, of_tile;
+  bool inside;  // is there such a channel?
+};
+FCB_INLINE Share share_of(const Ranges& r, bool channels_last, int64_t block, int thread) {
+  const int64_t tiles = ceil_div(r.channels, r.tile), range = block / tiles;
+  const int lanes = kThreads / r.tile;
+  const int of_tile = channels_last ? thread % r.tile : thread / lanes;
+  const int lane = channels_last ? thread / r.tile : thread % lanes;
+  const int64_t channel = block % tiles * r.tile + of_tile, end = (range + 1) * r.size;
+  return {range, channel, range * r.size, end < r.pixels ? end : r.pixels, lanes, lane, of_tile, channel < r.channels};
+}
+
+// The sum of `value` over the lanes of a channel, for each of them. `shared` has kThreads elements; all threads call.
+template <class C>
+FCB_DEVICE C sum_of_lanes(C value, const Share& s, C* shared) {
+  shared[s.of_tile * s.lanes + s.lane] = value;
+  __syncthreads();
+  C sum = 0;
+  for (int lane = 0; lane < s.lanes; ++lane) sum += shared[s.of_tile * s.lanes + lane];
+  __syncthreads();
+  return sum;
+}
+
+}  // namespace fusedconvbn::cuda

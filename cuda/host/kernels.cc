@@ -1,0 +1,2 @@
+// The CUDA kernels as C++ (fibers.h).
+#include "../run.cu"

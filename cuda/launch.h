@@ -1,0 +1,49 @@
+// Launches kernels: by CUDA, or, where g++ compiles, on the host (host/fibers.h), which tests use.
+#pragma once
+
+#include <cstdint>
+
+#include "../csrc/inline.h"
+
+#ifdef __CUDACC__
+#include <cuda_runtime.h>
+#else
+#include "host/fibers.h"
+#endif
+
+#define FCB_DEVICE static __device__ __forceinline__  // a function that synchronizes threads
+
+namespace fusedconvbn::cuda {
+
+constexpr int kThreads = 256;  // of a block, of every kernel
+
+// A kernel's grid is one-dimensional, as the second and third dimensions end at 65535.
+#ifdef __CUDACC__
+template <class... Parameters, class... Arguments>
+void launch(void (*kernel)(Parameters...), int64_t blocks, void* stream, Arguments... arguments) {
+  if (blocks > 0)
+    kernel<<<static_cast<unsigned>(blocks), kThreads, 0, static_cast<cudaStream_t>(stream)>>>(arguments...);
+}
+#else
+template <class... Parameters, class... Arguments>
+void launch(void (*kernel)(Parameters...), int64_t blocks, void*, Arguments... arguments) {
+  host::run_blocks(blocks, kThreads, [=] { kernel(arguments...); });
+}
+#endif
+
+FCB_INLINE constexpr int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
+
+// What the launches since the last call went wrong with; null: nothing.
+#ifdef __CUDACC__
+inline const char* launch_error() {
+  const cudaError_t error = cudaGetLastError();
+  return error == cudaSuccess ? nullptr : cudaGetErrorString(error);
+}
+#else
+inline const char* launch_error() { return nullptr; }
+#endif
+
+// Blocks for a thread an element.
+constexpr int64_t blocks_for(int64_t elements) { return ceil_div(elements, kThreads); }
+
+}  // namespace fusedconvbn::cuda

@@ -1,0 +1,62 @@
+// output = activation(scale (z - mean) + beta + residual), as the epilogue of a convolution or as a pass over z.
+#pragma once
+
+#include "statistics.cuh"
+
+namespace fusedconvbn::cuda {
+
+// Epilogue of inference.
+template <class T>
+struct Normalize {
+  using C = Compute<T>;
+  const C *mean, *scale, *beta;
+  const T* residual;  // may be null, and may be the output
+  T* output;
+  Activation activation;
+
+  FCB_INLINE_MEMBER C argument(int64_t at, int64_t channel, C centered) const {
+    const C u = scale[channel] * centered + beta[channel];
+    return residual == nullptr ? u : u + load(residual + at);
+  }
+  FCB_INLINE_MEMBER void emit(int64_t at, int64_t channel, C z) const {
+    store(of_activation<Activate>(activation, argument(at, channel, z - mean[channel])), output + at);
+  }
+};
+
+// Epilogue that stores z.
+template <class T>
+struct StoreZ {
+  T* z;
+  FCB_INLINE_MEMBER void emit(int64_t at, int64_t, Compute<T> sum) const { store(static_cast<Value>(sum), z + at); }
+  using Value = Compute<T>;
+};
+
+// z - mean as save="bfloat16" keeps it: the nearest, or, where the activation's derivative jumps between the arguments
+// of the two, the neighbour on the other side of x.
+template <class T>
+FCB_INLINE BFloat16 round_for_backward(const Normalize<T>& n, int64_t at, int64_t channel, Compute<T> x) {
+  using C = Compute<T>;
+  const float stored = static_cast<float>(x);
+  const BFloat16 nearest = to_bfloat16(stored);
+  const C rounded = to_float(nearest);
+  if (!derivative_jumps(n.activation) || of_activation<Piece>(n.activation, n.argument(at, channel, rounded)) ==
+                                             of_activation<Piece>(n.activation, n.argument(at, channel, x)))
+    return nearest;
+  const uint32_t toward_zero = float_bits(stored) >> 16;
+  return {static_cast<uint16_t>(2 * toward_zero + 1 - nearest.bits)};
+}
+
+// z: where the output goes, or elsewhere. rounded: [N,OH,OW,K], or null.
+template <class T>
+__global__ void __launch_bounds__(kThreads)
+    normalize(const T* z, Layout layout, int64_t elements, Normalize<T> to, BFloat16* rounded) {
+  const int64_t at = int64_t{blockIdx.x} * kThreads + threadIdx.x;
+  if (at >= elements) return;
+  const int64_t channel = layout.channel_of(at);
+  const Compute<T> stored = load(z + at), x = stored - to.mean[channel];
+  if (rounded != nullptr)
+    rounded[layout.pixel_of(at) * layout.channels + channel] = round_for_backward(to, at, channel, x);
+  to.emit(at, channel, stored);
+}
+
+}  // namespace fusedconvbn::cuda

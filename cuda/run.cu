@@ -1,0 +1,259 @@
+// Forward and backward: the order of the kernels, and where in the workspace they leave what the next one reads.
+#include "element.h"
+
+#include "api.h"
+#include "convolve.cuh"
+#include "depthwise.cuh"
+#include "gradients.cuh"
+#include "normalize.cuh"
+
+namespace fusedconvbn::cuda {
+namespace {
+
+// Hands out memory; of a null base only its size counts.
+class Carver {
+ public:
+  explicit Carver(void* base) : base_(static_cast<char*>(base)) {}
+  template <class V>
+  V* take(int64_t elements) {
+    char* const at = base_ == nullptr ? nullptr : base_ + bytes_;
+    bytes_ += static_cast<size_t>(ceil_div(elements * static_cast<int64_t>(sizeof(V)), 256) * 256);
+    return reinterpret_cast<V*>(at);
+  }
+  size_t bytes() const { return bytes_; }
+
+ private:
+  char* base_;
+  size_t bytes_ = 0;
+};
+
+template <class V>
+const V* in(const void* buffer) {
+  return static_cast<const V*>(buffer);
+}
+template <class V>
+V* out(void* buffer) {
+  return static_cast<V*>(buffer);
+}
+
+int64_t output_elements(const ConvBnParams& p) { return p.pixels() * p.out_channels; }
+int64_t input_elements(const ConvBnParams& p) { return p.batch * p.in_height * p.in_width * p.in_channels; }
+int64_t filter_elements(const ConvBnParams& p) { return p.taps() * p.group_in() * p.out_channels; }
+
+// Null, or what of the problem the kernels' numbers cannot hold.
+const char* too_large(const ConvBnParams& p) {
+  constexpr int64_t kMost = INT32_MAX;
+  for (int64_t size : {p.in_height * p.in_width, p.out_height * p.out_width, p.taps(), p.stride_height, p.stride_width,
+                       p.filter_height * p.dilation_height, p.filter_width * p.dilation_width})
+    if (p.pixels() > 0 && size > kMost) return "an image or filter of more than 2^31 - 1 pixels has no GPU kernel";
+  if (blocks_for(output_elements(p)) > kMost || blocks_for(input_elements(p)) > kMost)
+    return "a tensor of more than 2^39 elements has no GPU kernel";
+  return nullptr;
+}
+
+bool is_depthwise(const ConvBnParams& p) { return p.group_in() == 1 && p.groups > 1; }
+
+// z = conv(inputs, filters), to the epilogue.
+template <class T, class Epilogue>
+void convolve(const ConvBnParams& p, const void* inputs, const void* filters, const Epilogue& epilogue, void* stream) {
+  const Windows windows(p);
+  if (is_depthwise(p))
+    launch(depthwise_forward<T, Epilogue>, blocks_for(output_elements(p)), stream, windows, output_elements(p),
+           in<T>(inputs), in<T>(filters), epilogue);
+  else
+    launch_multiply(ForwardOperands<T, Epilogue>{windows, in<T>(inputs), in<T>(filters), epilogue}, stream);
+}
+
+// How many sums of each element of the filters' gradient there are.
+int64_t filter_ranges(const ConvBnParams& p) { return is_depthwise(p) ? Ranges(p).count : wgrad_ranges(p); }
+
+template <class T>
+struct Forward {
+  using C = Compute<T>;
+  const ConvBnParams& p;
+  const ForwardBuffers& b;
+  void* stream;
+  ForwardVectors<C> vectors{};
+  RangeMoments<C> moments{};
+
+  size_t carve(void* workspace) {
+    Carver carver(workspace);
+    const int64_t k = p.out_channels, ranges = rule().learns ? Ranges(p).count * k : 0;
+    vectors = {in<C>(b.gamma),
+               in<C>(b.beta),
+               in<C>(b.moving_mean),
+               in<C>(b.moving_variance),
+               out<C>(b.new_moving_mean),
+               out<C>(b.new_moving_variance),
+               out<C>(b.batch_mean),
+               out<C>(b.inv_std),
+               carver.take<C>(k),
+               carver.take<C>(k)};
+    moments = {carver.take<C>(ranges), carver.take<C>(ranges), carver.take<C>(ranges)};
+    return carver.bytes();
+  }
+
+  void run() const {
+    const Normalize<T> last{vectors.mean,     vectors.scale, vectors.beta, p.has_residual ? in<T>(b.residual) : nullptr,
+                            out<T>(b.output), p.activation};
+    if (!p.training) {
+      finish();
+      convolve<T>(p, b.inputs, b.filters, last, stream);
+      return;
+    }
+    const Saved saved = asked_for(p);
+    T* const z = out<T>(saved == Saved::kConv ? b.conv_out : b.output);
+    const Layout layout = output_layout(p);
+    const Ranges ranges(p);
+    convolve<T>(p, b.inputs, b.filters, StoreZ<T>{z}, stream);
+    launch(measure_ranges<T>, ranges.blocks(), stream, static_cast<const T*>(z), layout, ranges, moments);
+    finish();
+    launch(normalize<T>, blocks_for(output_elements(p)), stream, static_cast<const T*>(z), layout, output_elements(p),
+           last, saved == Saved::kBFloat16 ? out<BFloat16>(b.conv_out) : nullptr);
+  }
+
+ private:
+  Rule rule() const { return Rule(p); }
+  void finish() const {
+    launch(finish_statistics<C>, blocks_for(p.out_channels), stream, vectors, moments, Ranges(p), rule());
+  }
+};
+
+template <class T>
+struct Backward {
+  using C = Compute<T>;
+  const ConvBnParams& p;
+  const BackwardBuffers& b;
+  void* stream;
+  BackwardVectors<C> vectors{};
+  RangeSums<C> sums{};
+  T* z_again = nullptr;      // what forward did not save: as it would have stored it,
+  C* z_computed = nullptr;   // with frozen statistics as computed
+  C* z_gradient = nullptr;   // shape of the output
+  C* filter_sums = nullptr;  // [ranges][kh,kw,C/groups,K]
+
+  size_t carve(void* workspace) {
+    Carver carver(workspace);
+    const int64_t k = p.out_channels, ranges = Ranges(p).count * k, elements = output_elements(p);
+    vectors = {in<C>(b.gamma),
+               in<C>(b.beta),
+               in<C>(b.moving_variance),
+               p.training ? in<C>(b.batch_mean) : in<C>(b.moving_mean),
+               in<C>(b.inv_std),
+               in<C>(b.moving_mean_gradient),
+               in<C>(b.moving_variance_gradient),
+               out<C>(b.d_gamma),
+               out<C>(b.d_beta),
+               out<C>(b.d_moving_mean),
+               out<C>(b.d_moving_variance),
+               carver.take<C>(k),
+               carver.take<C>(k),
+               carver.take<C>(k),
+               carver.take<C>(k)};
+    sums = {carver.take<C>(ranges), carver.take<C>(ranges), carver.take<C>(ranges)};
+    if (!has_conv_out(p) && p.training) z_again = carver.take<T>(elements);
+    if (!p.training) z_computed = carver.take<C>(elements);
+    z_gradient = carver.take<C>(elements);
+    filter_sums = carver.take<C>(filter_ranges(p) * filter_elements(p));
+    return carver.bytes();
+  }
+
+  void run() const {
+    const Rule rule(p);
+    const Ranges ranges(p);
+    const int64_t elements = output_elements(p);
+    if (z_again != nullptr) convolve<T>(p, b.inputs, b.filters, StoreZ<T>{z_again}, stream);
+    if (z_computed != nullptr) convolve<T>(p, b.inputs, b.filters, StoreZ<C>{z_computed}, stream);
+    const Argument<T> argument = make_argument(rule);
+    launch(start_gradients<C>, blocks_for(p.out_channels), stream, vectors, p.out_channels, rule);
+    launch(sum_ranges<T>, ranges.blocks(), stream, argument, ranges, sums);
+    launch(finish_gradients<C>, blocks_for(p.out_channels), stream, vectors, sums, ranges, rule, p.training);
+    C* const dz = b.d_inputs != nullptr || b.d_filters != nullptr ? z_gradient : nullptr;
+    if (dz != nullptr || b.d_residual != nullptr)
+      launch(apply_gradients<T>, blocks_for(elements), stream, argument, elements, dz, out<T>(b.d_residual));
+    if (b.d_inputs != nullptr) inputs_gradient();
+    if (b.d_filters != nullptr) filters_gradient();
+  }
+
+ private:
+  Argument<T> make_argument(const Rule& rule) const {
+    const bool saved = has_conv_out(p), rounded = has_rounded_conv_out(p);
+    const T* const stored = saved && !rounded ? in<T>(b.conv_out) : z_again;
+    return {output_layout(p),
+            p.activation,
+            {stored, rounded ? in<BFloat16>(b.conv_out) : nullptr, z_computed},
+            in<T>(b.output_gradient),
+            needs_output(p) ? in<T>(b.output) : nullptr,
+            needs_residual(p) ? in<T>(b.residual) : nullptr,
+            vectors,
+            rule.learns};
+  }
+  void inputs_gradient() const {
+    const Windows windows(p);
+    const int64_t elements = input_elements(p);
+    if (is_depthwise(p))
+      launch(depthwise_dgrad<T>, blocks_for(elements), stream, windows, elements, static_cast<const C*>(z_gradient),
+             in<T>(b.filters), out<T>(b.d_inputs));
+    else
+      launch_multiply(DgradOperands<T>{windows, z_gradient, in<T>(b.filters), out<T>(b.d_inputs)}, stream);
+  }
+  void filters_gradient() const {
+    const Windows windows(p);
+    const int64_t count = filter_ranges(p), elements = filter_elements(p);
+    const Ranges ranges(p);
+    if (is_depthwise(p))
+      launch(depthwise_wgrad<T>, ranges.blocks() * p.taps(), stream, windows, ranges, in<T>(b.inputs),
+             static_cast<const C*>(z_gradient), filter_sums);
+    else
+      launch_multiply(WgradOperands<T>{windows, in<T>(b.inputs), z_gradient, filter_sums, count}, stream);
+    launch(add_ranges<T>, blocks_for(elements), stream, static_cast<const C*>(filter_sums), count, elements,
+           out<T>(b.d_filters));
+  }
+};
+
+// call(Direction<T>) for the data type of the problem.
+template <template <class> class Direction, class Buffers, class Call>
+void with_type(const ConvBnParams& p, const Buffers& b, void* stream, const Call& call) {
+  switch (p.dtype) {
+    case DType::kFloat32: return call(Direction<float>{p, b, stream});
+    case DType::kFloat64: return call(Direction<double>{p, b, stream});
+    case DType::kFloat16: return call(Direction<Half>{p, b, stream});
+    case DType::kBFloat16: return call(Direction<BFloat16>{p, b, stream});
+  }
+}
+
+template <template <class> class Direction, class Buffers>
+size_t workspace_of(const ConvBnParams& p) {
+  size_t bytes = 0;
+  with_type<Direction>(p, Buffers{}, nullptr, [&](auto direction) { bytes = direction.carve(nullptr); });
+  return bytes;
+}
+
+template <template <class> class Direction, class Buffers>
+const char* run(const ConvBnParams& p, const Buffers& b, void* workspace, void* stream) {
+  if (const char* error = too_large(p)) return error;
+  with_type<Direction>(p, b, stream, [&](auto direction) {
+    direction.carve(workspace);
+    direction.run();
+  });
+  return launch_error();
+}
+
+}  // namespace
+}  // namespace fusedconvbn::cuda
+
+using namespace fusedconvbn;  // NOLINT: of the entry points below alone
+
+size_t fcb_cuda_forward_workspace(const ConvBnParams* params) {
+  return cuda::workspace_of<cuda::Forward, ForwardBuffers>(*params);
+}
+size_t fcb_cuda_backward_workspace(const ConvBnParams* params) {
+  return cuda::workspace_of<cuda::Backward, BackwardBuffers>(*params);
+}
+const char* fcb_cuda_forward(const ConvBnParams* params, const ForwardBuffers* buffers, void* workspace, void* stream) {
+  return cuda::run<cuda::Forward>(*params, *buffers, workspace, stream);
+}
+const char* fcb_cuda_backward(const ConvBnParams* params, const BackwardBuffers* buffers, void* workspace,
+                              void* stream) {
+  return cuda::run<cuda::Backward>(*params, *buffers, workspace, stream);
+}

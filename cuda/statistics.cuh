@@ -1,0 +1,103 @@
+// Mean and variance of each channel of z, and what follows from them.
+//
+// A range of pixels has a mean of its own, and the squares are summed around it: nothing subtracts two large sums.
+// Ranges are merged in double, in their order, around the mean of all (Chan, Golub, LeVeque 1983).
+#pragma once
+
+#include "channel_sums.cuh"
+
+namespace fusedconvbn::cuda {
+
+// What each range of pixels found, [ranges][K]: `center` is near its mean; the others are sums of z - center.
+template <class C>
+struct RangeMoments {
+  C *center, *sum, *squares;
+};
+
+template <class T>
+__global__ void __launch_bounds__(kThreads)
+    measure_ranges(const T* z, Layout layout, Ranges ranges, RangeMoments<Compute<T>> moments) {
+  using C = Compute<T>;
+  __shared__ C shared[kThreads];
+  const Share s = share_of(ranges, layout.channels_last(), blockIdx.x, threadIdx.x);
+  const T* const channel = z + s.channel * layout.channel;
+  C sum = 0;
+  if (s.inside)
+    for (int64_t p = s.begin + s.lane; p < s.end; p += s.lanes) sum += load(channel + layout.of_pixel(p));
+  const C center = sum_of_lanes(sum, s, shared) / static_cast<C>(s.end - s.begin);
+  C rest = 0, squares = 0;
+  if (s.inside)
+    for (int64_t p = s.begin + s.lane; p < s.end; p += s.lanes) {
+      const C difference = load(channel + layout.of_pixel(p)) - center;
+      rest += difference;
+      squares += difference * difference;
+    }
+  rest = sum_of_lanes(rest, s, shared);
+  squares = sum_of_lanes(squares, s, shared);
+  if (!s.inside || s.lane != 0) return;
+  const int64_t at = s.range * ranges.channels + s.channel;
+  moments.center[at] = center, moments.sum[at] = rest, moments.squares[at] = squares;
+}
+
+struct Moments {
+  double mean, variance;
+};
+
+template <class C>
+FCB_DEVICE Moments merge(const RangeMoments<C>& moments, const Ranges& ranges, int64_t channel) {
+  double count = 0, mean = 0, squares = 0;  // of the ranges so far
+  for (int64_t range = 0; range < ranges.count; ++range) {
+    const int64_t at = range * ranges.channels + channel, begin = range * ranges.size;
+    const double n =
+        static_cast<double>((begin + ranges.size < ranges.pixels ? begin + ranges.size : ranges.pixels) - begin);
+    const double rest = moments.sum[at], difference = moments.center[at] + rest / n - mean;
+    squares += moments.squares[at] - rest * rest / n + difference * difference * count * n / (count + n);
+    mean += difference * n / (count + n);
+    count += n;
+  }
+  return {mean, squares > 0 || squares != squares ? squares / count : 0.0};
+}
+
+// The arguments and results of length K, as in ForwardBuffers; those that may be null are not written then. `mean` and
+// `scale` = gamma / sqrt(variance + epsilon) are what the output is computed from.
+template <class C>
+struct ForwardVectors {
+  const C *gamma, *beta, *moving_mean, *moving_variance;
+  C *new_moving_mean, *new_moving_variance, *batch_mean, *inv_std, *mean, *scale;
+};
+
+// The problem's constants that the statistics depend on.
+struct Rule {
+  bool learns;                           // from the batch
+  double epsilon, momentum, correction;  // correction: what an unbiased moving variance multiplies the batch's by
+
+  explicit Rule(const ConvBnParams& p)
+      : learns(p.training && p.pixels() > 0), epsilon(p.epsilon), momentum(p.momentum), correction(1) {
+    const double n = static_cast<double>(p.pixels());
+    if (p.unbiased_moving_variance && n > 1) correction = n / (n - 1);
+  }
+};
+
+template <class C>
+FCB_INLINE void set(C* to, int64_t at, double value) {
+  if (to != nullptr) to[at] = static_cast<C>(value);
+}
+
+template <class C>
+__global__ void __launch_bounds__(kThreads)
+    finish_statistics(ForwardVectors<C> v, RangeMoments<C> moments, Ranges ranges, Rule rule) {
+  const int64_t k = int64_t{blockIdx.x} * kThreads + threadIdx.x;
+  if (k >= ranges.channels) return;
+  const double old_mean = v.moving_mean[k], old_variance = v.moving_variance[k], m = rule.momentum;
+  const Moments used = rule.learns ? merge(moments, ranges, k) : Moments{old_mean, old_variance};
+  const double inv_std = 1 / sqrt(used.variance + rule.epsilon);
+  set(v.new_moving_mean, k, rule.learns ? m * old_mean + (1 - m) * used.mean : old_mean);
+  set(v.new_moving_variance, k,
+      rule.learns ? m * old_variance + (1 - m) * used.variance * rule.correction : old_variance);
+  set(v.batch_mean, k, used.mean);
+  set(v.inv_std, k, inv_std);
+  v.mean[k] = static_cast<C>(used.mean);
+  v.scale[k] = static_cast<C>(v.gamma[k] * inv_std);
+}
+
+}  // namespace fusedconvbn::cuda

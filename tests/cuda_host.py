@@ -1,0 +1,87 @@
+"""The CUDA kernels on the host (cuda/host/fibers.h), in the place of the core that `raw` calls."""
+
+from __future__ import annotations
+
+import math
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+
+from fusedconvbn import _arguments, _load
+
+ROOT = Path(__file__).parent.parent
+PACKED_FILTERS = 7  # their position in `forward`; GPUs do not read them
+
+
+def build(folder: Path, target: str, **options: str) -> None:
+    """Builds a target of CMakeLists.txt, without TensorFlow, into the folder; `options` are CMake's."""
+    settings = {"FUSEDCONVBN_TF": "OFF", "FUSEDCONVBN_OUTPUT": folder, "Python_EXECUTABLE": sys.executable, **options}
+    cmake = [sys.executable, "-m", "cmake"]
+    for command in (
+        [*cmake, "-S", ROOT, "-B", folder / "build", *(f"-D{name}={value}" for name, value in settings.items())],
+        [*cmake, "--build", folder / "build", "--target", target],
+    ):
+        done = subprocess.run(list(map(str, command)), capture_output=True, text=True)
+        assert done.returncode == 0, (done.stdout + done.stderr)[-8000:]
+
+
+def build_host(folder: Path, **options: str) -> Path:
+    """Builds the kernels for the host: the library's path."""
+    build(folder, "cuda_host", **options)
+    return folder / "libcuda_host.so"
+
+
+class Plan(NamedTuple):
+    """What `raw` asks of a plan."""
+
+    params: Any
+    workspace_bytes: int
+    conv_out_shape: list[int]
+    packed_form: None = None
+
+
+class Core:
+    """`forward` and `backward` of the core, by a CUDA library for which the host's memory is the device's."""
+
+    def __init__(self, library: Any):
+        self._library, self._core = library, _load.core()
+
+    def Params(self, **arguments: Any) -> Any:
+        self._arguments = arguments
+        return self._core.Params(**arguments)
+
+    def Plan(self, params: Any, *, backward: bool, **_: Any) -> Plan:
+        return Plan(params, self._library.workspace_bytes(params, backward), self._conv_out_shape(params.output_shape))
+
+    def _conv_out_shape(self, output: list[int]) -> list[int]:
+        """Of what forward saves."""
+        save = _arguments.SAVES[self._arguments["save"]]
+        if not self._arguments["training"] or save == "recompute":
+            return []
+        in_bfloat16 = save == "bfloat16" and self._arguments["dtype"] == 0
+        return [(math.prod(output) + 1) // 2] if in_bfloat16 else output
+
+    def forward(self, plan: Plan, *arrays: np.ndarray | None) -> None:
+        without_packed = [*arrays[:PACKED_FILTERS], *arrays[PACKED_FILTERS + 1 : -1]]
+        self._run(self._library.forward, plan, without_packed, 7)
+
+    def backward(self, plan: Plan, *arrays: np.ndarray | None) -> None:
+        self._run(self._library.backward, plan, list(arrays[:-1]), 14)
+
+    def _run(self, entry: Any, plan: Plan, arrays: list[np.ndarray | None], read: int) -> None:
+        """Results and workspace hold NaN before: what is not written shows."""
+        workspace = _aligned(plan.workspace_bytes)
+        for array in arrays[read:]:
+            if array is not None:
+                array.reshape(-1).view(np.uint8)[:] = 0xFF
+        entry(plan.params, [0 if a is None else a.ctypes.data for a in arrays], workspace.ctypes.data, 0)
+
+
+def _aligned(size: int) -> np.ndarray:
+    """So many bytes of NaN at a multiple of 256, nothing of ours behind them: a sanitizer sees who writes there."""
+    memory = np.full(size + 255, 0xFF, np.uint8)
+    begin = -memory.ctypes.data % 256
+    return memory[begin : begin + size]
