@@ -11,9 +11,10 @@ if(FUSEDCONVBN_CUDA STREQUAL OFF)
   file(REMOVE "${FUSEDCONVBN_OUTPUT}/_cuda.so")  # an earlier build's
   return()
 endif()
-set(CMAKE_CUDA_ARCHITECTURES 80)  # Ampere, and as PTX what comes after it
 if(FUSEDCONVBN_CUDA STREQUAL FULL)
   set(CMAKE_CUDA_ARCHITECTURES 80-real 86-real 89-real 90)
+elseif(NOT CMAKE_CUDA_ARCHITECTURES)
+  set(CMAKE_CUDA_ARCHITECTURES 80)  # Ampere, and as PTX what comes after it
 endif()
 include(CheckLanguage)
 check_language(CUDA)

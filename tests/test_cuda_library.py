@@ -6,7 +6,7 @@ import shutil
 import subprocess
 from pathlib import Path
 
-import cuda_host
+import cuda_core
 import pytest
 from cases import Case
 
@@ -19,7 +19,7 @@ UNSTRIDED = {"strides": 1, "dilations": 1, "data_format": "NHWC"}
 @pytest.fixture(scope="module")
 def path(tmp_path_factory) -> Path:
     folder = tmp_path_factory.mktemp("cuda")
-    cuda_host.build(folder, "_cuda", FUSEDCONVBN_CUDA="AUTO")
+    cuda_core.build(folder, "_cuda", FUSEDCONVBN_CUDA="AUTO")
     return folder / "_cuda.so"
 
 

@@ -11,7 +11,7 @@ import sys
 from dataclasses import dataclass
 from pathlib import Path
 
-import cuda_host
+import cuda_core
 import pytest
 
 ROOT = Path(__file__).parent.parent
@@ -138,7 +138,7 @@ def test_suite(instrumented, name, suite):
 
 def test_cuda_kernels_on_the_host(tmp_path):
     """Under AddressSanitizer, which knows of the fibers, on the cases of `make test`."""
-    library = cuda_host.build_host(tmp_path, FUSEDCONVBN_SANITIZE=ADDRESS.flags)
+    library = cuda_core.build_host(tmp_path, FUSEDCONVBN_SANITIZE=ADDRESS.flags)
     assert ADDRESS.marks in library.read_bytes()
     printed = run(
         *[sys.executable, "-m", "pytest", "-p", "no:cacheprovider", "-m", "not slow", "--capture=sys"],

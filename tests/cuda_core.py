@@ -1,4 +1,4 @@
-"""The CUDA kernels on the host (cuda/host/fibers.h), in the place of the core that `raw` calls."""
+"""The CUDA kernels in the place of the core that `raw` calls: on a GPU, or on the host (cuda/host/fibers.h)."""
 
 from __future__ import annotations
 
@@ -44,10 +44,10 @@ class Plan(NamedTuple):
 
 
 class Core:
-    """`forward` and `backward` of the core, by a CUDA library for which the host's memory is the device's."""
+    """`forward` and `backward` of the core, by a CUDA library; `memory` is its device's."""
 
-    def __init__(self, library: Any):
-        self._library, self._core = library, _load.core()
+    def __init__(self, library: Any, memory: Memory):
+        self._library, self._memory, self._core = library, memory, _load.core()
 
     def Params(self, **arguments: Any) -> Any:
         self._arguments = arguments
@@ -73,11 +73,45 @@ class Core:
 
     def _run(self, entry: Any, plan: Plan, arrays: list[np.ndarray | None], read: int) -> None:
         """Results and workspace hold NaN before: what is not written shows."""
-        workspace = _aligned(plan.workspace_bytes)
         for array in arrays[read:]:
             if array is not None:
                 array.reshape(-1).view(np.uint8)[:] = 0xFF
-        entry(plan.params, [0 if a is None else a.ctypes.data for a in arrays], workspace.ctypes.data, 0)
+        buffers = [None if array is None else self._memory.copy_of(array) for array in arrays]
+        workspace = self._memory.copy_of(_aligned(plan.workspace_bytes))
+        addresses = [0 if buffer is None else self._memory.address(buffer) for buffer in buffers]
+        entry(plan.params, addresses, self._memory.address(workspace), 0)
+        for array, buffer in zip(arrays[read:], buffers[read:]):
+            if array is not None:
+                self._memory.copy_back(buffer, array)
+
+
+class Memory:
+    """The host's: nothing is copied."""
+
+    def copy_of(self, array: np.ndarray) -> Any:
+        return array
+
+    def address(self, buffer: Any) -> int:
+        return buffer.ctypes.data
+
+    def copy_back(self, buffer: Any, array: np.ndarray) -> None:
+        """What the buffer holds when all kernels have run."""
+
+
+class GpuMemory(Memory):
+    """Bytes, as CuPy knows no bfloat16."""
+
+    def __init__(self, cupy: Any):
+        self._cupy = cupy
+
+    def copy_of(self, array: np.ndarray) -> Any:
+        return self._cupy.asarray(np.ascontiguousarray(array).reshape(-1).view(np.uint8))
+
+    def address(self, buffer: Any) -> int:
+        return buffer.data.ptr
+
+    def copy_back(self, buffer: Any, array: np.ndarray) -> None:
+        array.reshape(-1).view(np.uint8)[:] = self._cupy.asnumpy(buffer)
 
 
 def _aligned(size: int) -> np.ndarray:

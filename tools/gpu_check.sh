@@ -1,0 +1,34 @@
+#!/bin/sh
+# Builds, tests and sanitizes the CUDA kernels on a machine with a GPU: tools/gpu_check.sh [FOLDER]. It needs nvcc and,
+# of Python, cmake, cupy, ml_dtypes, numpy, pybind11, pytest and scipy; not TensorFlow. PYTHON says which Python. A table
+# comes last; what each step printed is in FOLDER (artifacts/gpu). Fails if a step does.
+
+cd "$(dirname "$0")/.." || exit 1
+PYTHON=${PYTHON:-python3}
+FOLDER=${1:-artifacts/gpu}
+SANITIZED='test_gradients_that_nobody_asks_for or test_the_same_bits_again' # of each kind of problem some
+mkdir -p "$FOLDER" && : > "$FOLDER/table.txt" || exit 1
+failed=0
+
+step() { # step NAME COMMAND ..: runs it, and adds a line to the table
+  name=$1 && shift
+  echo "== $name: $*"
+  begin=$(date +%s)
+  if "$@" > "$FOLDER/$name.log" 2>&1; then result=passed; else result=FAILED failed=1; fi
+  last=$(grep -v '^$' "$FOLDER/$name.log" | tail -1 | cut -c1-80)
+  printf '%-12s %-7s %4d s  %s\n' "$name" "$result" "$(($(date +%s) - begin))" "$last" >> "$FOLDER/table.txt"
+}
+
+sanitize() { # sanitize TOOL
+  step "$1" compute-sanitizer --tool "$1" --error-exitcode 9 \
+    "$PYTHON" -m pytest -p no:cacheprovider tests/test_cuda_gpu.py -k "$SANITIZED"
+}
+
+export FUSEDCONVBN_CMAKE_ARGS="-DFUSEDCONVBN_TF=OFF -DFUSEDCONVBN_CUDA=FULL $FUSEDCONVBN_CMAKE_ARGS"
+step device nvidia-smi --query-gpu=name,driver_version --format=csv,noheader
+step build "$PYTHON" setup.py --quiet build_ext --inplace
+step tests "$PYTHON" -m pytest -p no:cacheprovider tests/test_cuda_gpu.py
+sanitize memcheck
+sanitize racecheck
+echo && cat "$FOLDER/table.txt"
+exit $failed
