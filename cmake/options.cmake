@@ -15,7 +15,8 @@ add_compile_options("$<$<COMPILE_LANGUAGE:CXX>:-Wall;-Wextra;-Wno-psabi;-fno-mat
                     "$<$<COMPILE_LANGUAGE:CXX>:-ffile-prefix-map=${CMAKE_SOURCE_DIR}/=>")
 
 if(FUSEDCONVBN_SANITIZE)
-  add_compile_options("-fsanitize=${FUSEDCONVBN_SANITIZE}" -fno-sanitize-recover=all -fno-omit-frame-pointer -g -O1)  # -O3 takes minutes a file
+  add_compile_options("$<$<COMPILE_LANGUAGE:CXX>:-fsanitize=${FUSEDCONVBN_SANITIZE};-fno-sanitize-recover=all>"
+                      "$<$<COMPILE_LANGUAGE:CXX>:-fno-omit-frame-pointer;-g;-O1>")  # -O3 takes minutes a file
   add_link_options("-fsanitize=${FUSEDCONVBN_SANITIZE}")
 endif()
 

@@ -19,6 +19,16 @@ struct Ranges {
   }
   explicit Ranges(const ConvBnParams& p) : Ranges(p, p.data_format == DataFormat::kNHWC ? 32 : 8) {}
 
+  // The same pixels in no more ranges than that.
+  Ranges in_at_most(int64_t most) const {
+    Ranges fewer = *this;
+    if (count > most) fewer.size = ceil_div(pixels, most), fewer.count = ceil_div(pixels, fewer.size);
+    return fewer;
+  }
+
+  FCB_INLINE_MEMBER int64_t end(int64_t range) const {
+    return (range + 1) * size < pixels ? (range + 1) * size : pixels;
+  }
   int64_t blocks() const { return count * ceil_div(channels, tile); }
 };
 
@@ -34,8 +44,8 @@ FCB_INLINE Share share_of(const Ranges& r, bool channels_last, int64_t block, in
   const int lanes = kThreads / r.tile;
   const int of_tile = channels_last ? thread % r.tile : thread / lanes;
   const int lane = channels_last ? thread / r.tile : thread % lanes;
-  const int64_t channel = block % tiles * r.tile + of_tile, end = (range + 1) * r.size;
-  return {range, channel, range * r.size, end < r.pixels ? end : r.pixels, lanes, lane, of_tile, channel < r.channels};
+  const int64_t channel = block % tiles * r.tile + of_tile;
+  return {range, channel, range * r.size, r.end(range), lanes, lane, of_tile, channel < r.channels};
 }
 
 // The sum of `value` over the lanes of a channel, for each of them. `shared` has kThreads elements; all threads call.

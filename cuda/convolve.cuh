@@ -194,16 +194,21 @@ struct WgradOperands {
   }
 };
 
+// How many sums of each element of the filters' gradient memory should hold: of 64 MiB, but one.
+inline int64_t most_filter_ranges(const ConvBnParams& p) {
+  const int64_t bytes = p.taps() * p.group_in() * p.out_channels * static_cast<int64_t>(sizeof(double));
+  const int64_t most = bytes == 0 ? 1 : (int64_t{64} << 20) / bytes;
+  return most < 1 ? 1 : most;
+}
+
 // How many ranges of pixels: fixed by the problem. Of a thousand pixels or more each, and with the others some hundred
-// blocks of threads; their sums take no more than 64 MiB.
+// blocks of threads.
 inline int64_t wgrad_ranges(const ConvBnParams& p) {
-  constexpr int64_t kPixels = 1024, kBlocks = 512, kBytes = int64_t{64} << 20;
-  const int64_t filters = p.taps() * p.group_in() * p.out_channels;
+  constexpr int64_t kPixels = 1024, kBlocks = 512;
   const int64_t blocks = p.groups * ceil_div(p.taps() * p.group_in(), kTile) * ceil_div(p.group_out(), kTile);
-  const int64_t most = p.pixels() / kPixels, wanted = ceil_div(kBlocks, blocks ? blocks : 1),
-                held = kBytes / (filters ? filters * 8 : 1), fewer = wanted < most ? wanted : most;
-  const int64_t ranges = fewer < held ? fewer : held;
-  return ranges < 1 ? 1 : ranges;
+  const int64_t wanted = blocks == 0 ? 1 : ceil_div(kBlocks, blocks), most = most_filter_ranges(p);
+  const int64_t ranges = p.pixels() / kPixels < wanted ? p.pixels() / kPixels : wanted;
+  return ranges < 1 ? 1 : ranges < most ? ranges : most;
 }
 
 // The sum of the ranges, in their order.

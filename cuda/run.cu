@@ -1,6 +1,8 @@
 // Forward and backward: the order of the kernels, and where in the workspace they leave what the next one reads.
 #include "element.h"
 
+#include <algorithm>
+
 #include "api.h"
 #include "convolve.cuh"
 #include "depthwise.cuh"
@@ -40,18 +42,35 @@ int64_t output_elements(const ConvBnParams& p) { return p.pixels() * p.out_chann
 int64_t input_elements(const ConvBnParams& p) { return p.batch * p.in_height * p.in_width * p.in_channels; }
 int64_t filter_elements(const ConvBnParams& p) { return p.taps() * p.group_in() * p.out_channels; }
 
+bool is_depthwise(const ConvBnParams& p) { return p.group_in() == 1 && p.groups > 1; }
+
+// Of the filters' gradient of groups of one channel.
+Ranges depthwise_ranges(const ConvBnParams& p) { return Ranges(p).in_at_most(most_filter_ranges(p)); }
+
+// How many sums of each element of the filters' gradient there are.
+int64_t filter_ranges(const ConvBnParams& p) { return is_depthwise(p) ? depthwise_ranges(p).count : wgrad_ranges(p); }
+
+// The most blocks of threads that a kernel of either direction takes.
+int64_t most_blocks(const ConvBnParams& p) {
+  const auto tiles = [&p](int64_t rows, int64_t cols) {
+    return p.groups * ceil_div(rows, kTile) * ceil_div(cols, kTile);
+  };
+  const int64_t pixels = p.batch * p.in_height * p.in_width;
+  const int64_t elements = std::max({output_elements(p), input_elements(p), filter_elements(p)});
+  return std::max({blocks_for(elements), Ranges(p).blocks() * p.taps(), tiles(p.pixels(), p.group_out()),
+                   tiles(pixels, p.group_in()), tiles(p.taps() * p.group_in(), p.group_out()) * wgrad_ranges(p)});
+}
+
 // Null, or what of the problem the kernels' numbers cannot hold.
 const char* too_large(const ConvBnParams& p) {
   constexpr int64_t kMost = INT32_MAX;
-  for (int64_t size : {p.in_height * p.in_width, p.out_height * p.out_width, p.taps(), p.stride_height, p.stride_width,
-                       p.filter_height * p.dilation_height, p.filter_width * p.dilation_width})
-    if (p.pixels() > 0 && size > kMost) return "an image or filter of more than 2^31 - 1 pixels has no GPU kernel";
-  if (blocks_for(output_elements(p)) > kMost || blocks_for(input_elements(p)) > kMost)
-    return "a tensor of more than 2^39 elements has no GPU kernel";
-  return nullptr;
+  for (int64_t size : {p.stride_height, p.stride_width, p.pad_top, p.pad_left, p.filter_height * p.dilation_height,
+                       p.filter_width * p.dilation_width, p.taps()})
+    if (size > kMost) return "strides, paddings or filters of more than 2^31 - 1 have no GPU kernel";
+  if (p.batch > 0 && std::max(p.in_height * p.in_width, p.out_height * p.out_width) > kMost)
+    return "an image of more than 2^31 - 1 pixels has no GPU kernel";
+  return most_blocks(p) > kMost ? "tensors this large have no GPU kernel" : nullptr;
 }
-
-bool is_depthwise(const ConvBnParams& p) { return p.group_in() == 1 && p.groups > 1; }
 
 // z = conv(inputs, filters), to the epilogue.
 template <class T, class Epilogue>
@@ -63,9 +82,6 @@ void convolve(const ConvBnParams& p, const void* inputs, const void* filters, co
   else
     launch_multiply(ForwardOperands<T, Epilogue>{windows, in<T>(inputs), in<T>(filters), epilogue}, stream);
 }
-
-// How many sums of each element of the filters' gradient there are.
-int64_t filter_ranges(const ConvBnParams& p) { return is_depthwise(p) ? Ranges(p).count : wgrad_ranges(p); }
 
 template <class T>
 struct Forward {
@@ -200,7 +216,7 @@ struct Backward {
   void filters_gradient() const {
     const Windows windows(p);
     const int64_t count = filter_ranges(p), elements = filter_elements(p);
-    const Ranges ranges(p);
+    const Ranges ranges = depthwise_ranges(p);
     if (is_depthwise(p))
       launch(depthwise_wgrad<T>, ranges.blocks() * p.taps(), stream, windows, ranges, in<T>(b.inputs),
              static_cast<const C*>(z_gradient), filter_sums);
@@ -244,6 +260,7 @@ const char* run(const ConvBnParams& p, const Buffers& b, void* workspace, void* 
 
 using namespace fusedconvbn;  // NOLINT: of the entry points below alone
 
+size_t fcb_cuda_layout() { return contract_layout(); }
 size_t fcb_cuda_forward_workspace(const ConvBnParams* params) {
   return cuda::workspace_of<cuda::Forward, ForwardBuffers>(*params);
 }

@@ -1,7 +1,9 @@
 // Mean and variance of each channel of z, and what follows from them.
 //
 // A range of pixels has a mean of its own, and the squares are summed around it: nothing subtracts two large sums.
-// Ranges are merged in double, in their order, around the mean of all (Chan, Golub, LeVeque 1983).
+// Ranges are merged in double, in their order: with m pixels of mean m' and squares M' in a range, mean = sum m m' / n
+// and squares = sum M' + m (m' - mean)^2. An infinite mean stays infinite, and large numbers are not summed before they
+// are divided.
 #pragma once
 
 #include "channel_sums.cuh"
@@ -21,10 +23,11 @@ __global__ void __launch_bounds__(kThreads)
   __shared__ C shared[kThreads];
   const Share s = share_of(ranges, layout.channels_last(), blockIdx.x, threadIdx.x);
   const T* const channel = z + s.channel * layout.channel;
+  const C weight = C(1) / static_cast<C>(s.end - s.begin);
   C sum = 0;
   if (s.inside)
-    for (int64_t p = s.begin + s.lane; p < s.end; p += s.lanes) sum += load(channel + layout.of_pixel(p));
-  const C center = sum_of_lanes(sum, s, shared) / static_cast<C>(s.end - s.begin);
+    for (int64_t p = s.begin + s.lane; p < s.end; p += s.lanes) sum += load(channel + layout.of_pixel(p)) * weight;
+  const C center = sum_of_lanes(sum, s, shared);
   C rest = 0, squares = 0;
   if (s.inside)
     for (int64_t p = s.begin + s.lane; p < s.end; p += s.lanes) {
@@ -36,7 +39,18 @@ __global__ void __launch_bounds__(kThreads)
   squares = sum_of_lanes(squares, s, shared);
   if (!s.inside || s.lane != 0) return;
   const int64_t at = s.range * ranges.channels + s.channel;
-  moments.center[at] = center, moments.sum[at] = rest, moments.squares[at] = squares;
+  const bool finite = center - center == C(0);
+  moments.center[at] = center, moments.sum[at] = finite ? rest : C(0), moments.squares[at] = squares;
+}
+
+// f(n pixels, mean, squares around it) of each range.
+template <class C, class F>
+FCB_DEVICE void for_ranges(const RangeMoments<C>& moments, const Ranges& ranges, int64_t channel, const F& f) {
+  for (int64_t range = 0; range < ranges.count; ++range) {
+    const int64_t at = range * ranges.channels + channel;
+    const double n = static_cast<double>(ranges.end(range) - range * ranges.size), rest = moments.sum[at];
+    f(n, moments.center[at] + rest / n, moments.squares[at] - rest * rest / n);
+  }
 }
 
 struct Moments {
@@ -45,17 +59,13 @@ struct Moments {
 
 template <class C>
 FCB_DEVICE Moments merge(const RangeMoments<C>& moments, const Ranges& ranges, int64_t channel) {
-  double count = 0, mean = 0, squares = 0;  // of the ranges so far
-  for (int64_t range = 0; range < ranges.count; ++range) {
-    const int64_t at = range * ranges.channels + channel, begin = range * ranges.size;
-    const double n =
-        static_cast<double>((begin + ranges.size < ranges.pixels ? begin + ranges.size : ranges.pixels) - begin);
-    const double rest = moments.sum[at], difference = moments.center[at] + rest / n - mean;
-    squares += moments.squares[at] - rest * rest / n + difference * difference * count * n / (count + n);
-    mean += difference * n / (count + n);
-    count += n;
-  }
-  return {mean, squares > 0 || squares != squares ? squares / count : 0.0};
+  const double count = static_cast<double>(ranges.pixels);
+  double mean = 0, squares = 0;
+  for_ranges(moments, ranges, channel, [&](double n, double of_range, double) { mean += n / count * of_range; });
+  for_ranges(moments, ranges, channel, [&](double n, double of_range, double around) {
+    squares += around + n * (of_range - mean) * (of_range - mean);
+  });
+  return {mean, squares < 0 ? 0.0 : squares / count};  // rounding may leave less than 0; NaN stays
 }
 
 // The arguments and results of length K, as in ForwardBuffers; those that may be null are not written then. `mean` and

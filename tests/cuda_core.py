@@ -73,20 +73,24 @@ class Core:
 
     def _run(self, entry: Any, plan: Plan, arrays: list[np.ndarray | None], read: int) -> None:
         """Results and workspace hold NaN before: what is not written shows."""
-        for array in arrays[read:]:
-            if array is not None:
+        given = {id(array) for array in arrays[:read]}
+        results = [array for array in arrays[read:] if array is not None]
+        for array in results:
+            if id(array) not in given:  # one may be an argument, too
                 array.reshape(-1).view(np.uint8)[:] = 0xFF
-        buffers = [None if array is None else self._memory.copy_of(array) for array in arrays]
-        workspace = self._memory.copy_of(_aligned(plan.workspace_bytes))
-        addresses = [0 if buffer is None else self._memory.address(buffer) for buffer in buffers]
-        entry(plan.params, addresses, self._memory.address(workspace), 0)
-        for array, buffer in zip(arrays[read:], buffers[read:]):
-            if array is not None:
-                self._memory.copy_back(buffer, array)
+        memory = self._memory
+        buffers = {id(array): memory.copy_of(array) for array in arrays if array is not None}
+        workspace = memory.copy_of(_aligned(plan.workspace_bytes))
+        addresses = [0 if array is None else memory.address(buffers[id(array)]) for array in arrays]
+        entry(plan.params, addresses, memory.address(workspace), memory.stream)
+        for array in results:
+            memory.copy_back(buffers[id(array)], array)
 
 
 class Memory:
     """The host's: nothing is copied."""
+
+    stream = 0
 
     def copy_of(self, array: np.ndarray) -> Any:
         return array
@@ -99,10 +103,17 @@ class Memory:
 
 
 class GpuMemory(Memory):
-    """Bytes, as CuPy knows no bfloat16."""
+    """Bytes, as CuPy knows no bfloat16, each piece from CUDA, whose sanitizer sees it; a stream that waits for none."""
 
     def __init__(self, cupy: Any):
-        self._cupy = cupy
+        cupy.cuda.set_allocator(None)
+        self._cupy, self._stream = cupy, cupy.cuda.Stream(non_blocking=True)
+
+    @property
+    def stream(self) -> int:
+        """When all that was copied is there."""
+        self._cupy.cuda.Device().synchronize()
+        return self._stream.ptr
 
     def copy_of(self, array: np.ndarray) -> Any:
         return self._cupy.asarray(np.ascontiguousarray(array).reshape(-1).view(np.uint8))
@@ -111,6 +122,7 @@ class GpuMemory(Memory):
         return buffer.data.ptr
 
     def copy_back(self, buffer: Any, array: np.ndarray) -> None:
+        self._stream.synchronize()
         array.reshape(-1).view(np.uint8)[:] = self._cupy.asnumpy(buffer)
 
 

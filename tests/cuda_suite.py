@@ -9,7 +9,10 @@ from dataclasses import replace
 
 import numpy as np
 import pytest
-from cases import Case, depthwise_cases, op_cases
+import test_numerics
+import test_numerics_gradients
+from cases import ACTIVATIONS, Case, depthwise_cases, op_cases
+from compare import assert_close
 from raw_problem import Problem
 
 from fusedconvbn import raw
@@ -89,9 +92,93 @@ def test_variance_under_a_large_mean(ratio: float):
     np.testing.assert_allclose(result.inv_std.astype(np.float64) ** -2, z.astype(np.float64).var((0, 1, 2)), rtol=1e-6)
 
 
-def test_images_that_are_too_large(library):
+@with_the_kernels
+@pytest.mark.parametrize("dtype", ["f32", "f64", "f16", "bf16"])
+@pytest.mark.parametrize("activation", ACTIVATIONS)
+def test_non_finite_inputs(activation: str | None, dtype: str):
+    test_numerics.test_non_finite_inputs_in_inference(activation, None, dtype)
+
+
+@with_the_kernels
+@pytest.mark.parametrize("algorithm", ["direct", "depthwise"])
+@pytest.mark.parametrize("training", [False, True])
+@pytest.mark.parametrize("activation", ACTIVATIONS)
+def test_non_finite_gradients(activation: str | None, training: bool, algorithm: str):
+    test_numerics_gradients.test_gradients_of_a_non_finite_output_gradient(activation, training, "f32", algorithm)
+    if not training and activation != "elu":
+        test_numerics_gradients.test_gradients_of_a_non_finite_input_in_inference(activation, True, algorithm)
+
+
+@with_the_kernels
+@pytest.mark.parametrize("dtype", ["f16", "bf16"])
+def test_half_precision(dtype: str):
+    test_numerics.test_every_half_precision_number_is_read_and_written(dtype, "NHWC", None)
+    test_numerics.test_half_precision_output_overflows_to_infinity()
+
+
+@with_the_kernels
+@pytest.mark.parametrize(("dtype", "value"), [("f32", 0.1), ("f32", -3e36), ("f64", 1e200), ("f64", -1234.567)])
+def test_constant_channel(dtype: str, value: float):
+    """The sum of a range may be beyond the type's largest number."""
+    case = Case(dtype=dtype)
+    z, ones = np.full((1, 13, 19, 2), value, case.numpy_dtype), np.ones(2, case.stat_dtype)
+    result = raw.forward(z, np.eye(2, dtype=z.dtype)[None, None], ones, 0 * ones, ones, ones, training=True)
+    np.testing.assert_allclose(result.batch_mean, z[0, 0, 0], rtol=2e-7 if dtype == "f32" else 1e-15)
+    assert np.isfinite(result.output).all()
+    if abs(value) < 1e30:
+        np.testing.assert_allclose(result.inv_std, 1e-3**-0.5, rtol=1e-5)
+
+
+@with_the_kernels
+def test_infinite_statistics_stay_infinite():
+    z, ones = np.random.default_rng(3).normal(size=(2, 9, 11, 3)).astype(np.float32), np.ones(3, np.float32)
+    z[1, 2, 3, 1] = np.inf
+    with np.errstate(all="ignore"):
+        result = raw.forward(z, np.ones((1, 1, 1, 3), np.float32), ones, ones, ones, ones, training=True)
+    assert list(result.batch_mean[[0, 2]]) == [
+        pytest.approx(z[..., 0].mean(), abs=1e-6),
+        pytest.approx(z[..., 2].mean(), abs=1e-6),
+    ]
+    assert result.batch_mean[1] == np.inf
+
+
+@with_the_kernels
+@pytest.mark.parametrize("training", [False, True])
+@pytest.mark.parametrize("empty", [{"batch": 0}, {"height": 2, "width": 2, "padding": "VALID"}], ids=str)
+def test_no_pixels(empty: dict, training: bool):
+    """Unchanged statistics, gradients of zeros."""
+    problem = Problem(Case(**{"in_channels": 4, "training": training, **empty}))
+    assert 0 in problem.case.output_shape
+    problem.check_forward(problem.run_forward())
+    problem.check_backward(problem.run_backward())
+
+
+@pytest.mark.parametrize("data_format", ["NHWC", "NCHW"])
+def test_output_in_the_memory_of_the_residual(on_the_device, data_format: str):
+    """And no statistics, which nobody may want in inference."""
+    case = Case(data_format=data_format, residual=True, activation="relu")
+    problem = Problem(case)
+    *arguments, residual = problem.arguments
     params = raw._params(
-        (1, 2**20, 2**20, 1), (1, 1, 1, 1), strides=1, dilations=1, padding="VALID", data_format="NHWC"
-    )
-    with pytest.raises(RuntimeError, match="more than 2\\^31 - 1 pixels has no GPU kernel"):
+        case.inputs_shape, case.filters_shape, dtype=case.numpy_dtype, residual=True, activation="relu",
+        **case.convolution, epsilon=case.epsilon,
+    )  # fmt: skip
+    output = residual.copy()
+    plan = on_the_device.Plan(params, backward=False)
+    on_the_device.forward(plan, *arguments, output, None, output, *[None] * 6)
+    assert_close(output, problem.forward.output, "output", case.numpy_dtype)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ({"inputs_shape": (1, 2**20, 2**20, 1)}, "an image of more than"),
+        ({"strides": 2**32}, "strides, paddings or filters of more than"),
+        ({"padding": [(2**32, 0), (0, 0)], "strides": 2**26}, "strides, paddings or filters of more than"),
+    ],
+)
+def test_what_is_too_large(library, arguments: dict, message: str):
+    default = {"inputs_shape": (1, 3, 1, 1), "filters_shape": (1, 1, 1, 1), "strides": 1, "padding": "VALID"}
+    params = raw._params(**{**default, **arguments}, dilations=1, data_format="NHWC")
+    with pytest.raises(RuntimeError, match=message):
         library.forward(params, [0] * 13, 0, 0)

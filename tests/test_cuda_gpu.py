@@ -30,6 +30,7 @@ def library():
 def on_the_device(library, monkeypatch):
     core = cuda_core.Core(library, cuda_core.GpuMemory(cupy))
     monkeypatch.setattr(_load, "core", lambda: core)
+    return core
 
 
 @with_the_kernels

@@ -1,7 +1,8 @@
 #!/bin/sh
 # Builds, tests and sanitizes the CUDA kernels on a machine with a GPU: tools/gpu_check.sh [FOLDER]. It needs nvcc and,
 # of Python, cmake, cupy, ml_dtypes, numpy, pybind11, pytest and scipy; not TensorFlow. PYTHON says which Python. A table
-# comes last; what each step printed is in FOLDER (artifacts/gpu). Fails if a step does.
+# comes last; what each step printed is in FOLDER (artifacts/gpu). Fails if a step does. What is built lies in the package,
+# without the TensorFlow ops: `make build` brings them back.
 
 cd "$(dirname "$0")/.." || exit 1
 PYTHON=${PYTHON:-python3}
@@ -30,5 +31,6 @@ step build "$PYTHON" setup.py --quiet build_ext --inplace
 step tests "$PYTHON" -m pytest -p no:cacheprovider tests/test_cuda_gpu.py
 sanitize memcheck
 sanitize racecheck
+sanitize synccheck
 echo && cat "$FOLDER/table.txt"
 exit $failed

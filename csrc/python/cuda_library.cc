@@ -21,6 +21,9 @@ class CudaLibrary {
  public:
   explicit CudaLibrary(const std::string& path) : library_(dlopen(path.c_str(), RTLD_NOW | RTLD_LOCAL)) {
     if (library_ == nullptr) throw py::import_error(dlerror());
+    decltype(&fcb_cuda_layout) layout = nullptr;
+    find("fcb_cuda_layout", &layout);
+    if (layout() != contract_layout()) throw py::import_error("the CUDA library is of another build: " + path);
     find("fcb_cuda_forward_workspace", &forward_workspace_);
     find("fcb_cuda_backward_workspace", &backward_workspace_);
     find("fcb_cuda_forward", &forward_);

@@ -1,7 +1,8 @@
 // CUDA's kernels on the host, for tests on machines without a GPU: a fiber for each thread of a block, one block after
 // the other. __syncthreads() hands over to the next fiber; a barrier that is missing, or that not all threads reach,
-// shows as a wrong result or an error, an access beyond a buffer as the sanitizers show it. What it cannot show: races
-// between blocks, and those that only another order of threads would show (`FUSEDCONVBN_FIBERS=reverse` gives one).
+// shows as a wrong result, or as an error where threads end meanwhile, an access beyond a buffer as the sanitizers show
+// it. What it cannot show: threads at different barriers, races between blocks, and those that only another order of
+// threads would show (`FUSEDCONVBN_FIBERS=reverse` gives one).
 #pragma once
 
 #include <cstdint>
