@@ -19,11 +19,8 @@ class BuildWithCMake(build_ext):
         build = ROOT / "build" / f"{'inplace' if self.inplace else 'wheel'}-{sys.implementation.cache_tag}"
         package.mkdir(parents=True, exist_ok=True)
         options = [f"-DPython_EXECUTABLE={sys.executable}", f"-DFUSEDCONVBN_OUTPUT={package}"]
-        options += [
-            "-DFUSEDCONVBN_TF=AUTO",
-            "-DFUSEDCONVBN_SANITIZE=",
-            "-DFUSEDCONVBN_CUDA=OFF",
-        ]  # not what an earlier build was given
+        # The defaults, not what an earlier build was given.
+        options += ["-DFUSEDCONVBN_TF=AUTO", "-DFUSEDCONVBN_SANITIZE=", "-DFUSEDCONVBN_CUDA=OFF"]
         options += os.environ.get("FUSEDCONVBN_CMAKE_ARGS", "").split()
         self._cmake("--log-level=NOTICE", "-S", str(ROOT), "-B", str(build), *options)
         self._cmake("--build", str(build), "-j", str(os.cpu_count() or 1))

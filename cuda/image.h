@@ -15,8 +15,7 @@ struct Layout {
     const bool last = format == DataFormat::kNHWC;
     return {pixels, channels, pixels * channels, last ? channels : 1, last ? 1 : pixels};
   }
-  FCB_INLINE_MEMBER int64_t at(int64_t n, int64_t of_image) const { return n * image + of_image * pixel; }
-  FCB_INLINE_MEMBER int64_t of_pixel(int64_t number) const { return at(number / pixels, number % pixels); }
+  FCB_INLINE_MEMBER int64_t of_pixel(int64_t number) const { return number / pixels * image + number % pixels * pixel; }
   FCB_INLINE_MEMBER int64_t channel_of(int64_t element) const { return element / channel % channels; }
   FCB_INLINE_MEMBER int64_t pixel_of(int64_t element) const {
     return element / image * pixels + element % image / pixel % pixels;

@@ -11,7 +11,7 @@
 #include "host/fibers.h"
 #endif
 
-#define FCB_DEVICE static __device__ __forceinline__  // a function that synchronizes threads
+#define FCB_DEVICE static __device__ __forceinline__  // a function of device code alone
 
 namespace fusedconvbn::cuda {
 

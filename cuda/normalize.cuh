@@ -27,8 +27,7 @@ struct Normalize {
 template <class T>
 struct StoreZ {
   T* z;
-  FCB_INLINE_MEMBER void emit(int64_t at, int64_t, Compute<T> sum) const { store(static_cast<Value>(sum), z + at); }
-  using Value = Compute<T>;
+  FCB_INLINE_MEMBER void emit(int64_t at, int64_t, Compute<T> sum) const { store(sum, z + at); }
 };
 
 // z - mean as save="bfloat16" keeps it: the nearest, or, where the activation's derivative jumps between the arguments

@@ -16,6 +16,10 @@ ROOT = Path(__file__).parent.parent
 PACKED_FILTERS = 7  # their position in `forward`; GPUs do not read them
 
 
+def has_gpu() -> bool:
+    return any(Path("/dev").glob("nvidia[0-9]*"))
+
+
 def build(folder: Path, target: str, **options: str) -> None:
     """Builds a target of CMakeLists.txt, without TensorFlow, into the folder; `options` are CMake's."""
     settings = {"FUSEDCONVBN_TF": "OFF", "FUSEDCONVBN_OUTPUT": folder, "Python_EXECUTABLE": sys.executable, **options}
@@ -127,7 +131,7 @@ class GpuMemory(Memory):
 
 
 def _aligned(size: int) -> np.ndarray:
-    """So many bytes of NaN at a multiple of 256, nothing of ours behind them: a sanitizer sees who writes there."""
+    """So many bytes of NaN at a multiple of 256."""
     memory = np.full(size + 255, 0xFF, np.uint8)
     begin = -memory.ctypes.data % 256
     return memory[begin : begin + size]

@@ -28,10 +28,6 @@ def library(path):
     return _load.core().CudaLibrary(str(path))
 
 
-def has_gpu() -> bool:
-    return any(Path("/dev").glob("nvidia[0-9]*"))
-
-
 def test_it_needs_nothing_of_cuda_to_be_loaded(path):
     """But the driver, which it looks for when it first runs a kernel."""
     needed = subprocess.run(["ldd", path], capture_output=True, text=True, check=True).stdout
@@ -56,7 +52,7 @@ def test_workspace(library, training):
     assert image <= library.workspace_bytes(params, True) <= 2.5 * image
 
 
-@pytest.mark.skipif(has_gpu(), reason="this machine has a GPU")
+@pytest.mark.skipif(cuda_core.has_gpu(), reason="this machine has a GPU")
 def test_without_a_gpu_it_says_so(library):
     params = raw._params((1, 5, 5, 3), (1, 1, 3, 4), padding="SAME", **UNSTRIDED)
     with pytest.raises(RuntimeError, match=r"driver|no CUDA-capable device"):

@@ -14,14 +14,13 @@
 #define __forceinline__ inline
 #define __shared__ static  // one block runs at a time
 #define __launch_bounds__(...)
-#define __restrict__ __restrict
 
 namespace fusedconvbn::cuda::host {
 
 struct Index {
   unsigned x;
 };
-extern Index thread_index, block_index, grid_size;
+extern Index thread_index, block_index;
 
 // Runs body() as every thread of every block.
 void run_blocks(int64_t blocks, int threads, const std::function<void()>& body);
@@ -31,5 +30,4 @@ void synchronize_block();
 
 #define threadIdx (::fusedconvbn::cuda::host::thread_index)
 #define blockIdx (::fusedconvbn::cuda::host::block_index)
-#define gridDim (::fusedconvbn::cuda::host::grid_size)
 inline void __syncthreads() { ::fusedconvbn::cuda::host::synchronize_block(); }
