@@ -20,7 +20,7 @@ class BuildWithCMake(build_ext):
         package.mkdir(parents=True, exist_ok=True)
         options = [f"-DPython_EXECUTABLE={sys.executable}", f"-DFUSEDCONVBN_OUTPUT={package}"]
         # The defaults, not what an earlier build was given.
-        options += ["-DFUSEDCONVBN_TF=AUTO", "-DFUSEDCONVBN_SANITIZE=", "-DFUSEDCONVBN_CUDA=OFF"]
+        options += ["-DFUSEDCONVBN_TF=AUTO", "-DFUSEDCONVBN_SANITIZE=", "-DFUSEDCONVBN_CUDA=AUTO"]
         options += os.environ.get("FUSEDCONVBN_CMAKE_ARGS", "").split()
         self._cmake("--log-level=NOTICE", "-S", str(ROOT), "-B", str(build), *options)
         self._cmake("--build", str(build), "-j", str(os.cpu_count() or 1))

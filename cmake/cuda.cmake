@@ -1,7 +1,7 @@
 # fusedconvbn/_cuda.so: the CUDA kernels, a library of their own that whoever runs a kernel on a GPU opens. And the same
 # sources by the C++ compiler, for tests on machines without a GPU: cuda_host, built when asked for by name.
 
-set(FUSEDCONVBN_CUDA OFF CACHE STRING "Build the CUDA kernels: OFF, AUTO (if there is an nvcc) or FULL (all GPUs)")
+set(FUSEDCONVBN_CUDA AUTO CACHE STRING "Build the CUDA kernels: OFF, AUTO (if there is an nvcc) or FULL (all GPUs)")
 
 add_library(cuda_host MODULE EXCLUDE_FROM_ALL cuda/host/kernels.cc cuda/host/fibers.cc)
 target_compile_options(cuda_host PRIVATE -O1 -Wno-unknown-pragmas)  # -O3 takes twice as long

@@ -43,3 +43,10 @@ target_compile_options(_ops PRIVATE ${compile_flags} "-ffile-prefix-map=${includ
 target_link_libraries(_ops PRIVATE core ${link_flags})
 target_link_options(_ops PRIVATE -Wl,-z,defs)  # what TensorFlow lacks is an error here, not when it is loaded
 finish_module(_ops "")
+
+# What tests run registered kernels with; built when asked for by name.
+add_library(kernel_harness MODULE EXCLUDE_FROM_ALL csrc/harness/kernel_harness.cc)
+target_include_directories(kernel_harness SYSTEM PRIVATE "${include}")
+target_compile_options(kernel_harness PRIVATE ${compile_flags} -O1)
+target_link_libraries(kernel_harness PRIVATE ${link_flags})
+finish_module(kernel_harness "harness_*")

@@ -1,5 +1,6 @@
 """What tests share: what a machine without their instruction set does with them, a convolution by a variable."""
 
+import os
 import pathlib
 
 import pytest
@@ -33,6 +34,15 @@ def _available() -> set[str]:
     from fusedconvbn import raw
 
     return {row.isa for row in raw.kernels() if row.available}
+
+
+@pytest.fixture(scope="session")
+def cuda_host(tmp_path_factory) -> pathlib.Path:
+    """The CUDA kernels for the host; FUSEDCONVBN_CUDA_HOST: where they are built already."""
+    import cuda_core
+
+    built = os.environ.get("FUSEDCONVBN_CUDA_HOST")
+    return pathlib.Path(built) if built else cuda_core.build_host(tmp_path_factory.mktemp("cuda_host"))
 
 
 @pytest.fixture(params=["eager", "function"])

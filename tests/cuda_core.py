@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ctypes
 import math
 import subprocess
 import sys
@@ -21,8 +22,9 @@ def has_gpu() -> bool:
 
 
 def build(folder: Path, target: str, **options: str) -> None:
-    """Builds a target of CMakeLists.txt, without TensorFlow, into the folder; `options` are CMake's."""
-    settings = {"FUSEDCONVBN_TF": "OFF", "FUSEDCONVBN_OUTPUT": folder, "Python_EXECUTABLE": sys.executable, **options}
+    """Builds a target of CMakeLists.txt, unless asked to without TensorFlow, into the folder; `options` are CMake's."""
+    settings = {"FUSEDCONVBN_TF": "OFF", "FUSEDCONVBN_CUDA": "OFF", "FUSEDCONVBN_OUTPUT": folder}
+    settings |= {"Python_EXECUTABLE": sys.executable, **options}
     cmake = [sys.executable, "-m", "cmake"]
     for command in (
         [*cmake, "-S", ROOT, "-B", folder / "build", *(f"-D{name}={value}" for name, value in settings.items())],
@@ -36,6 +38,15 @@ def build_host(folder: Path, **options: str) -> Path:
     """Builds the kernels for the host: the library's path."""
     build(folder, "cuda_host", **options)
     return folder / "libcuda_host.so"
+
+
+def conv_out_shape(arguments: dict[str, Any], output: list[int]) -> list[int]:
+    """Of what forward saves; the arguments of the core's `Params`."""
+    save = _arguments.SAVES[arguments["save"]]
+    if not arguments["training"] or save == "recompute":
+        return []
+    in_bfloat16 = save == "bfloat16" and arguments["dtype"] == 0
+    return [(math.prod(output) + 1) // 2] if in_bfloat16 else output
 
 
 class Plan(NamedTuple):
@@ -58,15 +69,8 @@ class Core:
         return self._core.Params(**arguments)
 
     def Plan(self, params: Any, *, backward: bool, **_: Any) -> Plan:
-        return Plan(params, self._library.workspace_bytes(params, backward), self._conv_out_shape(params.output_shape))
-
-    def _conv_out_shape(self, output: list[int]) -> list[int]:
-        """Of what forward saves."""
-        save = _arguments.SAVES[self._arguments["save"]]
-        if not self._arguments["training"] or save == "recompute":
-            return []
-        in_bfloat16 = save == "bfloat16" and self._arguments["dtype"] == 0
-        return [(math.prod(output) + 1) // 2] if in_bfloat16 else output
+        saved = conv_out_shape(self._arguments, params.output_shape)
+        return Plan(params, self._library.workspace_bytes(params, backward), saved)
 
     def forward(self, plan: Plan, *arrays: np.ndarray | None) -> None:
         without_packed = [*arrays[:PACKED_FILTERS], *arrays[PACKED_FILTERS + 1 : -1]]
@@ -84,11 +88,11 @@ class Core:
                 array.reshape(-1).view(np.uint8)[:] = 0xFF
         memory = self._memory
         buffers = {id(array): memory.copy_of(array) for array in arrays if array is not None}
-        workspace = memory.copy_of(_aligned(plan.workspace_bytes))
+        workspace = memory.copy_of(aligned(plan.workspace_bytes))
         addresses = [0 if array is None else memory.address(buffers[id(array)]) for array in arrays]
         entry(plan.params, addresses, memory.address(workspace), memory.stream)
         for array in results:
-            memory.copy_back(buffers[id(array)], array)
+            memory.copy_from(memory.address(buffers[id(array)]), array)
 
 
 class Memory:
@@ -102,8 +106,10 @@ class Memory:
     def address(self, buffer: Any) -> int:
         return buffer.ctypes.data
 
-    def copy_back(self, buffer: Any, array: np.ndarray) -> None:
-        """What the buffer holds when all kernels have run."""
+    def copy_from(self, address: int, array: np.ndarray) -> None:
+        """What is there when all kernels have run."""
+        if array.size and address != array.ctypes.data:
+            ctypes.memmove(array.ctypes.data, address, array.nbytes)
 
 
 class GpuMemory(Memory):
@@ -125,12 +131,13 @@ class GpuMemory(Memory):
     def address(self, buffer: Any) -> int:
         return buffer.data.ptr
 
-    def copy_back(self, buffer: Any, array: np.ndarray) -> None:
+    def copy_from(self, address: int, array: np.ndarray) -> None:
         self._stream.synchronize()
-        array.reshape(-1).view(np.uint8)[:] = self._cupy.asnumpy(buffer)
+        if array.size:
+            self._cupy.cuda.runtime.memcpy(array.ctypes.data, address, array.nbytes, 2)  # device to host
 
 
-def _aligned(size: int) -> np.ndarray:
+def aligned(size: int) -> np.ndarray:
     """So many bytes of NaN at a multiple of 256."""
     memory = np.full(size + 255, 0xFF, np.uint8)
     begin = -memory.ctypes.data % 256

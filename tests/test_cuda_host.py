@@ -17,10 +17,8 @@ from fusedconvbn import _load
 
 
 @pytest.fixture(scope="module")
-def library(tmp_path_factory):
-    """FUSEDCONVBN_CUDA_HOST: one that is built already."""
-    path = os.environ.get("FUSEDCONVBN_CUDA_HOST") or cuda_core.build_host(tmp_path_factory.mktemp("host"))
-    return _load.core().CudaLibrary(str(path))
+def library(cuda_host):
+    return _load.core().CudaLibrary(str(cuda_host))
 
 
 @pytest.fixture

@@ -2,11 +2,8 @@
 #pragma once
 
 #include <array>
-#include <optional>
 
 #include "attributes.h"
-#include "memory.h"
-#include "output_memory.h"
 #include "tensorflow/core/framework/op_kernel.h"
 
 namespace fusedconvbn::tf {
@@ -40,6 +37,7 @@ inline Port output_port(const tensorflow::OpKernel& kernel, const char* name) {
 class Tensors {
  public:
   explicit Tensors(tensorflow::OpKernelContext* context) : context_(context) {}
+  virtual ~Tensors() = default;
 
   const absl::Status& status() const { return status_; }
   void check(const absl::Status& status) { status_.Update(status); }
@@ -56,30 +54,16 @@ class Tensors {
     return pointer(*tensor);
   }
 
-  void* output(const Port& port, const tensorflow::TensorShape& shape) {
+  virtual void* output(const Port& port, const tensorflow::TensorShape& shape) {
     tensorflow::Tensor* tensor = nullptr;
     if (status_.ok()) check(context_->allocate_output(port.index, shape, &tensor));
-    if (tensor == nullptr) return nullptr;
-    prefer_huge_pages(tensor->data(), tensor->TotalBytes());
-    return pointer(*tensor);
+    return tensor == nullptr ? nullptr : pointer(*tensor);
   }
 
-  // As output(), in memory that was in use: in that of this input, which was just read, if there is one that nobody
-  // else refers to (ResNet-50 at batch 1: -2 %), else in what results have given back. Large results go past the
-  // caches, and past lines that are there, as an input's are, they take longer (batch 16: +1 to +3 %).
-  void* output_in_used_memory(const Port& over, const Port& port, const tensorflow::TensorShape& shape) {
-    const tensorflow::DataType dtype = context_->expected_output_dtype(port.index);
-    const size_t bytes = shape.num_elements() * tensorflow::DataTypeSize(dtype);
-    if (!status_.ok()) return nullptr;
-    tensorflow::Tensor* tensor = nullptr;
-    if (bytes <= OutputMemory::kMaxCached && over.index >= 0 &&
-        context_->forward_input_to_output_with_shape(over.index, port.index, shape, &tensor))
-      return pointer(*tensor);
-    if (bytes < OutputMemory::kMinBytes || !any_memory_will_do(port)) return output(port, shape);
-    const std::optional<tensorflow::Tensor> kept = OutputMemory::of(bytes)->take(dtype, shape);
-    if (!kept) return output(port, shape);
-    context_->set_output(port.index, *kept);
-    return pointer(*kept);
+  // As output(), in the memory of this input, if there is one that nobody else refers to.
+  virtual void* output_over(const Port& over, const Port& port, const tensorflow::TensorShape& shape) {
+    void* const used = take_over(over, port, shape);
+    return used != nullptr ? used : output(port, shape);
   }
 
   // Null if nothing in the graph reads it: then there need be no tensor.
@@ -109,11 +93,13 @@ class Tensors {
     return result;
   }
 
- private:
-  // No device or network is to read it, and nobody asked which allocations there are.
-  bool any_memory_will_do(const Port& port) const {
-    const tensorflow::AllocatorAttributes wanted = context_->output_alloc_attr(port.index);
-    return wanted.value == 0 && wanted.scope_id <= 0 && !context_->track_allocations();
+ protected:
+  // Null if nobody else must refer to the input, and somebody does.
+  void* take_over(const Port& over, const Port& port, const tensorflow::TensorShape& shape) {
+    tensorflow::Tensor* tensor = nullptr;
+    const bool taken = status_.ok() && over.index >= 0 &&
+                       context_->forward_input_to_output_with_shape(over.index, port.index, shape, &tensor);
+    return taken ? pointer(*tensor) : nullptr;
   }
 
   // A tensor without elements has no memory, but to the core null means "not there".

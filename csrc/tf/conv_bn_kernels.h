@@ -1,43 +1,41 @@
-// The CPU kernels of FusedConvBN and FusedConvBNGrad: they check shapes, allocate, and call the core.
-#include <cstdlib>
+// The kernels of FusedConvBN and FusedConvBNGrad: they check shapes, allocate, and call what a device has for them.
+//
+// A device is a class, one object to a kernel, made with it, with
+//   type()                    TensorFlow's name of it
+//   Tensors                   how it allocates
+//   plan_forward, plan_backward
+//   describe(context, call)   what of it and of the environment decides a plan
+//   run(context, plan, filters, ForwardBuffers), run(context, plan, BackwardBuffers)
+#pragma once
+
 #include <memory>
 #include <utility>
 
-#include "absl/functional/function_ref.h"
 #include "attributes.h"
-#include "packed_filters.h"
 #include "prepared.h"
 #include "tensorflow/core/framework/op_kernel.h"
 #include "tensors.h"
-#include "thread_pool.h"
-#include "workspace_pool.h"
 
 namespace fusedconvbn::tf {
-namespace {
 
-using tensorflow::OpKernel;
-using tensorflow::OpKernelConstruction;
-using tensorflow::OpKernelContext;
-using tensorflow::Tensor;
-using tensorflow::TensorShape;
-
-TensorShape saved_shape(const ConvBnParams& params, Saved saved) {
-  TensorShape shape;
+inline tensorflow::TensorShape saved_shape(const ConvBnParams& params, Saved saved) {
+  tensorflow::TensorShape shape;
   for (int64_t size : conv_out_shape(params, saved)) shape.AddDim(size);
   return shape;
 }
 
 // What forward put into this tensor: each kind has a rank of its own, or no elements.
-Saved saved_in(const Tensor& conv_out) {
+inline Saved saved_in(const tensorflow::Tensor& conv_out) {
   if (conv_out.dims() == 2) return Saved::kMoments;
   if (conv_out.dims() == 1) return Saved::kBFloat16;
   return conv_out.NumElements() == 0 ? Saved::kNothing : Saved::kConv;
 }
 
 // The attributes, read once, and what every call begins with.
-class ConvBnKernel : public OpKernel {
+template <class Device>
+class ConvBnKernel : public tensorflow::OpKernel {
  public:
-  ConvBnKernel(OpKernelConstruction* context, Planner planner) : OpKernel(context) {
+  ConvBnKernel(tensorflow::OpKernelConstruction* context, Planner planner) : OpKernel(context), device_(context) {
     Problem attributes;
     OP_REQUIRES_OK(context, read_attributes(context, &attributes));
     params_ = attributes.params;
@@ -46,19 +44,18 @@ class ConvBnKernel : public OpKernel {
 
  protected:
   // Null after an error. `call`: what the tensors that both ops have do not tell.
-  std::shared_ptr<const Prepared> prepare(OpKernelContext* context, Call call, Tensors* tensors) {
-    const char* kernel = std::getenv("FUSEDCONVBN_KERNEL");
-    if (kernel) call.kernel = kernel;
+  std::shared_ptr<const Prepared> prepare(tensorflow::OpKernelContext* context, Call call, Tensors* tensors) {
     call.inputs_shape = tensors->sizes(inputs_);
     call.filters_shape = tensors->sizes(filters_);
     call.training = tensors->flag(training_);
-    tensors->check(to_absl(detect_device(IntraOpThreads::of(context), &call.device)));
+    tensors->check(Device::describe(context, &call));
     std::shared_ptr<const Prepared> prepared;
     if (tensors->status().ok()) tensors->check(preparation_->get(call, &prepared));
     return prepared;
   }
 
   const ConvBnParams& params() const { return params_; }  // without sizes
+  const Device& device() const { return device_; }
 
   const Port inputs_ = input_port(*this, "inputs");
   const Port filters_ = input_port(*this, "filters");
@@ -70,76 +67,49 @@ class ConvBnKernel : public OpKernel {
   const Port training_ = input_port(*this, "training");
 
  private:
+  const Device device_;
   ConvBnParams params_;
   std::unique_ptr<Preparation> preparation_;
 };
 
-using Run = absl::FunctionRef<Status(void* workspace, ParallelFor*)>;
-
-absl::Status run(OpKernelContext* context, const Plan& plan, Run run_plan) {
-  IntraOpThreads threads(context, plan.device.threads);
-  WorkspacePool::Lease workspace(WorkspacePool::global(), plan.workspace_bytes);
-  if (workspace.data() == nullptr)
-    return absl::ResourceExhaustedError(
-        absl::StrCat("out of memory: no ", plan.workspace_bytes, " bytes of workspace for ", plan.describe()));
-  return to_absl(run_plan(workspace.data(), &threads));
-}
-
 // There is one residual at the most, though a list input could hold more.
-absl::Status at_most_one(OpKernelConstruction* context, const char* name, int* count) {
+inline absl::Status at_most_one(tensorflow::OpKernelConstruction* context, const char* name, int* count) {
   TF_RETURN_IF_ERROR(context->GetAttr(name, count));
   return *count <= 1 ? absl::OkStatus() : invalid(absl::StrCat(name, " must be 0 or 1. Received: ", *count));
 }
 
-class FusedConvBN : public ConvBnKernel {
+template <class Device>
+class FusedConvBN : public ConvBnKernel<Device> {
  public:
-  explicit FusedConvBN(OpKernelConstruction* context) : ConvBnKernel(context, plan_forward) {
+  explicit FusedConvBN(tensorflow::OpKernelConstruction* context)
+      : ConvBnKernel<Device>(context, Device::plan_forward) {
     int residuals = 0;
     OP_REQUIRES_OK(context, at_most_one(context, "num_residual", &residuals));
-    OP_REQUIRES_OK(context, context->GetAttr("keep_filters", &keep_filters_));
-    OP_REQUIRES_OK(context, to_absl(PackedFilters::check_limit()));
   }
 
-  void Compute(OpKernelContext* context) override {
-    Tensors tensors(context);
+  void Compute(tensorflow::OpKernelContext* context) override {
+    typename Device::Tensors tensors(context);
     Call call;
-    call.has_residual = tensors.find(residual_) != nullptr;
-    const auto prepared = prepare(context, call, &tensors);
+    call.has_residual = tensors.find(this->residual_) != nullptr;
+    const auto prepared = this->prepare(context, call, &tensors);
     OP_REQUIRES_OK(context, tensors.status());
-    const Plan& plan = prepared->plan;
-    ForwardBuffers buffers = gather(&tensors, plan, prepared->shapes);
+    const ForwardBuffers buffers = gather(&tensors, prepared->plan, prepared->shapes);
     OP_REQUIRES_OK(context, tensors.status());
-    const auto run_plan = [&](void* workspace, ParallelFor* threads) {
-      const PackedFilters::Packed packed = packed_filters(*tensors.find(filters_), plan, workspace, threads);
-      buffers.packed_filters = packed.get();
-      return run_cpu(plan, buffers, workspace, threads);
-    };
-    OP_REQUIRES_OK(context, run(context, plan, run_plan));
+    OP_REQUIRES_OK(context, this->device().run(context, prepared->plan, *tensors.find(this->filters_), buffers));
   }
 
  private:
-  // Of earlier calls; null if there are none.
-  PackedFilters::Packed packed_filters(const Tensor& filters, const Plan& plan, void* workspace,
-                                       ParallelFor* threads) const {
-    if (!keep_filters_ || !PackedFilters::may_keep(filters)) return nullptr;
-    if (plan.params.training) return PackedFilters::global()->forget(filters), nullptr;
-    if (plan.packed_bytes == 0) return nullptr;
-    return PackedFilters::global()->get(filters, plan, [&](void* packed) {
-      return pack_filters(plan, filters.data(), packed, workspace, threads).ok();
-    });
-  }
-
   ForwardBuffers gather(Tensors* t, const Plan& plan, const Shapes& shapes) const {
     ForwardBuffers b;
-    b.inputs = t->input(inputs_, shapes.inputs);
-    b.filters = t->input(filters_, shapes.filters);
-    b.gamma = t->input(gamma_, shapes.channels);
-    b.beta = t->input(beta_, shapes.channels);
-    b.moving_mean = t->input(moving_mean_, shapes.channels);
-    b.moving_variance = t->input(moving_variance_, shapes.channels);
-    b.residual = t->input(residual_, shapes.output);
+    b.inputs = t->input(this->inputs_, shapes.inputs);
+    b.filters = t->input(this->filters_, shapes.filters);
+    b.gamma = t->input(this->gamma_, shapes.channels);
+    b.beta = t->input(this->beta_, shapes.channels);
+    b.moving_mean = t->input(this->moving_mean_, shapes.channels);
+    b.moving_variance = t->input(this->moving_variance_, shapes.channels);
+    b.residual = t->input(this->residual_, shapes.output);
     b.output = plan.params.training ? t->output(output_, shapes.output)  // where z may lie meanwhile
-                                    : t->output_in_used_memory(residual_, output_, shapes.output);
+                                    : t->output_over(this->residual_, output_, shapes.output);
     const auto statistic = [&](const Port& port) {
       return plan.params.training ? t->output(port, shapes.channels) : t->output_if_read(port, shapes.channels);
     };
@@ -158,12 +128,13 @@ class FusedConvBN : public ConvBnKernel {
   const Port batch_mean_ = output_port(*this, "batch_mean");
   const Port inv_std_ = output_port(*this, "inv_std");
   const Port conv_out_ = output_port(*this, "conv_out");
-  bool keep_filters_ = false;
 };
 
-class FusedConvBNGrad : public ConvBnKernel {
+template <class Device>
+class FusedConvBNGrad : public ConvBnKernel<Device> {
  public:
-  explicit FusedConvBNGrad(OpKernelConstruction* context) : ConvBnKernel(context, plan_backward) {
+  explicit FusedConvBNGrad(tensorflow::OpKernelConstruction* context)
+      : ConvBnKernel<Device>(context, Device::plan_backward) {
     OP_REQUIRES_OK(context, context->GetAttr("has_residual", &has_residual_));
     OP_REQUIRES_OK(context, context->GetAttr("needs_inputs", &needs_inputs_));
     OP_REQUIRES_OK(context, context->GetAttr("needs_filters", &needs_filters_));
@@ -175,27 +146,24 @@ class FusedConvBNGrad : public ConvBnKernel {
                    check_count(context, "num_output", needs_output(params), derivative_from_output(params.activation)));
   }
 
-  void Compute(OpKernelContext* context) override {
-    Tensors tensors(context);
+  void Compute(tensorflow::OpKernelContext* context) override {
+    typename Device::Tensors tensors(context);
     Call call;
     call.has_residual = has_residual_;
     call.has_output = tensors.find(output_) != nullptr;
-    if (const Tensor* conv_out = tensors.find(conv_out_)) call.saved = saved_in(*conv_out);
-    const auto prepared = prepare(context, call, &tensors);
+    if (const tensorflow::Tensor* conv_out = tensors.find(conv_out_)) call.saved = saved_in(*conv_out);
+    const auto prepared = this->prepare(context, call, &tensors);
     OP_REQUIRES_OK(context, tensors.status());
-    const Plan& plan = prepared->plan;
     BackwardBuffers buffers;
-    gather_inputs(&tensors, plan.params, prepared->shapes, &buffers);
+    gather_inputs(&tensors, prepared->plan.params, prepared->shapes, &buffers);
     gather_outputs(&tensors, prepared->shapes, &buffers);
     OP_REQUIRES_OK(context, tensors.status());
-    const auto run_plan = [&](void* workspace, ParallelFor* threads) {
-      return run_cpu(plan, buffers, workspace, threads);
-    };
-    OP_REQUIRES_OK(context, run(context, plan, run_plan));
+    OP_REQUIRES_OK(context, this->device().run(context, prepared->plan, buffers));
   }
 
  private:
-  static absl::Status check_count(OpKernelConstruction* context, const char* name, bool needed, bool allowed) {
+  static absl::Status check_count(tensorflow::OpKernelConstruction* context, const char* name, bool needed,
+                                  bool allowed) {
     int count = 0;
     TF_RETURN_IF_ERROR(context->GetAttr(name, &count));
     if (count >= (needed ? 1 : 0) && count <= (allowed ? 1 : 0)) return absl::OkStatus();
@@ -207,13 +175,13 @@ class FusedConvBNGrad : public ConvBnKernel {
     b->output_gradient = t->input(output_gradient_, shapes.output);
     b->moving_mean_gradient = t->input(moving_mean_gradient_, shapes.channels);
     b->moving_variance_gradient = t->input(moving_variance_gradient_, shapes.channels);
-    b->inputs = t->input(inputs_, shapes.inputs);
-    b->filters = t->input(filters_, shapes.filters);
-    b->gamma = t->input(gamma_, shapes.channels);
-    b->beta = t->input(beta_, shapes.channels);
-    b->moving_mean = t->input(moving_mean_, shapes.channels);
-    b->moving_variance = t->input(moving_variance_, shapes.channels);
-    b->residual = t->input(residual_, shapes.output);
+    b->inputs = t->input(this->inputs_, shapes.inputs);
+    b->filters = t->input(this->filters_, shapes.filters);
+    b->gamma = t->input(this->gamma_, shapes.channels);
+    b->beta = t->input(this->beta_, shapes.channels);
+    b->moving_mean = t->input(this->moving_mean_, shapes.channels);
+    b->moving_variance = t->input(this->moving_variance_, shapes.channels);
+    b->residual = t->input(this->residual_, shapes.output);
     b->output = t->input(output_, shapes.output);
     b->batch_mean = t->input(batch_mean_, shapes.channels);
     b->inv_std = t->input(inv_std_, shapes.channels);
@@ -250,28 +218,30 @@ class FusedConvBNGrad : public ConvBnKernel {
 };
 
 template <class Kernel>
-void register_kernel(const char* name, tensorflow::DataType data, tensorflow::DataType stat) {
+void register_kernel(const char* name, const char* device, tensorflow::DataType data) {
   const auto* definition = tensorflow::KernelDefBuilder(name)
-                               .Device(tensorflow::DEVICE_CPU)
+                               .Device(device)
                                .HostMemory("training")
                                .TypeConstraint("T", data)
-                               .TypeConstraint("U", stat)
+                               .TypeConstraint("U", data == tensorflow::DT_DOUBLE ? data : tensorflow::DT_FLOAT)
                                .Build();
   tensorflow::kernel_factory::OpKernelRegistrar(
-      definition, name, [](OpKernelConstruction* context) -> OpKernel* { return new Kernel(context); });
+      definition, name,
+      [](tensorflow::OpKernelConstruction* context) -> tensorflow::OpKernel* { return new Kernel(context); });
 }
 
 // Not by REGISTER_KERNEL_BUILDER: with a second copy of this library in the process (two installations, a test), each
 // kernel would be there twice, and TensorFlow would refuse to choose.
-[[maybe_unused]] const bool registered = [] {
-  if (tensorflow::GetRegisteredKernelsForOp("FusedConvBN").kernel_size() > 0) return false;
+template <class Device>
+bool register_kernels() {
+  const tensorflow::KernelList all = tensorflow::GetRegisteredKernelsForOp("FusedConvBN");
+  for (const auto& kernel : all.kernel())
+    if (kernel.device_type() == Device::type()) return false;
   for (auto data : {tensorflow::DT_FLOAT, tensorflow::DT_DOUBLE, tensorflow::DT_HALF, tensorflow::DT_BFLOAT16}) {
-    const auto stat = data == tensorflow::DT_DOUBLE ? data : tensorflow::DT_FLOAT;
-    register_kernel<FusedConvBN>("FusedConvBN", data, stat);
-    register_kernel<FusedConvBNGrad>("FusedConvBNGrad", data, stat);
+    register_kernel<FusedConvBN<Device>>("FusedConvBN", Device::type(), data);
+    register_kernel<FusedConvBNGrad<Device>>("FusedConvBNGrad", Device::type(), data);
   }
   return true;
-}();
+}
 
-}  // namespace
 }  // namespace fusedconvbn::tf

@@ -1,0 +1,34 @@
+#include "cuda_library.h"
+
+#include <dlfcn.h>
+
+#include "../cuda/api.h"
+
+namespace fusedconvbn {
+namespace {
+
+template <class Function>
+Status find(void* library, const char* name, Function* function) {
+  *function = reinterpret_cast<Function>(dlsym(library, name));
+  return *function == nullptr ? Status::error(std::string("the CUDA library has no ") + name) : Status{};
+}
+
+}  // namespace
+
+Status CudaLibrary::open(const std::string& path, std::unique_ptr<CudaLibrary>* library) {
+  void* const handle = dlopen(path.c_str(), RTLD_NOW | RTLD_LOCAL);
+  if (handle == nullptr) return Status::error(dlerror());
+  auto opened = std::make_unique<CudaLibrary>();
+  decltype(&fcb_cuda_layout) layout = nullptr;
+  for (const Status& found :
+       {find(handle, "fcb_cuda_layout", &layout),
+        find(handle, "fcb_cuda_forward_workspace", &opened->forward_workspace_),
+        find(handle, "fcb_cuda_backward_workspace", &opened->backward_workspace_),
+        find(handle, "fcb_cuda_forward", &opened->forward_), find(handle, "fcb_cuda_backward", &opened->backward_)})
+    if (!found.ok()) return found;
+  if (layout() != contract_layout()) return Status::error("the CUDA library is of another build: " + path);
+  *library = std::move(opened);
+  return {};
+}
+
+}  // namespace fusedconvbn
