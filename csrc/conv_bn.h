@@ -161,6 +161,7 @@ struct Plan {
   ConvBnParams params;
   DeviceInfo device;
   std::vector<const Kernel*> stages;  // in the order of execution
+  std::string gpu = {};               // what the CUDA library runs (cuda_library.h); empty: a plan for the CPU
   Saved saved = Saved::kNothing;      // forward: what it leaves in conv_out
   size_t workspace_bytes = 0;         // 64-byte aligned
   size_t conv_grad_bytes = 0;         // of them, at the start: the gradient of z, handed from stage to stage

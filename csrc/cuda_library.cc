@@ -31,4 +31,17 @@ Status CudaLibrary::open(const std::string& path, std::unique_ptr<CudaLibrary>* 
   return {};
 }
 
+Status CudaLibrary::plan(const ConvBnParams& params, bool backward, Plan* plan) const {
+  if (params.algorithm == Algorithm::kWinograd2 || params.algorithm == Algorithm::kWinograd4)
+    return Status::error(std::string("algorithm must be \"auto\" or \"direct\" on a GPU. Received: ") +
+                         (params.algorithm == Algorithm::kWinograd2 ? "\"winograd2\"" : "\"winograd4\""));
+  *plan = Plan{};
+  plan->params = params;
+  plan->gpu = "plain";
+  if (backward && params.saved == Saved::kMoments) plan->params.saved = Saved::kNothing;
+  if (!backward) plan->saved = asked_for(params);
+  plan->workspace_bytes = (backward ? backward_workspace_ : forward_workspace_)(&plan->params);
+  return {};
+}
+
 }  // namespace fusedconvbn

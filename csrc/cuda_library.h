@@ -15,17 +15,16 @@ class CudaLibrary {
  public:
   static Status open(const std::string& path, std::unique_ptr<CudaLibrary>* library);
 
-  // Memory for a call; params as validate() of shape.h accepts them, of which `algorithm` is ignored.
-  size_t workspace_bytes(const ConvBnParams& params, bool backward) const {
-    return (backward ? backward_workspace_ : forward_workspace_)(&params);
-  }
+  // As plan_forward() and plan_backward(): params as validate() of shape.h accepts them. Of second moments of the
+  // inputs, which forward may have saved on a CPU, backward makes no use: it computes z again.
+  Status plan(const ConvBnParams& params, bool backward, Plan* plan) const;
 
-  // All memory is that of the device that is current. Forward saves what asked_for(params) says.
-  Status run(const ConvBnParams& params, const ForwardBuffers& buffers, void* workspace, void* stream) const {
-    return status(forward_(&params, &buffers, workspace, stream));
+  // All memory is that of the device that is current. Queues kernels on its stream, and does not wait for them.
+  Status run(const Plan& plan, const ForwardBuffers& buffers, void* workspace, void* stream) const {
+    return status(forward_(&plan.params, &buffers, workspace, stream));
   }
-  Status run(const ConvBnParams& params, const BackwardBuffers& buffers, void* workspace, void* stream) const {
-    return status(backward_(&params, &buffers, workspace, stream));
+  Status run(const Plan& plan, const BackwardBuffers& buffers, void* workspace, void* stream) const {
+    return status(backward_(&plan.params, &buffers, workspace, stream));
   }
 
  private:

@@ -207,6 +207,7 @@ std::vector<int64_t> conv_out_shape(const ConvBnParams& params, Saved saved) {
 }
 
 std::string Plan::describe() const {
+  if (!gpu.empty()) return gpu + "; workspace " + std::to_string(workspace_bytes) + " bytes of a GPU's memory";
   std::string text;
   for (const Kernel* kernel : stages) text += std::string(text.empty() ? "" : " -> ") + kernel->name;
   return text + "; workspace " + std::to_string(workspace_bytes) + " bytes; isa " + name_of(device.isa);

@@ -15,6 +15,7 @@ from types import ModuleType
 from typing import Any
 
 LIBRARY = Path(__file__).with_name("_ops.so")
+CUDA_LIBRARY = Path(__file__).with_name("_cuda.so")
 
 _REBUILD = "`pip install --no-build-isolation --force-reinstall --no-deps PATH`, PATH being a clone of fusedconvbn"
 
@@ -50,6 +51,18 @@ def core() -> ModuleType:
     if not _built("_core"):
         raise _not_built("extension module")
     return importlib.import_module("fusedconvbn._core")
+
+
+@functools.cache
+def cuda() -> Any:
+    """The CUDA kernels, for arrays on a GPU.
+
+    Raises:
+        ImportError: They were not built.
+    """
+    if not CUDA_LIBRARY.exists():
+        raise _not_built("CUDA kernels", "with nvcc on the PATH, ")
+    return core().CudaLibrary(str(CUDA_LIBRARY))
 
 
 def register_with_frameworks() -> None:

@@ -1,27 +1,27 @@
-"""The kernels of the op on NumPy arrays, without TensorFlow: forward, backward, and what would run (`plan`).
+"""The kernels of the op on arrays, without TensorFlow: forward, backward, and what would run (`plan`).
 
 Arguments, defaults and results are those of `fusedconvbn.fused_conv_bn`, gradients are explicit. Arrays are NumPy's or
 anything `numpy.asarray` takes: float16, bfloat16 (of the package ml_dtypes), float32 or float64; gamma, beta and all
 statistics ("stat" below) are float32, or float64 for float64 inputs. Arrays that are not contiguous are copied first.
 Results are new arrays. The GIL is released while kernels run.
 
+If `inputs` is on a GPU, a torch tensor or an array with a `__cuda_array_interface__`, all arrays must be, of the same
+library and device; results are torch tensors, else CuPy arrays. CUDA kernels are queued on a stream, and nothing waits.
+They take "auto" and "direct" for `algorithm`; isa, kernel, threads and packed_filters are to be left out.
+
 Every function raises a `TypeError` or `ValueError` that names the argument, what it got and what is accepted.
 """
 
 from __future__ import annotations
 
-import math
 from typing import Any, NamedTuple
 
 import numpy as np
 
-from fusedconvbn import _arguments, _load
+from fusedconvbn import _arguments, _arrays, _gpu_arrays, _load
 
-_DTYPES = ("float32", "float64", "float16", "bfloat16")  # in the order of the core's `enum class DType`
 _PADDINGS = ("VALID", "SAME", "EXPLICIT")  # of `enum class Padding`
-_ISAS = ("generic", "avx2", "avx512", "amx")
 _SAVED = ("nothing", "conv", "moments", "bfloat16")  # of `enum class Saved`
-_MAX_THREADS = 1024
 
 
 class PackedFilters(NamedTuple):
@@ -84,7 +84,7 @@ def plan(
     padding: Any = "VALID", data_format: str = "NHWC", activation: str | None = None, residual: bool = False,
     training: bool = False, epsilon: float = 1e-3, momentum: float = 0.99, unbiased_moving_variance: bool = False,
     algorithm: str = "auto", save: str = "conv", direction: str = "forward", saved: str = "conv",
-    isa: str | None = None, kernel: str | None = None, threads: int = 1,
+    isa: str | None = None, kernel: str | None = None, threads: int = 1, device: str = "cpu",
 ) -> Any:  # fmt: skip
     """Which kernels would run, without running them: a printable object.
 
@@ -99,6 +99,7 @@ def plan(
         kernel: A name that `kernels()` lists, used for the stage that it serves; None: the first of each stage that
             supports the problem. The environment variable FUSEDCONVBN_KERNEL does the same.
         threads: How many threads are to run it.
+        device: "cpu", or "gpu", for which isa, kernel and threads are to be left out.
         dtype, strides, ... save: As in `forward`; `residual` says whether there is one.
 
     Returns:
@@ -113,13 +114,16 @@ def plan(
         _arguments.refuse(ValueError, "saved", "one of " + ", ".join(map(repr, _SAVED)), saved)
     if direction not in ("forward", "backward"):
         _arguments.refuse(ValueError, "direction", "'forward' or 'backward'", direction)
+    if device not in ("cpu", "gpu"):
+        _arguments.refuse(ValueError, "device", "'cpu' or 'gpu'", device)
     params = _params(
         inputs_shape, filters_shape, dtype=dtype, strides=strides, dilations=dilations, padding=padding,
         data_format=data_format, activation=activation, residual=_arguments.flag("residual", residual),
         training=training, epsilon=epsilon, momentum=momentum, unbiased_moving_variance=unbiased_moving_variance,
         algorithm=algorithm, save=save, saved=saved, has_output=saved == "moments",
     )  # fmt: skip
-    return _plan(params, direction == "backward", isa, kernel, threads)
+    planner = _gpu_arrays.plan if device == "gpu" else _arrays.Numpy().plan
+    return planner(params, direction == "backward", isa, kernel, threads)
 
 
 def pack_filters(plan: Any, filters: Any) -> PackedFilters:
@@ -136,11 +140,9 @@ def pack_filters(plan: Any, filters: Any) -> PackedFilters:
     if not plan.packed_bytes:
         _arguments.refuse(ValueError, "plan", "of a kernel that packs filters", plan)
     _, shape, _, dtype, _ = plan.packed_form
-    filters = np.asarray(filters)
-    if filters.dtype.name != _DTYPES[dtype]:
-        _refuse_array(TypeError, "filters", f"of dtype {_DTYPES[dtype]}", filters)
-    filters = _array("filters", filters, filters.dtype, shape=shape)
-    memory = _empty((plan.packed_bytes,), np.dtype(np.uint8))
+    arrays = _arrays.Numpy()
+    filters = _arrays.array(arrays, "filters", filters, _arrays.DTYPES[dtype], shape=shape)
+    memory = arrays.empty((plan.packed_bytes,), "uint8")
     _load.core().pack_filters(plan, filters, memory, None)
     return PackedFilters(plan.packed_form, memory)
 
@@ -150,7 +152,7 @@ def forward(
     strides: Any = 1, dilations: Any = 1, padding: Any = "VALID", data_format: str = "NHWC", epsilon: float = 1e-3,
     momentum: float = 0.99, unbiased_moving_variance: bool = False, activation: str | None = None,
     training: bool = False, algorithm: str = "auto", save: str = "conv", isa: str | None = None,
-    kernel: str | None = None, threads: int = 1, packed_filters: PackedFilters | None = None,
+    kernel: str | None = None, threads: int = 1, packed_filters: PackedFilters | None = None, stream: Any = None,
 ) -> ForwardResult:  # fmt: skip
     """output = activation(gamma * (conv(inputs, filters) - mean) / sqrt(variance + epsilon) + beta + residual).
 
@@ -164,7 +166,9 @@ def forward(
         training: Whether mean and variance are those of the batch, and moving statistics updated.
         save: What `conv_out` is to hold of the convolution: "conv", "bfloat16" or "recompute", nothing.
         isa, kernel, threads: As in `plan`.
-        packed_filters: What `pack_filters` made of `filters`, or None: they are packed by this call.
+        packed_filters: What `pack_filters` made of `filters`, or None: they are packed by this call. None on a GPU.
+        stream: Of arrays on a GPU, where kernels are queued and memory is taken: a stream of CuPy or torch, or its
+            address; None: the current one of the arrays' library.
 
     In training `conv_out` is one of: the convolution, of the output's shape and dtype; its n numbers [N,OH,OW,K] less
     `batch_mean` in bfloat16, two in a float32, [(n + 1) / 2]; the second moments of the inputs, [C + 2, C] (scatter,
@@ -173,9 +177,9 @@ def forward(
 
     Results have the same bits whatever the number of threads.
     """
-    data = _Data(inputs, filters)
+    data = _arrays.Data(inputs, filters, stream)
     params = _params(
-        data.inputs.shape, data.filters.shape, dtype=data.dtype.name, strides=strides, dilations=dilations,
+        data.inputs.shape, data.filters.shape, dtype=data.dtype, strides=strides, dilations=dilations,
         padding=padding, data_format=data_format, activation=activation, residual=residual is not None,
         training=training, epsilon=epsilon, momentum=momentum, unbiased_moving_variance=unbiased_moving_variance,
         algorithm=algorithm, save=save,
@@ -183,14 +187,12 @@ def forward(
     statistics = data.vectors(gamma=gamma, beta=beta, moving_mean=moving_mean, moving_variance=moving_variance)
     image = params.output_shape
     residual = data.image("residual", residual, image)
-    chosen = _plan(params, False, isa, kernel, threads)
+    chosen = data.library.plan(params, False, isa, kernel, threads)
     packed = _packed(packed_filters, chosen)
     output = data.empty(image)
     conv_out = data.empty(chosen.conv_out_shape) if chosen.conv_out_shape else None
     results = [data.empty_vector() for _ in range(4)]
-    _load.core().forward(
-        chosen, data.inputs, data.filters, *statistics, residual, packed, output, *results, conv_out, None
-    )
+    data.library.forward(chosen, data.inputs, data.filters, *statistics, residual, packed, output, *results, conv_out)
     return ForwardResult(output, *results, conv_out)
 
 
@@ -201,7 +203,7 @@ def backward(
     padding: Any = "VALID", data_format: str = "NHWC", epsilon: float = 1e-3, momentum: float = 0.99,
     unbiased_moving_variance: bool = False, activation: str | None = None, training: bool = False,
     algorithm: str = "auto", save: str = "conv", needs_inputs: bool = True, needs_filters: bool = True,
-    isa: str | None = None, kernel: str | None = None, threads: int = 1,
+    isa: str | None = None, kernel: str | None = None, threads: int = 1, stream: Any = None,
 ) -> BackwardResult:  # fmt: skip
     """Gradients of all arguments of `forward`, which must have had the same ones.
 
@@ -213,11 +215,11 @@ def backward(
         batch_mean, inv_std, conv_out: What `forward` returned; read in training only.
         moving_mean_gradient, moving_variance_gradient: [K], stat: gradients of the returned moving statistics; None: 0.
         needs_inputs, needs_filters: Whether to compute these gradients.
-        strides, ... threads: As in `forward`.
+        strides, ... stream: As in `forward`.
     """
-    data = _Data(inputs, filters)
+    data = _arrays.Data(inputs, filters, stream)
     params = _params(
-        data.inputs.shape, data.filters.shape, dtype=data.dtype.name, strides=strides, dilations=dilations,
+        data.inputs.shape, data.filters.shape, dtype=data.dtype, strides=strides, dilations=dilations,
         padding=padding, data_format=data_format, activation=activation, residual=residual is not None,
         training=training, epsilon=epsilon, momentum=momentum, unbiased_moving_variance=unbiased_moving_variance,
         algorithm=algorithm, save=save, saved=_saved(conv_out), has_output=output is not None,
@@ -231,16 +233,16 @@ def backward(
     output = data.image("output", output, image, required=params.needs_output)
     kept = params.conv_out_shape if save != "recompute" or conv_out is not None else None
     saved = data.saved(kept, batch_mean, inv_std, conv_out) if training else [None, None, None]
-    chosen = _plan(params, True, isa, kernel, threads)
+    chosen = data.library.plan(params, True, isa, kernel, threads)
     results = BackwardResult(
         data.empty(data.inputs.shape) if _arguments.flag("needs_inputs", needs_inputs) else None,
         data.empty(data.filters.shape) if _arguments.flag("needs_filters", needs_filters) else None,
         *(data.empty_vector() for _ in range(4)),
         residual=None if residual is None else data.empty(image),
     )
-    _load.core().backward(
+    data.library.backward(
         chosen, output_gradient, g_mean, g_variance, data.inputs, data.filters, *statistics, residual, output, *saved,
-        *results, None,
+        *results,
     )  # fmt: skip
     return results
 
@@ -260,7 +262,7 @@ def _params(
         dilations=_arguments.pair("dilations", dilations),
         padding=_PADDINGS.index(kind),
         explicit_padding=explicit,
-        dtype=_DTYPES.index(_dtype_name(dtype)),
+        dtype=_arrays.DTYPES.index(_dtype_name(dtype)),
         data_format=_arguments.DATA_FORMATS.index(_arguments.data_format(data_format)),
         activation=_arguments.ACTIVATIONS.index(_arguments.activation(activation)),
         residual=residual,
@@ -278,15 +280,6 @@ def _params(
 def _saved(conv_out: Any) -> str:
     """What this array, a result of `forward`, holds: each kind has a rank of its own."""
     return "nothing" if conv_out is None else {1: "bfloat16", 2: "moments"}.get(np.ndim(conv_out), "conv")
-
-
-def _plan(params: Any, backward: bool, isa: Any, kernel: Any, threads: Any) -> Any:
-    if isa is not None and isa not in _ISAS:
-        _arguments.refuse(ValueError, "isa", "None or one of " + ", ".join(map(repr, _ISAS)), isa)
-    if kernel is not None and not isinstance(kernel, str):
-        _arguments.refuse(TypeError, "kernel", "None or a name that raw.kernels() lists", kernel)
-    threads = _arguments.integer("threads", threads, 1, _MAX_THREADS)
-    return _load.core().Plan(params, backward=backward, isa=isa or "", kernel=kernel or "", threads=threads)
 
 
 def _packed(packed_filters: Any, plan: Any) -> np.ndarray | None:
@@ -307,71 +300,6 @@ def _dtype_name(dtype: Any) -> str:
         name = dtype if isinstance(dtype, str) or dtype is None else np.dtype(dtype).name
     except TypeError:
         name = None
-    if name not in _DTYPES:
-        _arguments.refuse(TypeError, "dtype", "one of " + ", ".join(map(repr, _DTYPES)), dtype)
+    if name not in _arrays.DTYPES:
+        _arguments.refuse(TypeError, "dtype", "one of " + ", ".join(map(repr, _arrays.DTYPES)), dtype)
     return name
-
-
-class _Data:
-    """Inputs and filters as contiguous arrays, and the checks of all others against their dtype and channels."""
-
-    def __init__(self, inputs: Any, filters: Any):
-        inputs = np.asarray(inputs)
-        self.dtype = inputs.dtype
-        if self.dtype.name not in _DTYPES or not self.dtype.isnative:
-            _refuse_array(TypeError, "inputs", "of dtype float16, bfloat16, float32 or float64", inputs)
-        self.stat_dtype = np.dtype(np.float64 if self.dtype == np.float64 else np.float32)
-        self.inputs = _array("inputs", inputs, self.dtype, rank=4)
-        self.filters = _array("filters", filters, self.dtype, rank=4)
-        self.channels = self.filters.shape[3]
-
-    def vectors(self, **vectors: Any) -> list[np.ndarray]:
-        """Each as a contiguous array [K] of the statistics' type."""
-        return [_array(name, value, self.stat_dtype, shape=(self.channels,)) for name, value in vectors.items()]
-
-    def vector_or_zeros(self, name: str, value: Any) -> np.ndarray:
-        """As `vectors`; zeros for None."""
-        return np.zeros(self.channels, self.stat_dtype) if value is None else self.vectors(**{name: value})[0]
-
-    def saved(self, shape: Any, batch_mean: Any, inv_std: Any, conv_out: Any) -> list[np.ndarray | None]:
-        """What forward must have returned in training; `shape` is conv_out's, None if it may be missing."""
-        vectors = self.vectors(batch_mean=batch_mean, inv_std=inv_std)
-        return [*vectors, None if shape is None else self.image("conv_out", conv_out, shape, required=True)]
-
-    def image(self, name: str, value: Any, shape: Any, required: bool = False) -> np.ndarray | None:
-        """A contiguous array of the output's shape and the inputs' dtype; None if there is none."""
-        if value is None and not required:
-            return None
-        return _array(name, value, self.dtype, shape=tuple(shape))
-
-    def empty(self, shape: Any) -> np.ndarray:
-        return _empty(shape, self.dtype)
-
-    def empty_vector(self) -> np.ndarray:
-        return np.empty(self.channels, self.stat_dtype)
-
-
-def _empty(shape: Any, dtype: np.dtype) -> np.ndarray:
-    """An array that begins at a cache line, as TensorFlow's do: large results can then be streamed to memory."""
-    line, size = 64, math.prod(shape) * dtype.itemsize
-    memory = np.empty(size + line, np.uint8)
-    start = -memory.ctypes.data % line
-    return memory[start : start + size].view(dtype).reshape(shape)
-
-
-def _array(name: str, value: Any, dtype: np.dtype, *, rank: int | None = None, shape: Any = None) -> np.ndarray:
-    """`value` as an aligned C-contiguous array, copied only if it is none."""
-    if value is None:
-        _arguments.refuse(TypeError, name, f"an array of dtype {dtype.name}", value)
-    array = np.asarray(value)
-    if array.dtype != dtype:
-        _refuse_array(TypeError, name, f"of dtype {dtype.name}", array)
-    if rank is not None and array.ndim != rank:
-        _refuse_array(ValueError, name, f"of rank {rank}", array)
-    if shape is not None and array.shape != shape:
-        _refuse_array(ValueError, name, f"of shape {shape}", array)
-    return np.require(array, requirements=["C", "A"])
-
-
-def _refuse_array(error: type[Exception], name: str, accepted: str, array: np.ndarray) -> None:
-    raise error(f"`{name}` must be an array {accepted}. Received: shape {array.shape}, dtype {array.dtype.name}")

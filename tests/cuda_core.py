@@ -3,15 +3,14 @@
 from __future__ import annotations
 
 import ctypes
-import math
 import subprocess
 import sys
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import numpy as np
 
-from fusedconvbn import _arguments, _load
+from fusedconvbn import _load
 
 ROOT = Path(__file__).parent.parent
 PACKED_FILTERS = 7  # their position in `forward`; GPUs do not read them
@@ -40,24 +39,6 @@ def build_host(folder: Path, **options: str) -> Path:
     return folder / "libcuda_host.so"
 
 
-def conv_out_shape(arguments: dict[str, Any], output: list[int]) -> list[int]:
-    """Of what forward saves; the arguments of the core's `Params`."""
-    save = _arguments.SAVES[arguments["save"]]
-    if not arguments["training"] or save == "recompute":
-        return []
-    in_bfloat16 = save == "bfloat16" and arguments["dtype"] == 0
-    return [(math.prod(output) + 1) // 2] if in_bfloat16 else output
-
-
-class Plan(NamedTuple):
-    """What `raw` asks of a plan."""
-
-    params: Any
-    workspace_bytes: int
-    conv_out_shape: list[int]
-    packed_form: None = None
-
-
 class Core:
     """`forward` and `backward` of the core, by a CUDA library; `memory` is its device's."""
 
@@ -65,21 +46,19 @@ class Core:
         self._library, self._memory, self._core = library, memory, _load.core()
 
     def Params(self, **arguments: Any) -> Any:
-        self._arguments = arguments
         return self._core.Params(**arguments)
 
     def Plan(self, params: Any, *, backward: bool, **_: Any) -> Plan:
-        saved = conv_out_shape(self._arguments, params.output_shape)
-        return Plan(params, self._library.workspace_bytes(params, backward), saved)
+        return self._library.plan(params, backward)
 
-    def forward(self, plan: Plan, *arrays: np.ndarray | None) -> None:
+    def forward(self, plan: Any, *arrays: np.ndarray | None) -> None:
         without_packed = [*arrays[:PACKED_FILTERS], *arrays[PACKED_FILTERS + 1 : -1]]
         self._run(self._library.forward, plan, without_packed, 7)
 
-    def backward(self, plan: Plan, *arrays: np.ndarray | None) -> None:
+    def backward(self, plan: Any, *arrays: np.ndarray | None) -> None:
         self._run(self._library.backward, plan, list(arrays[:-1]), 14)
 
-    def _run(self, entry: Any, plan: Plan, arrays: list[np.ndarray | None], read: int) -> None:
+    def _run(self, entry: Any, plan: Any, arrays: list[np.ndarray | None], read: int) -> None:
         """Results and workspace hold NaN before: what is not written shows."""
         given = {id(array) for array in arrays[:read]}
         results = [array for array in arrays[read:] if array is not None]
@@ -90,7 +69,7 @@ class Core:
         buffers = {id(array): memory.copy_of(array) for array in arrays if array is not None}
         workspace = memory.copy_of(aligned(plan.workspace_bytes))
         addresses = [0 if array is None else memory.address(buffers[id(array)]) for array in arrays]
-        entry(plan.params, addresses, memory.address(workspace), memory.stream)
+        entry(plan, addresses, memory.address(workspace), memory.stream)
         for array in results:
             memory.copy_from(memory.address(buffers[id(array)]), array)
 

@@ -181,4 +181,4 @@ def test_what_is_too_large(library, arguments: dict, message: str):
     default = {"inputs_shape": (1, 3, 1, 1), "filters_shape": (1, 1, 1, 1), "strides": 1, "padding": "VALID"}
     params = raw._params(**{**default, **arguments}, dilations=1, data_format="NHWC")
     with pytest.raises(RuntimeError, match=message):
-        library.forward(params, [0] * 13, 0, 0)
+        library.forward(library.plan(params, False), [0] * 13, 0, 0)

@@ -16,7 +16,7 @@ from typing import Any
 
 import numpy as np
 
-from fusedconvbn import _load, raw
+from fusedconvbn import _load
 
 RESULTS = {"forward": 6, "backward": 7, "pack_filters": 1}  # of the arrays of a call, the last before the workspace
 LINE = 64  # bytes: results begin there, unless they are to be off it
@@ -151,17 +151,9 @@ class GuardedCore:
 @contextlib.contextmanager
 def guarded(offset: int = 0, memory: type[Guarded] = Guarded) -> Iterator[None]:
     """Within it, calls of `raw` run on guarded memory whose arrays begin `offset` elements behind a cache line."""
-    load = raw._load
-    raw._load = _Loader(GuardedCore(_load.core(), offset, memory))
+    load, core = _load.core, GuardedCore(_load.core(), offset, memory)
+    _load.core = lambda: core
     try:
         yield
     finally:
-        raw._load = load
-
-
-class _Loader:
-    def __init__(self, core: GuardedCore):
-        self._core = core
-
-    def core(self) -> GuardedCore:
-        return self._core
+        _load.core = load

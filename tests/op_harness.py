@@ -22,7 +22,6 @@ BACKWARD = (
     "output_gradient", "moving_mean_gradient", "moving_variance_gradient", "inputs", "filters", "gamma", "beta",
     "moving_mean", "moving_variance", "residual", "output", "batch_mean", "inv_std", "conv_out",
 )  # fmt: skip
-FROM_OUTPUT = ("relu", "relu6", "leaky_relu", "elu")  # the activations whose derivative follows from the output
 
 
 class Array(ctypes.Structure):
@@ -105,6 +104,15 @@ def process(**arguments: Any) -> ProcessPoolExecutor:
     return ProcessPoolExecutor(1, multiprocessing.get_context("spawn"), initializer=partial(start, **arguments))
 
 
+def conv_out_shape(arguments: dict[str, Any], output: list[int]) -> list[int]:
+    """Of what forward saves; the arguments of the core's `Params`."""
+    save = _arguments.SAVES[arguments["save"]]
+    if not arguments["training"] or save == "recompute":
+        return []
+    in_bfloat16 = save == "bfloat16" and arguments["dtype"] == 0
+    return [(math.prod(output) + 1) // 2] if in_bfloat16 else output
+
+
 class Plan(NamedTuple):
     """What `raw` asks of a plan."""
 
@@ -125,7 +133,7 @@ class Core:
         return self._core.Params(**arguments)
 
     def Plan(self, params: Any, **_: Any) -> Plan:
-        return Plan(params, self._arguments, cuda_core.conv_out_shape(self._arguments, params.output_shape))
+        return Plan(params, self._arguments, conv_out_shape(self._arguments, params.output_shape))
 
     def forward(self, plan: Plan, *arrays: np.ndarray | None) -> None:
         arrays = [*arrays[:7], *arrays[8:-1]]  # without packed filters and threads
@@ -134,11 +142,10 @@ class Core:
 
     def backward(self, plan: Plan, *arrays: np.ndarray | None) -> None:
         given, results = dict(zip(BACKWARD, arrays)), arrays[14:-1]
-        activation, residual = _arguments.ACTIVATIONS[plan.arguments["activation"]], given["residual"] is not None
-        needs_residual = residual and activation is not None and activation not in FROM_OUTPUT
-        if not needs_residual:
+        has_residual = given["residual"] is not None
+        if not plan.params.needs_residual:
             given["residual"] = None
-        if not residual or activation not in FROM_OUTPUT:
+        if not plan.params.needs_output:
             given["output"] = None
         unread = np.full(plan.arguments["filters_shape"][3], np.nan, given["gamma"].dtype)
         for name in ("batch_mean", "inv_std"):
@@ -146,8 +153,8 @@ class Core:
         if given["conv_out"] is None:
             given["conv_out"] = np.empty((0, 0, 0, 0), given["inputs"].dtype)
         attributes = {
-            "num_residual": int(needs_residual), "num_output": int(given["output"] is not None),
-            "has_residual": residual, "num_residual_gradient": int(results[-1] is not None),
+            "num_residual": int(plan.params.needs_residual), "num_output": int(given["output"] is not None),
+            "has_residual": has_residual, "num_residual_gradient": int(results[-1] is not None),
             "needs_inputs": results[0] is not None, "needs_filters": results[1] is not None,
         }  # fmt: skip
         if results[-1] is None:

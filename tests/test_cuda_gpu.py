@@ -13,7 +13,7 @@ from cuda_suite import ALL, RANGES, with_the_kernels
 from raw_problem import Problem
 
 import fusedconvbn
-from fusedconvbn import _load
+from fusedconvbn import _load, raw
 
 if not cuda_core.has_gpu():
     pytest.skip("this machine has no GPU", allow_module_level=True)
@@ -31,6 +31,25 @@ def on_the_device(library, monkeypatch):
     core = cuda_core.Core(library, cuda_core.GpuMemory(cupy))
     monkeypatch.setattr(_load, "core", lambda: core)
     return core
+
+
+@pytest.mark.parametrize("module", ["cupy", "torch"])
+@pytest.mark.parametrize("case", [case for case in ALL if case.dtype != "bf16"][::29], ids=str)
+def test_arrays_of_cupy_and_torch(case: Case, module: str, library, monkeypatch):
+    """On the current stream, and on another one."""
+    monkeypatch.setattr(_load, "cuda", lambda: library)
+    arrays, problem = pytest.importorskip(module), Problem(case)
+    take = cupy.asarray if module == "cupy" else lambda array: arrays.from_numpy(array.copy()).cuda()
+    arguments = [None if array is None else take(array) for array in problem.arguments]
+    arrays.cuda.Device().synchronize() if module == "cupy" else arrays.cuda.synchronize()
+    for stream in (None, cupy.cuda.Stream(non_blocking=True)):
+        result = raw.forward(*arguments, **case.attributes, stream=stream)
+        cupy.cuda.Device().synchronize()
+        problem.check_forward(result._make(None if a is None else on_the_host(a) for a in result))
+
+
+def on_the_host(array):
+    return cupy.asnumpy(array) if isinstance(array, cupy.ndarray) else array.cpu().numpy()
 
 
 @with_the_kernels

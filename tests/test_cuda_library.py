@@ -53,15 +53,15 @@ def test_workspace(library, training):
     case = Case(batch=4, height=32, width=32, in_channels=8, out_channels=64)
     params = raw._params(case.inputs_shape, case.filters_shape, padding="SAME", training=training, **UNSTRIDED)
     image = 4 * 4 * 32 * 32 * 64
-    assert library.workspace_bytes(params, False) < image / 8
-    assert image <= library.workspace_bytes(params, True) <= 2.5 * image
+    assert library.plan(params, False).workspace_bytes < image / 8
+    assert image <= library.plan(params, True).workspace_bytes <= 2.5 * image
 
 
 @pytest.mark.skipif(cuda_core.has_gpu(), reason="this machine has a GPU")
 def test_without_a_gpu_it_says_so(library):
     params = raw._params((1, 5, 5, 3), (1, 1, 3, 4), padding="SAME", **UNSTRIDED)
     with pytest.raises(RuntimeError, match=r"driver|no CUDA-capable device"):
-        library.forward(params, [0] * 13, 0, 0)
+        library.forward(library.plan(params, False), [0] * 13, 0, 0)
 
 
 def test_a_library_that_is_none(tmp_path):

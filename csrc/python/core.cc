@@ -110,6 +110,7 @@ py::list estimates(const Plan& plan) {
 
 // What decides how pack_filters() lays filters out: row, shape, groups, dtype and, where a row has several ways, bytes.
 py::tuple packed_form(const Plan& plan) {
+  if (plan.stages.empty()) return py::tuple();  // for a GPU
   const ConvBnParams& p = plan.params;
   const auto shape = py::make_tuple(p.filter_height, p.filter_width, p.group_in(), p.out_channels);
   return py::make_tuple(plan.stages.at(0)->name, shape, p.groups, static_cast<int>(p.dtype), plan.packed_bytes);

@@ -25,26 +25,32 @@ std::unique_ptr<CudaLibrary> open(const std::string& path) {
   return library;
 }
 
+Plan make_plan(const CudaLibrary& library, const ConvBnParams& params, bool backward) {
+  Plan plan;
+  if (const Status planned = library.plan(params, backward, &plan); !planned.ok())
+    throw py::value_error(planned.message);
+  return plan;
+}
+
 template <class Buffers>
-void run(const CudaLibrary& library, const ConvBnParams& params, const Buffers& buffers, Address workspace,
-         Address stream) {
-  const Status ran = library.run(params, buffers, at(workspace), at(stream));
+void run(const CudaLibrary& library, const Plan& plan, const Buffers& buffers, Address workspace, Address stream) {
+  const Status ran = library.run(plan, buffers, at(workspace), at(stream));
   if (!ran.ok()) throw std::runtime_error(ran.message);
 }
 
-void forward(const CudaLibrary& library, const ConvBnParams& params, const std::array<Address, 13>& buffers,
-             Address workspace, Address stream) {
+void forward(const CudaLibrary& library, const Plan& plan, const std::array<Address, 13>& buffers, Address workspace,
+             Address stream) {
   ForwardBuffers b;
   size_t i = 0;
   for (const void** from : {&b.inputs, &b.filters, &b.gamma, &b.beta, &b.moving_mean, &b.moving_variance, &b.residual})
     *from = at(buffers[i++]);
   for (void** to : {&b.output, &b.new_moving_mean, &b.new_moving_variance, &b.batch_mean, &b.inv_std, &b.conv_out})
     *to = at(buffers[i++]);
-  run(library, params, b, workspace, stream);
+  run(library, plan, b, workspace, stream);
 }
 
-void backward(const CudaLibrary& library, const ConvBnParams& params, const std::array<Address, 21>& buffers,
-              Address workspace, Address stream) {
+void backward(const CudaLibrary& library, const Plan& plan, const std::array<Address, 21>& buffers, Address workspace,
+              Address stream) {
   BackwardBuffers b;
   size_t i = 0;
   for (const void** from :
@@ -54,7 +60,7 @@ void backward(const CudaLibrary& library, const ConvBnParams& params, const std:
   for (void** to :
        {&b.d_inputs, &b.d_filters, &b.d_gamma, &b.d_beta, &b.d_moving_mean, &b.d_moving_variance, &b.d_residual})
     *to = at(buffers[i++]);
-  run(library, params, b, workspace, stream);
+  run(library, plan, b, workspace, stream);
 }
 
 }  // namespace
@@ -62,11 +68,11 @@ void backward(const CudaLibrary& library, const ConvBnParams& params, const std:
 void define_cuda_library(py::module_* m) {
   py::class_<CudaLibrary>(*m, "CudaLibrary")
       .def(py::init(&open), py::arg("path"))
-      .def("workspace_bytes", &CudaLibrary::workspace_bytes, py::arg("params"), py::arg("backward"))
+      .def("plan", &make_plan, py::arg("params"), py::arg("backward"))
       // Addresses in the order of ForwardBuffers (without packed filters) and BackwardBuffers; 0: null.
-      .def("forward", &forward, py::arg("params"), py::arg("buffers"), py::arg("workspace"), py::arg("stream"),
+      .def("forward", &forward, py::arg("plan"), py::arg("buffers"), py::arg("workspace"), py::arg("stream"),
            py::call_guard<py::gil_scoped_release>())
-      .def("backward", &backward, py::arg("params"), py::arg("buffers"), py::arg("workspace"), py::arg("stream"),
+      .def("backward", &backward, py::arg("plan"), py::arg("buffers"), py::arg("workspace"), py::arg("stream"),
            py::call_guard<py::gil_scoped_release>());
 }
 

@@ -55,13 +55,10 @@ class Gpu {
   static absl::Status describe(OpKernelContext*, Call*) { return absl::OkStatus(); }
 
   static Status plan_forward(const ConvBnParams& params, const DeviceInfo&, const std::string&, Plan* plan) {
-    return make_plan(params, asked_for(params), false, plan);
+    return cuda().library->plan(params, false, plan);
   }
-  // Of moments of the inputs, which forward on a CPU may have saved, the kernels know nothing: they compute z again.
   static Status plan_backward(const ConvBnParams& params, const DeviceInfo&, const std::string&, Plan* plan) {
-    ConvBnParams known = params;
-    if (params.saved == Saved::kMoments) known.saved = Saved::kNothing;
-    return make_plan(known, Saved::kNothing, true, plan);
+    return cuda().library->plan(params, true, plan);
   }
 
   absl::Status run(OpKernelContext* context, const Plan& plan, const Tensor&, const ForwardBuffers& buffers) const {
@@ -75,17 +72,7 @@ class Gpu {
     const tensorflow::TensorShape shape({static_cast<int64_t>(plan.workspace_bytes)});
     TF_RETURN_IF_ERROR(context->allocate_temp(tensorflow::DT_INT8, shape, &workspace));
     void* const stream = context->op_device_context()->stream()->platform_specific_handle().stream;
-    return internal(cuda().library->run(plan.params, buffers, workspace.data(), stream));
-  }
-
- private:
-  static Status make_plan(const ConvBnParams& params, Saved saved, bool backward, Plan* plan) {
-    if (params.algorithm != Algorithm::kAuto && params.algorithm != Algorithm::kDirect)
-      return Status::error(std::string("algorithm must be auto or direct on a GPU. Received: ") +
-                           kAlgorithms[static_cast<int>(params.algorithm)]);
-    *plan = Plan{params, {}, {}, saved};
-    plan->workspace_bytes = cuda().library->workspace_bytes(params, backward);
-    return {};
+    return internal(cuda().library->run(plan, buffers, workspace.data(), stream));
   }
 };
 
