@@ -21,7 +21,7 @@ Status CudaLibrary::open(const std::string& path, std::unique_ptr<CudaLibrary>* 
   auto opened = std::make_unique<CudaLibrary>();
   decltype(&fcb_cuda_layout) layout = nullptr;
   for (const Status& found :
-       {find(handle, "fcb_cuda_layout", &layout),
+       {find(handle, "fcb_cuda_layout", &layout), find(handle, "fcb_cuda_kernels", &opened->kernels_),
         find(handle, "fcb_cuda_forward_workspace", &opened->forward_workspace_),
         find(handle, "fcb_cuda_backward_workspace", &opened->backward_workspace_),
         find(handle, "fcb_cuda_forward", &opened->forward_), find(handle, "fcb_cuda_backward", &opened->backward_)})
@@ -37,7 +37,7 @@ Status CudaLibrary::plan(const ConvBnParams& params, bool backward, Plan* plan) 
                          (params.algorithm == Algorithm::kWinograd2 ? "\"winograd2\"" : "\"winograd4\""));
   *plan = Plan{};
   plan->params = params;
-  plan->gpu = "plain";
+  plan->gpu = kernels_(&params);
   if (backward && params.saved == Saved::kMoments) plan->params.saved = Saved::kNothing;
   if (!backward) plan->saved = asked_for(params);
   plan->workspace_bytes = (backward ? backward_workspace_ : forward_workspace_)(&plan->params);

@@ -28,12 +28,14 @@ class CudaLibrary {
   }
 
  private:
+  using Kernels = const char* (*)(const ConvBnParams*);
   using Workspace = size_t (*)(const ConvBnParams*);
   using Forward = const char* (*)(const ConvBnParams*, const ForwardBuffers*, void*, void*);
   using Backward = const char* (*)(const ConvBnParams*, const BackwardBuffers*, void*, void*);
 
   static Status status(const char* error) { return error == nullptr ? Status{} : Status::error(error); }
 
+  Kernels kernels_ = nullptr;
   Workspace forward_workspace_ = nullptr, backward_workspace_ = nullptr;
   Forward forward_ = nullptr;
   Backward backward_ = nullptr;

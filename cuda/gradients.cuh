@@ -125,10 +125,10 @@ __global__ void __launch_bounds__(kThreads)
   v.offset[k] = static_cast<C>(offset);
 }
 
-// The gradients of z, in the compute type, and of the residual; each may be null.
-template <class T>
+// The gradients of z and of the residual; each may be null.
+template <class T, class Gradient>
 __global__ void __launch_bounds__(kThreads)
-    apply_gradients(Argument<T> in, int64_t elements, Compute<T>* z_gradient, T* d_residual) {
+    apply_gradients(Argument<T> in, int64_t elements, Gradient* z_gradient, T* d_residual) {
   using C = Compute<T>;
   const int64_t at = int64_t{blockIdx.x} * kThreads + threadIdx.x;
   if (at >= elements) return;
@@ -137,7 +137,7 @@ __global__ void __launch_bounds__(kThreads)
   if (d_residual != nullptr) store(du, d_residual + at);
   if (z_gradient == nullptr) return;
   const C direct = in.v.slope[channel] * du;
-  z_gradient[at] = in.learns ? direct + in.v.curve[channel] * x + in.v.offset[channel] : direct;
+  store(in.learns ? direct + in.v.curve[channel] * x + in.v.offset[channel] : direct, z_gradient + at);
 }
 
 }  // namespace fusedconvbn::cuda

@@ -11,7 +11,8 @@
 #include "host/fibers.h"
 #endif
 
-#define FCB_DEVICE static __device__ __forceinline__  // a function of device code alone
+#define FCB_DEVICE_MEMBER __device__ __forceinline__  // of device code alone
+#define FCB_DEVICE static FCB_DEVICE_MEMBER
 
 namespace fusedconvbn::cuda {
 

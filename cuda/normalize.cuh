@@ -21,6 +21,15 @@ struct Normalize {
   FCB_INLINE_MEMBER void emit(int64_t at, int64_t channel, C z) const {
     store(of_activation<Activate>(activation, argument(at, channel, z - mean[channel])), output + at);
   }
+  FCB_INLINE_MEMBER void emit(int64_t at, int64_t channel, const float (&z)[kChunk]) const {
+    float u[kChunk], other[kChunk] = {};
+    if (residual != nullptr) load_chunk(residual + at, other);
+#pragma unroll
+    for (int i = 0; i < kChunk; ++i)
+      u[i] = scale[channel + i] * (z[i] - mean[channel + i]) + beta[channel + i] + other[i];
+    of_activation<ActivateChunk>(activation, static_cast<float*>(u));
+    store_chunk(u, output + at);
+  }
 };
 
 // Epilogue that stores z.
@@ -28,6 +37,12 @@ template <class T>
 struct StoreZ {
   T* z;
   FCB_INLINE_MEMBER void emit(int64_t at, int64_t, Compute<T> sum) const { store(sum, z + at); }
+  FCB_INLINE_MEMBER void emit(int64_t at, int64_t, const float (&sums)[kChunk]) const {
+    if constexpr (sizeof(T) == 2)
+      store_chunk(sums, z + at);
+    else
+      for (int i = 0; i < kChunk; ++i) store(sums[i], z + at + i);
+  }
 };
 
 // z - mean as save="bfloat16" keeps it: the nearest, or, where the activation's derivative jumps between the arguments

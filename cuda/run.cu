@@ -2,12 +2,14 @@
 #include "element.h"
 
 #include <algorithm>
+#include <initializer_list>
 
 #include "api.h"
 #include "convolve.cuh"
 #include "depthwise.cuh"
 #include "gradients.cuh"
 #include "normalize.cuh"
+#include "tensor_convolve.cuh"
 
 namespace fusedconvbn::cuda {
 namespace {
@@ -72,10 +74,22 @@ const char* too_large(const ConvBnParams& p) {
   return most_blocks(p) > kMost ? "tensors this large have no GPU kernel" : nullptr;
 }
 
+// Whether tensor cores take the problem: its buffers, too, must be as they read them.
+bool on_tensor_cores(const ConvBnParams& p, std::initializer_list<const void*> buffers) {
+  bool aligned = true;
+  for (const void* buffer : buffers) aligned = aligned && reinterpret_cast<uintptr_t>(buffer) % 16 == 0;
+  return aligned && suits_tensor_cores(p);
+}
+
 // z = conv(inputs, filters), to the epilogue.
 template <class T, class Epilogue>
-void convolve(const ConvBnParams& p, const void* inputs, const void* filters, const Epilogue& epilogue, void* stream) {
+void convolve(const ConvBnParams& p, bool tensor, const void* inputs, const void* filters, const Epilogue& epilogue,
+              void* stream) {
   const Windows windows(p);
+  if constexpr (sizeof(T) == 2)
+    if (tensor)
+      return launch_tensor_multiply(TensorForward<T, Epilogue>(windows, in<T>(inputs), in<T>(filters), epilogue),
+                                    stream);
   if (is_depthwise(p))
     launch(depthwise_forward<T, Epilogue>, blocks_for(output_elements(p)), stream, windows, output_elements(p),
            in<T>(inputs), in<T>(filters), epilogue);
@@ -112,16 +126,17 @@ struct Forward {
   void run() const {
     const Normalize<T> last{vectors.mean,     vectors.scale, vectors.beta, p.has_residual ? in<T>(b.residual) : nullptr,
                             out<T>(b.output), p.activation};
+    const bool tensor = on_tensor_cores(p, {b.inputs, b.filters, b.residual, b.output, b.conv_out});
     if (!p.training) {
       finish();
-      convolve<T>(p, b.inputs, b.filters, last, stream);
+      convolve<T>(p, tensor, b.inputs, b.filters, last, stream);
       return;
     }
     const Saved saved = asked_for(p);
     T* const z = out<T>(saved == Saved::kConv ? b.conv_out : b.output);
     const Layout layout = output_layout(p);
     const Ranges ranges(p);
-    convolve<T>(p, b.inputs, b.filters, StoreZ<T>{z}, stream);
+    convolve<T>(p, tensor, b.inputs, b.filters, StoreZ<T>{z}, stream);
     launch(measure_ranges<T>, ranges.blocks(), stream, static_cast<const T*>(z), layout, ranges, moments);
     finish();
     launch(normalize<T>, blocks_for(output_elements(p)), stream, static_cast<const T*>(z), layout, output_elements(p),
@@ -145,7 +160,7 @@ struct Backward {
   RangeSums<C> sums{};
   T* z_again = nullptr;      // what forward did not save: as it would have stored it,
   C* z_computed = nullptr;   // with frozen statistics as computed
-  C* z_gradient = nullptr;   // shape of the output
+  C* z_gradient = nullptr;   // shape of the output; on tensor cores of the data's type
   C* filter_sums = nullptr;  // [ranges][kh,kw,C/groups,K]
 
   size_t carve(void* workspace) {
@@ -177,18 +192,19 @@ struct Backward {
   void run() const {
     const Rule rule(p);
     const Ranges ranges(p);
-    const int64_t elements = output_elements(p);
-    if (z_again != nullptr) convolve<T>(p, b.inputs, b.filters, StoreZ<T>{z_again}, stream);
-    if (z_computed != nullptr) convolve<T>(p, b.inputs, b.filters, StoreZ<C>{z_computed}, stream);
+    const bool tensor = on_tensor_cores(p, {b.inputs, b.filters, b.d_inputs});
+    if (z_again != nullptr) convolve<T>(p, tensor, b.inputs, b.filters, StoreZ<T>{z_again}, stream);
+    if (z_computed != nullptr) convolve<T>(p, tensor, b.inputs, b.filters, StoreZ<C>{z_computed}, stream);
     const Argument<T> argument = make_argument(rule);
     launch(start_gradients<C>, blocks_for(p.out_channels), stream, vectors, p.out_channels, rule);
     launch(sum_ranges<T>, ranges.blocks(), stream, argument, ranges, sums);
     launch(finish_gradients<C>, blocks_for(p.out_channels), stream, vectors, sums, ranges, rule, p.training);
-    C* const dz = b.d_inputs != nullptr || b.d_filters != nullptr ? z_gradient : nullptr;
-    if (dz != nullptr || b.d_residual != nullptr)
-      launch(apply_gradients<T>, blocks_for(elements), stream, argument, elements, dz, out<T>(b.d_residual));
-    if (b.d_inputs != nullptr) inputs_gradient();
-    if (b.d_filters != nullptr) filters_gradient();
+    if (tensor)
+      apply<T>(argument);
+    else
+      apply<C>(argument);
+    if (b.d_inputs != nullptr) inputs_gradient(tensor);
+    if (b.d_filters != nullptr) filters_gradient(tensor);
   }
 
  private:
@@ -204,8 +220,20 @@ struct Backward {
             vectors,
             rule.learns};
   }
-  void inputs_gradient() const {
+  // Leaves the gradient of z, and of the residual.
+  template <class Gradient>
+  void apply(const Argument<T>& argument) const {
+    const bool wanted = b.d_inputs != nullptr || b.d_filters != nullptr;
+    if (wanted || b.d_residual != nullptr)
+      launch(apply_gradients<T, Gradient>, blocks_for(output_elements(p)), stream, argument, output_elements(p),
+             wanted ? out<Gradient>(z_gradient) : nullptr, out<T>(b.d_residual));
+  }
+  void inputs_gradient(bool tensor) const {
     const Windows windows(p);
+    if constexpr (sizeof(T) == 2)
+      if (tensor)
+        return launch_tensor_multiply(TensorDgrad<T>(windows, in<T>(z_gradient), in<T>(b.filters), out<T>(b.d_inputs)),
+                                      stream);
     const int64_t elements = input_elements(p);
     if (is_depthwise(p))
       launch(depthwise_dgrad<T>, blocks_for(elements), stream, windows, elements, static_cast<const C*>(z_gradient),
@@ -213,14 +241,20 @@ struct Backward {
     else
       launch_multiply(DgradOperands<T>{windows, z_gradient, in<T>(b.filters), out<T>(b.d_inputs)}, stream);
   }
-  void filters_gradient() const {
+  bool multiply_on_tensor_cores(bool tensor, const Windows& windows, int64_t count) const {
+    if constexpr (sizeof(T) == 2)
+      if (tensor)
+        launch_tensor_multiply(TensorWgrad<T>(windows, in<T>(b.inputs), in<T>(z_gradient), filter_sums, count), stream);
+    return tensor;
+  }
+  void filters_gradient(bool tensor) const {
     const Windows windows(p);
     const int64_t count = filter_ranges(p), elements = filter_elements(p);
     const Ranges ranges = depthwise_ranges(p);
     if (is_depthwise(p))
       launch(depthwise_wgrad<T>, ranges.blocks() * p.taps(), stream, windows, ranges, in<T>(b.inputs),
              static_cast<const C*>(z_gradient), filter_sums);
-    else
+    else if (!multiply_on_tensor_cores(tensor, windows, count))
       launch_multiply(WgradOperands<T>{windows, in<T>(b.inputs), z_gradient, filter_sums, count}, stream);
     launch(add_ranges<T>, blocks_for(elements), stream, static_cast<const C*>(filter_sums), count, elements,
            out<T>(b.d_filters));
@@ -261,6 +295,10 @@ const char* run(const ConvBnParams& p, const Buffers& b, void* workspace, void* 
 using namespace fusedconvbn;  // NOLINT: of the entry points below alone
 
 size_t fcb_cuda_layout() { return contract_layout(); }
+const char* fcb_cuda_kernels(const ConvBnParams* params) {
+  if (cuda::suits_tensor_cores(*params)) return "tensor cores";
+  return cuda::is_depthwise(*params) ? "depthwise" : "plain";
+}
 size_t fcb_cuda_forward_workspace(const ConvBnParams* params) {
   return cuda::workspace_of<cuda::Forward, ForwardBuffers>(*params);
 }

@@ -15,7 +15,7 @@ from cases import ACTIVATIONS, Case, depthwise_cases, op_cases
 from compare import assert_close
 from raw_problem import Problem
 
-from fusedconvbn import raw
+from fusedconvbn import _load, raw
 
 # Pixels of several ranges, of sums of channels (256 pixels) and of the filters' gradient (1024).
 RANGES = [
@@ -25,6 +25,28 @@ RANGES = [
     )
     for data_format in ("NHWC", "NCHW")
     for c, k, groups, training, dtype in ((5, 9, 1, True, "f32"), (6, 6, 6, True, "bf16"), (4, 8, 2, False, "f64"))
+]  # fmt: skip
+# What tensor cores take: NHWC of 16 bits, channels of a group in eights; tiles of 128 pixels, of 64 or 128 channels and
+# a depth of 32 that are full, or not; strides up to 4, whose phases the gradient by the inputs has one by one.
+TENSOR = [
+    Case(
+        dtype=dtype, batch=n, height=h, width=w, in_channels=c, out_channels=k, groups=groups, kernel=kernel,
+        strides=strides, dilations=dilations, padding=padding, training=training, activation=activation,
+        residual=residual,
+    )
+    for dtype, n, h, w, c, k, groups, kernel, strides, dilations, padding, training, activation, residual in (
+        ("f16", 1, 5, 7, 8, 8, 1, (1, 1), (1, 1), (1, 1), "VALID", False, None, False),
+        ("bf16", 2, 9, 8, 40, 72, 1, (1, 1), (1, 1), (1, 1), "VALID", True, "relu", True),
+        ("f16", 3, 8, 8, 64, 136, 1, (1, 1), (1, 1), (1, 1), "VALID", True, "relu6", False),
+        ("bf16", 1, 13, 11, 16, 24, 1, (3, 3), (1, 1), (1, 1), "SAME", False, "gelu", True),
+        ("f16", 2, 9, 10, 24, 16, 1, (3, 3), (2, 2), (1, 1), "SAME", True, "relu", False),
+        ("bf16", 1, 7, 12, 8, 200, 1, (3, 2), (1, 2), (2, 1), ((1, 2), (0, 1)), True, "leaky_relu", True),
+        ("f16", 2, 8, 9, 32, 64, 4, (3, 3), (2, 1), (1, 2), "SAME", False, "silu", True),
+        ("bf16", 2, 6, 6, 48, 32, 2, (2, 3), (3, 4), (1, 1), "SAME", True, "elu", False),
+        ("f16", 1, 12, 13, 16, 8, 1, (1, 1), (2, 2), (1, 1), "VALID", True, "hard_swish", True),
+        ("bf16", 1, 4, 4, 8, 16, 1, (7, 7), (2, 2), (1, 1), ((3, 3), (3, 3)), False, None, False),
+        ("f16", 9, 12, 11, 8, 8, 1, (3, 3), (1, 1), (1, 1), "SAME", True, None, False),
+    )
 ]  # fmt: skip
 FAST = 3  # every third case in `make test`
 
@@ -36,30 +58,58 @@ def tiers(cases: list[Case]) -> list:
 
 
 ALL = [replace(case, isa=None) for case in op_cases() + depthwise_cases()[::9]]
-CASES = tiers(ALL) + [pytest.param(case, id=str(case)) for case in RANGES]
+CASES = tiers(ALL) + [pytest.param(case, id=str(case)) for case in RANGES + TENSOR]
+
+
+def on_tensor_cores(case: Case) -> bool:
+    """`suits_tensor_cores` of cuda/tensor_convolve.cuh, of sizes that no number ends at."""
+    channels = (case.in_channels // case.groups, case.out_channels // case.groups)
+    eights = all(number > 0 and number % 8 == 0 for number in channels)
+    small = case.dtype in ("f16", "bf16") and case.data_format == "NHWC"
+    return small and eights and max(case.strides) <= 4 and 0 not in case.output_shape
+
+
+def problem_of(case: Case, start: str = "conv") -> Problem:
+    return Problem(case, start=start, rounds_dz=on_tensor_cores(case))
+
+
 TRAINED = [case for case in ALL + RANGES if case.training]
 
 with_the_kernels = pytest.mark.usefixtures("on_the_device")
 
 
+@pytest.mark.parametrize("case", [*ALL[::5], *RANGES, *TENSOR], ids=str)
+def test_which_kernels(case: Case, monkeypatch, library):
+    monkeypatch.setattr(_load, "cuda", lambda: library)
+    names = {
+        raw.plan(
+            case.inputs_shape, case.filters_shape, dtype=case.numpy_dtype, residual=case.residual,
+            direction=direction, device="gpu", **case.attributes,
+        ).gpu
+        for direction in ("forward", "backward")
+    }  # fmt: skip
+    depthwise = case.groups > 1 and case.in_channels == case.groups
+    assert names == {"tensor cores" if on_tensor_cores(case) else "depthwise" if depthwise else "plain"}
+
+
 @with_the_kernels
 @pytest.mark.parametrize("case", CASES)
 def test_forward(case: Case):
-    problem = Problem(case)
+    problem = problem_of(case)
     problem.check_forward(problem.run_forward())
 
 
 @with_the_kernels
 @pytest.mark.parametrize("case", CASES)
 def test_backward(case: Case):
-    problem = Problem(case)
+    problem = problem_of(case)
     problem.check_backward(problem.run_backward())
 
 
 @with_the_kernels
 @pytest.mark.parametrize("case", tiers(TRAINED[::5]))
 def test_backward_computes_z_again(case: Case):
-    problem = Problem(case, start="again")
+    problem = problem_of(case, "again")
     problem.saved["conv_out"] = None
     problem.check_backward(problem.run_backward(save="recompute"))
 
@@ -67,7 +117,7 @@ def test_backward_computes_z_again(case: Case):
 @with_the_kernels
 @pytest.mark.parametrize("case", tiers([case for case in TRAINED if case.dtype == "f32"][::2]))
 def test_z_in_bfloat16(case: Case):
-    forward, backward = Problem(case), Problem(case, start="bfloat16")
+    forward, backward = problem_of(case), problem_of(case, "bfloat16")
     result = forward.run_forward(save="bfloat16")
     assert result.conv_out.ndim == 1
     forward.check_forward(result)
@@ -78,7 +128,7 @@ def test_z_in_bfloat16(case: Case):
 @pytest.mark.parametrize("needs", [(True, False), (False, True), (False, False)])
 @pytest.mark.parametrize("case", TRAINED[::59], ids=str)
 def test_gradients_that_nobody_asks_for(case: Case, needs: tuple[bool, bool]):
-    problem = Problem(case)
+    problem = problem_of(case)
     result = problem.run_backward(needs_inputs=needs[0], needs_filters=needs[1])
     problem.check_backward(result, *needs)
 
@@ -157,7 +207,7 @@ def test_no_pixels(empty: dict, training: bool):
 def test_output_in_the_memory_of_the_residual(on_the_device, data_format: str):
     """And no statistics, which nobody may want in inference."""
     case = Case(data_format=data_format, residual=True, activation="relu")
-    problem = Problem(case)
+    problem = problem_of(case)
     *arguments, residual = problem.arguments
     params = raw._params(
         case.inputs_shape, case.filters_shape, dtype=case.numpy_dtype, residual=True, activation="relu",

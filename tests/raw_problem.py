@@ -51,14 +51,19 @@ def centered(case: Case, packed: np.ndarray) -> np.ndarray:
 class Problem:
     """A case, its arguments and upstream gradients, and what the oracle makes of them, backward from `start`.
 
-    `stores_z`: whether forward may round z, of which 16-bit rows by moments know nothing.
+    `stores_z`: whether forward may round z, of which 16-bit rows by moments know nothing. `rounds_dz`: whether backward
+    rounds the gradient of z to the data's type, as tensor cores want it.
     """
 
-    def __init__(self, case: Case, arguments: Arrays | None = None, start: str = "conv", stores_z: bool = True):
+    def __init__(
+        self, case: Case, arguments: Arrays | None = None, start: str = "conv", stores_z: bool = True,
+        rounds_dz: bool = False,
+    ):  # fmt: skip
         self.case, self.start = case, start if case.training else "conv"
         if not stores_z:
             self.start = "again"
-        self.arguments, self.oracle = arguments or arrays(case), {**case.attributes, "stores_z": stores_z}
+        self.arguments = arguments or arrays(case)
+        self.oracle = {**case.attributes, "stores_z": stores_z, "rounds_dz": rounds_dz}
 
     @cached_property
     def forward(self) -> reference.Forward:

@@ -111,7 +111,8 @@ def backward(
         d_mean = g_mean - scale * d_beta
         d_variance = g_variance - scale * statistics.inv_std * d_gamma * 0.5
     lost = None
-    if problem.dtype == ml_dtypes.bfloat16 and problem.uses_batch:  # AMX kernels round dz, as stock ops do
+    on_amx = problem.dtype == ml_dtypes.bfloat16 and problem.uses_batch
+    if on_amx or problem.rounds_dz:  # as stock ops do
         lost, dz = dz.rounded(problem.dtype).value - dz.value, dz.widened(problem.dtype)
     convolution = problem.convolution
     taps = np.prod(convolution.filters_shape[:2])
@@ -124,7 +125,7 @@ def backward(
     mixed = problem.by_transforms_over_pixels(problem.inputs, dz)
     d_filters = bilinear(convolution.filters_gradient, problem.count, dz, problem.inputs, mixed)
     if lost is not None:  # equal dz round alike, and z of few channels has few values
-        if not convolution.padded:
+        if not convolution.padded and not problem.rounds_dz:
             lost = lost - lost.mean((0, 1, 2))  # where this counts, taps that read no padding restore it
         systematic = np.abs(convolution.filters_gradient(lost, problem.inputs.value))
         d_filters = Real(d_filters.value, d_filters.error + systematic, d_filters.eps)
@@ -150,6 +151,7 @@ class _Problem:
         self.epsilon, self.momentum = attributes["epsilon"], attributes["momentum"]
         self.unbiased, self.training = attributes["unbiased_moving_variance"], attributes["training"]
         self.stores_z = self.training and attributes.get("stores_z", True)
+        self.rounds_dz = attributes.get("rounds_dz", False)
         self.activation = ACTIVATIONS[attributes["activation"]]
         self.inputs, self.filters = self.exact_image(inputs), self.exact(filters)
         self.gamma, self.beta = self.exact(gamma), self.exact(beta)

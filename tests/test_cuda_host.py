@@ -41,7 +41,9 @@ def test_the_same_bits_whatever_the_order_of_threads(case: Case, monkeypatch):
 
 
 KERNELS = """
-#include "launch.h"
+#include "element.h"
+#include "divisor.h"
+#include "warp.cuh"
 #include <cstdio>
 #include <cstring>
 using namespace fusedconvbn::cuda;
@@ -54,10 +56,39 @@ __global__ void neighbours(int* to, bool barrier) {
 __global__ void left_alone() {
   if (threadIdx.x < 100) __syncthreads();
 }
+__global__ void a_lane_left_alone() {
+  if (threadIdx.x != 7) __syncwarp();
+}
+__global__ void copies(const Chunk* from, int* to, bool wait) {
+  __shared__ Chunk chunks[kThreads];
+  copy_async(chunks + threadIdx.x, from + threadIdx.x, from);
+  commit_copies();
+  if (wait) wait_for_copies<0>();
+  to[threadIdx.x] = chunks[threadIdx.x].elements[3];
+}
+int wrong_quotients() {
+  int wrong = 0;
+  const int most = 0x7fffffff;
+  for (int d : {1, 2, 3, 5, 7, 8, 9, 56, 64, 100, 3136, 12544, 65535, 65537, 1 << 30, (1 << 30) + 1, most - 1, most}) {
+    const Divisor divisor(d);
+    for (int64_t near : {int64_t{0}, int64_t{d}, int64_t{d} * (most / d), int64_t{d} * (most / d / 3), int64_t{most}})
+      for (int64_t n = near < 1000 ? 0 : near - 1000; n <= most && n < near + 1000; ++n) {
+        const int number = static_cast<int>(n), quotient = divisor.quotient(number);
+        wrong += quotient != number / d || divisor.rest(number, quotient) != number % d;
+      }
+  }
+  return wrong;
+}
 int main(int, char** arguments) {
+  static Chunk from[kThreads];
+  for (int i = 0; i < kThreads; ++i) from[i].elements[3] = i;
   int to[kThreads] = {}, sum = 0;
-  if (std::strcmp(arguments[1], "left alone") == 0) launch(left_alone, 2, nullptr);
-  else launch(neighbours, 1, nullptr, to, std::strcmp(arguments[1], "barrier") == 0);
+  const auto asked = [&](const char* word) { return std::strcmp(arguments[1], word) == 0; };
+  if (asked("left alone")) launch(left_alone, 2, nullptr);
+  else if (asked("a lane left alone")) launch(a_lane_left_alone, 1, nullptr);
+  else if (asked("quotients")) to[0] = wrong_quotients();
+  else if (asked("copies") || asked("no wait")) launch(copies, 1, nullptr, from, to, asked("copies"));
+  else launch(neighbours, 1, nullptr, to, asked("barrier"));
   for (int number : to) sum += number;
   std::printf("%d", sum);
 }
@@ -84,7 +115,20 @@ def test_a_missing_barrier_shows_in_one_of_two_orders(program: Path, order: str,
     assert sums == [255 * 256 // 2, without]
 
 
-def test_a_barrier_that_not_all_threads_reach(program: Path):
-    done = subprocess.run([program, "left alone"], capture_output=True, text=True)
+@pytest.mark.parametrize(
+    ("word", "message"),
+    [
+        ("left alone", "some threads of a block ended while others wait at __syncthreads()"),
+        ("a lane left alone", "some threads of a warp went on while others wait at its barrier"),
+    ],
+)
+def test_a_barrier_that_not_all_threads_reach(program: Path, word: str, message: str):
+    done = subprocess.run([program, word], capture_output=True, text=True)
     assert done.returncode != 0
-    assert "some threads of a block ended while others wait" in done.stderr
+    assert message in done.stderr
+
+
+@pytest.mark.parametrize(("word", "total"), [("copies", 255 * 256 // 2), ("no wait", 0), ("quotients", 0)])
+def test_copies_and_quotients(program: Path, word: str, total: int):
+    """A copy that nobody waits for has not taken place; no quotient is wrong."""
+    assert int(subprocess.run([program, word], capture_output=True, check=True).stdout) == total

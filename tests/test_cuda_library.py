@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import re
 import shutil
 import subprocess
+import sysconfig
+from collections import Counter
 from pathlib import Path
 
 import cuda_core
@@ -43,7 +46,7 @@ def test_it_needs_nothing_of_cuda_to_be_loaded(path):
 def test_it_exports_the_entry_points_alone(path):
     symbols = subprocess.run(["nm", "-D", "--defined-only", path], capture_output=True, text=True, check=True).stdout
     names = {f"fcb_cuda_{direction}{part}" for direction in ("forward", "backward") for part in ("", "_workspace")}
-    names.add("fcb_cuda_layout")
+    names |= {"fcb_cuda_layout", "fcb_cuda_kernels"}
     assert {line.split()[-1] for line in symbols.splitlines()} == names
 
 
@@ -55,6 +58,54 @@ def test_workspace(library, training):
     image = 4 * 4 * 32 * 32 * 64
     assert library.plan(params, False).workspace_bytes < image / 8
     assert image <= library.plan(params, True).workspace_bytes <= 2.5 * image
+
+
+INSTANCES = """
+#include "element.h"
+#include "tensor_convolve.cuh"
+using namespace fusedconvbn;
+using namespace fusedconvbn::cuda;
+#define INSTANCE(...) template __global__ void cuda::tensor_multiply<__VA_ARGS__, 128>(__VA_ARGS__);
+namespace fusedconvbn {
+INSTANCE(TensorForward<Half, Normalize<Half>>)
+INSTANCE(TensorDgrad<BFloat16>)
+INSTANCE(TensorWgrad<BFloat16>)
+}
+"""
+
+
+@pytest.fixture(scope="module", params=["sm_80", "sm_90"])
+def instances(request, tmp_path_factory) -> tuple[Path, str]:
+    """Some kernels for tensor cores: machine code, and what ptxas says of it."""
+    folder, include = tmp_path_factory.mktemp("instances"), cuda_core.ROOT / "cuda"
+    (folder / "instances.cu").write_text(INSTANCES)
+    command = ["nvcc", "-std=c++17", f"-arch={request.param}", f"-I{include}", "-Xptxas", "-v", "-cubin"]
+    command += [str(folder / "instances.cu"), "-o", str(folder / "instances.cubin")]
+    done = subprocess.run(command, capture_output=True, text=True, check=True)
+    return folder / "instances.cubin", done.stdout + done.stderr
+
+
+def test_tensor_kernels_spill_nothing(instances):
+    """And two blocks of 256 threads find registers."""
+    report = instances[1]
+    assert re.findall(r"(\d+) bytes stack frame, (\d+) bytes spill", report) == [("0", "0")] * 3
+    registers = [int(number) for number in re.findall(r"Used (\d+) registers", report)]
+    assert len(registers) == 3
+    assert max(registers) <= 128
+
+
+def test_tensor_kernels_are_made_of_tensor_instructions(instances):
+    """A warp's 64 x 32 sums and a depth of 32 are 32 products of 12 loads; nothing in local memory."""
+    packaged = next(Path(sysconfig.get_path("purelib")).glob("nvidia/*/bin/nvdisasm"), None)
+    tool = shutil.which("nvdisasm") or packaged
+    if tool is None:
+        pytest.skip("this machine has no nvdisasm")
+    code = subprocess.run([tool, "-c", instances[0]], capture_output=True, text=True, check=True).stdout
+    kernels = [part for part in code.split(".section\t") if part.startswith(".text")]
+    assert len(kernels) == 3
+    for kernel in kernels:
+        counts = Counter(re.findall(r"\b(HMMA|LDSM|LDGSTS|LDL|STL)\b", kernel))
+        assert counts == {"HMMA": 32, "LDSM": 12, "LDGSTS": 12}
 
 
 @pytest.mark.skipif(cuda_core.has_gpu(), reason="this machine has a GPU")

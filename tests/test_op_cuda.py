@@ -11,7 +11,7 @@ import op_harness
 import pytest
 import tensorflow as tf
 from cases import Case
-from cuda_suite import ALL, RANGES, TRAINED
+from cuda_suite import ALL, RANGES, TENSOR, TRAINED, problem_of
 from processes import run_python
 from raw_problem import Problem
 
@@ -20,7 +20,7 @@ from fusedconvbn import _load
 
 PACKAGE = Path(fusedconvbn.__file__).parent
 FRAMEWORK = Path(tf.sysconfig.get_lib()) / "libtensorflow_framework.so.2"
-CASES = [*ALL[::11], *RANGES]
+CASES = [*ALL[::11], *RANGES, *TENSOR[:3]]
 
 
 @pytest.fixture(scope="module")
@@ -64,14 +64,14 @@ def core(process, monkeypatch):
 @pytest.mark.usefixtures("core")
 @pytest.mark.parametrize("case", CASES, ids=str)
 def test_forward(case: Case):
-    problem = Problem(case)
+    problem = problem_of(case)
     problem.check_forward(problem.run_forward())
 
 
 @pytest.mark.usefixtures("core")
 @pytest.mark.parametrize("case", CASES, ids=str)
 def test_backward(case: Case):
-    problem = Problem(case)
+    problem = problem_of(case)
     problem.check_backward(problem.run_backward())
 
 
@@ -79,7 +79,7 @@ def test_backward(case: Case):
 @pytest.mark.parametrize("save", ["bfloat16", "recompute"])
 @pytest.mark.parametrize("case", [case for case in TRAINED if case.dtype == "f32"][::9], ids=str)
 def test_what_forward_saves(case: Case, save: str):
-    forward, backward = Problem(case), Problem(case, start="bfloat16" if save == "bfloat16" else "again")
+    forward, backward = problem_of(case), problem_of(case, "bfloat16" if save == "bfloat16" else "again")
     result = forward.run_forward(save=save)
     assert (result.conv_out is None) == (save == "recompute")
     forward.check_forward(result)
@@ -89,7 +89,7 @@ def test_what_forward_saves(case: Case, save: str):
 @pytest.mark.usefixtures("core")
 @pytest.mark.parametrize("needs", [(True, False), (False, True), (False, False)])
 def test_gradients_that_nobody_asks_for(needs: tuple[bool, bool]):
-    problem = Problem(TRAINED[0])
+    problem = problem_of(TRAINED[0])
     problem.check_backward(problem.run_backward(needs_inputs=needs[0], needs_filters=needs[1]), *needs)
 
 

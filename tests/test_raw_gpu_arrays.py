@@ -11,7 +11,7 @@ import fake_gpu
 import numpy as np
 import pytest
 from cases import Case
-from cuda_suite import ALL
+from cuda_suite import ALL, problem_of
 from raw_problem import Problem
 
 from fusedconvbn import _load, raw
@@ -77,7 +77,7 @@ def on_the_host(result: Any) -> Any:
 
 @pytest.mark.parametrize("case", CASES, ids=str)
 def test_forward_and_backward(arrays, case: Case):
-    problem = Problem(case)
+    problem = problem_of(case)
     result = forward(arrays, problem)
     assert {type(array) for array in result} <= {type(arrays.array(problem.arguments.inputs)), type(None)}
     problem.check_forward(on_the_host(result))

@@ -229,6 +229,7 @@ void define_plan(py::module_* m) {
       .def(py::init(&make_plan), py::arg("params"), py::kw_only(), py::arg("backward"), py::arg("isa"),
            py::arg("kernel"), py::arg("threads"))
       .def_property_readonly("kernels", &kernel_names, "Names of the kernels, in the order of execution.")
+      .def_readonly("gpu", &Plan::gpu, "The kernels of the CUDA library, in a word; empty: a plan for the CPU.")
       .def_readonly("workspace_bytes", &Plan::workspace_bytes)
       .def_readonly("packed_bytes", &Plan::packed_bytes)
       .def_property_readonly("packed_form", &packed_form)

@@ -1,10 +1,11 @@
 // CUDA's kernels on the host, for tests on machines without a GPU: a fiber for each thread of a block, one block after
-// the other. __syncthreads() hands over to the next fiber; a barrier that is missing, or that not all threads reach,
-// shows as a wrong result, or as an error where threads end meanwhile, an access beyond a buffer as the sanitizers show
-// it. What it cannot show: threads at different barriers, races between blocks, and those that only another order of
-// threads would show (`FUSEDCONVBN_FIBERS=reverse` gives one).
+// the other. A barrier, of the block or of a warp, hands over to the next fiber; one that is missing, or that not all
+// threads reach, shows as a wrong result, or as an error where threads end meanwhile, an access beyond a buffer as the
+// sanitizers show it. What it cannot show: threads at different barriers, races between blocks, and those that only
+// another order of threads would show (`FUSEDCONVBN_FIBERS=reverse` gives one).
 #pragma once
 
+#include <cstddef>
 #include <cstdint>
 #include <functional>
 
@@ -25,9 +26,24 @@ extern Index thread_index, block_index;
 // Runs body() as every thread of every block.
 void run_blocks(int64_t blocks, int threads, const std::function<void()>& body);
 void synchronize_block();
+void synchronize_warp();
+
+// What each thread of a warp brought, in the order of the lanes, until the next call; all 32 must call. At most 64
+// bytes each.
+const unsigned char* all_of_warp(const void* own, size_t bytes);
+template <class V>
+const V* all_of_warp(const V& own) {
+  return reinterpret_cast<const V*>(all_of_warp(&own, sizeof(V)));
+}
+
+// Copies of 16 bytes that take effect when the thread waits for their group; from null: zeros.
+void copy_async(void* to, const void* from);
+void commit_copies();
+void wait_for_copies(int but_the_last_groups);
 
 }  // namespace fusedconvbn::cuda::host
 
 #define threadIdx (::fusedconvbn::cuda::host::thread_index)
 #define blockIdx (::fusedconvbn::cuda::host::block_index)
 inline void __syncthreads() { ::fusedconvbn::cuda::host::synchronize_block(); }
+inline void __syncwarp() { ::fusedconvbn::cuda::host::synchronize_warp(); }

@@ -1,0 +1,207 @@
+// Products of matrices as multiply.cuh has them, of 16-bit numbers by tensor cores (sm_80 and later), sums in float.
+//
+// Eight neighbours in memory, a chunk, are read at once: along the depth, or along the rows or columns. Copies into
+// shared memory run kStages - 1 tiles ahead of the products. `Operands` says
+//
+//   int64_t slices; int rows, cols        independent products, and the size of each: cols a multiple of 8, and rows
+//                                         unless kDepthFirstA
+//   Slice slice(number)                   one of them; slice.depth: how many products a sum has, a multiple of 8 where
+//                                         an operand is depth-first
+//   LineA line_a(slice, r)                what of a chunk its row tells, or the first of its rows; r may be too large
+//   PointA point_a(slice, d)              what its depth tells, or the first of it; d may be too large
+//   const T* a(LineA, PointA)             the chunk; null: zeros, as for what is too large
+//   line_b, point_b, b                    the same of columns
+//   emit(slice, r, c, sums of c .. c + 7)
+//   const T* anywhere()                   memory that may be read
+#pragma once
+
+#include "warp.cuh"
+
+namespace fusedconvbn::cuda {
+
+constexpr int kTensorDepth = 32, kStages = 3;
+
+constexpr int kTileRows = 128, kWarpCols = 32;  // of sums: of a block, of a warp
+
+// A tile of an operand in shared memory, kAlong rows (or columns) by kTensorDepth: in lines of one of them, or of one
+// depth. Chunks change places within a line so that the eight that are read at once lie in different banks.
+template <int kAlong, bool kDepthFirst>
+struct TensorTile {
+  static constexpr int kLine = (kDepthFirst ? kTensorDepth : kAlong) / kChunk;  // chunks
+  static constexpr int kChunks = kAlong * kTensorDepth / kChunk, kOfThread = kChunks / kThreads;
+  static_assert(kChunks % kThreads == 0 && kThreads % kLine == 0, "a thread's chunks are one above the other");
+
+  FCB_DEVICE_MEMBER static int at(int line, int chunk) {
+    return line * kLine + (kDepthFirst ? chunk ^ (line >> 1 & 3) : chunk ^ (line & 7));
+  }
+  // The i-th chunk that a thread brings.
+  FCB_DEVICE_MEMBER static int line(int thread, int i) { return thread / kLine + i * (kThreads / kLine); }
+  FCB_DEVICE_MEMBER static int chunk(int thread) { return thread % kLine; }
+  FCB_DEVICE_MEMBER static int place(int thread, int i) { return at(line(thread, i), chunk(thread)); }
+  FCB_DEVICE_MEMBER static int along(int thread, int i) {
+    return kDepthFirst ? line(thread, i) : chunk(thread) * kChunk;
+  }
+  FCB_DEVICE_MEMBER static int depth(int thread, int i) {
+    return kDepthFirst ? chunk(thread) * kChunk : line(thread, i);
+  }
+
+  // Of four matrices, those at (along, depth), 8 further along, 8 deeper, and both; `kDeeperFirst`: in the other order.
+  template <bool kDeeperFirst>
+  FCB_DEVICE_MEMBER static void load(const Chunk* tile, int lane, int along, int depth, uint32_t (&to)[4]) {
+    const int first = lane / 8 % 2 * 8, second = lane / 16 * 8;
+    along += kDeeperFirst ? second : first, depth += kDeeperFirst ? first : second;
+    const int row = lane % 8;
+    load_matrices<!kDepthFirst>(
+        to, tile + (kDepthFirst ? at(along + row, depth / kChunk) : at(depth + row, along / kChunk)));
+  }
+};
+
+// A thread's part of a block's tile of sums.
+template <class Operands, int kCols>
+class TensorProduct {
+  using T = typename Operands::Element;
+  using A = TensorTile<kTileRows, Operands::kDepthFirstA>;
+  using B = TensorTile<kCols, Operands::kDepthFirstB>;
+  static constexpr int kWarpsAcross = kCols / kWarpCols, kWarpRows = kTileRows / (kThreads / kWarp / kWarpsAcross);
+  static constexpr int kHigh = kWarpRows / 16, kWide = kWarpCols / 8;  // a warp's sums in matrices of 16 x 8
+  static constexpr int kStage = A::kChunks + B::kChunks;
+  static constexpr int kPitch = kWarpCols + 4;  // of sums on their way out: rows begin in different banks
+
+ public:
+  static constexpr int kChunks = kStages * kStage;  // of shared memory
+  static_assert(kThreads / kWarp * 16 * kPitch * sizeof(float) <= kChunks * sizeof(Chunk), "all warps' way out");
+
+  FCB_DEVICE_MEMBER TensorProduct(const Operands& in, Chunk* memory, int block, int thread)
+      : in_(in), memory_(memory), thread_(thread), slice_(in.slice(block / of_slice(in))) {
+    const int tile = block % of_slice(in), col_tiles = tiles(in.cols, kCols);
+    row_ = tile / col_tiles * kTileRows, col_ = tile % col_tiles * kCols;
+#pragma unroll
+    for (int i = 0; i < A::kOfThread; ++i) lines_a_[i] = in.line_a(slice_, row_ + A::along(thread, i));
+#pragma unroll
+    for (int i = 0; i < B::kOfThread; ++i) lines_b_[i] = in.line_b(slice_, col_ + B::along(thread, i));
+  }
+
+  FCB_DEVICE_MEMBER void run() {
+    const int steps = tiles(slice_.depth, kTensorDepth);
+    for (int step = 0; step < kStages - 1; ++step) bring(step, steps);
+    for (int step = 0; step < steps; ++step) {
+      wait_for_copies<kStages - 2>();
+      __syncthreads();  // what all threads brought is there, and the stage that is written next is read no more
+      bring(step + kStages - 1, steps);
+      multiply_stage(memory_ + step % kStages * kStage);
+    }
+    wait_for_copies<0>();
+    __syncthreads();
+    hand_out();
+  }
+
+  static FCB_INLINE_MEMBER int tiles(int size, int tile) { return (size + tile - 1) / tile; }
+  // Tiles of a slice.
+  static FCB_INLINE_MEMBER int of_slice(const Operands& in) {
+    return tiles(in.rows, kTileRows) * tiles(in.cols, kCols);
+  }
+
+ private:
+  // A group of copies, empty behind the last step.
+  FCB_DEVICE_MEMBER void bring(int step, int steps) {
+    if (step < steps) {
+      Chunk* const a = memory_ + step % kStages * kStage;
+      const int depth = step * kTensorDepth;
+      bring_tile<A, Operands::kDepthFirstA>(
+          a, [&](int of_tile) { return in_.point_a(slice_, depth + of_tile); },
+          [&](int i, const auto& point) { return in_.a(lines_a_[i], point); });
+      bring_tile<B, Operands::kDepthFirstB>(
+          a + A::kChunks, [&](int of_tile) { return in_.point_b(slice_, depth + of_tile); },
+          [&](int i, const auto& point) { return in_.b(lines_b_[i], point); });
+    }
+    commit_copies();
+  }
+  // Depth-first, all chunks of a thread are of one depth.
+  template <class Tile, bool kDepthFirst, class PointOf, class ChunkOf>
+  FCB_DEVICE_MEMBER void bring_tile(Chunk* to, const PointOf& point_of, const ChunkOf& chunk_of) {
+    auto point = point_of(Tile::depth(thread_, 0));
+#pragma unroll
+    for (int i = 0; i < Tile::kOfThread; ++i) {
+      if (i > 0 && !kDepthFirst) point = point_of(Tile::depth(thread_, i));
+      copy_async(to + Tile::place(thread_, i), chunk_of(i, point), in_.anywhere());
+    }
+  }
+
+  FCB_DEVICE_MEMBER int lane() const { return thread_ % kWarp; }
+  FCB_DEVICE_MEMBER int warp_row() const { return thread_ / kWarp / kWarpsAcross * kWarpRows; }
+  FCB_DEVICE_MEMBER int warp_col() const { return thread_ / kWarp % kWarpsAcross * kWarpCols; }
+
+  FCB_DEVICE_MEMBER void multiply_stage(const Chunk* a) {
+#pragma unroll
+    for (int depth = 0; depth < kTensorDepth; depth += 16) {
+      uint32_t left[kHigh][4], right[kWide / 2][4];  // of `right`, each holds two matrices of 16 x 8
+#pragma unroll
+      for (int i = 0; i < kHigh; ++i) A::template load<false>(a, lane(), warp_row() + 16 * i, depth, left[i]);
+#pragma unroll
+      for (int j = 0; j < kWide / 2; ++j)
+        B::template load<true>(a + A::kChunks, lane(), warp_col() + 16 * j, depth, right[j]);
+#pragma unroll
+      for (int i = 0; i < kHigh; ++i)
+#pragma unroll
+        for (int j = 0; j < kWide; ++j) {
+          const uint32_t of[2] = {right[j / 2][j % 2 * 2], right[j / 2][j % 2 * 2 + 1]};
+          multiply_add(sums_[i][j], left[i], of, T{});
+        }
+    }
+  }
+
+  // Through shared memory, each warp by itself, so that a thread has neighbours in a row.
+  FCB_DEVICE_MEMBER void hand_out() {
+    float* const way = reinterpret_cast<float*>(memory_) + thread_ / kWarp * 16 * kPitch;
+#pragma unroll
+    for (int i = 0; i < kHigh; ++i) {
+#pragma unroll
+      for (int j = 0; j < kWide; ++j)
+#pragma unroll
+        for (int k = 0; k < 4; ++k)
+          way[(lane() / 4 + k / 2 * 8) * kPitch + j * 8 + lane() % 4 * 2 + k % 2] = sums_[i][j][k];
+      __syncwarp();
+      for (int n = lane(); n < 16 * kWarpCols / kChunk; n += kWarp) {
+        const int row = n / (kWarpCols / kChunk), col = n % (kWarpCols / kChunk) * kChunk;
+        const int of_slice = row_ + warp_row() + 16 * i + row, channel = col_ + warp_col() + col;
+        float sums[kChunk];
+#pragma unroll
+        for (int k = 0; k < kChunk; ++k) sums[k] = way[row * kPitch + col + k];
+        if (of_slice < in_.rows && channel < in_.cols) in_.emit(slice_, of_slice, channel, sums);
+      }
+      __syncwarp();
+    }
+  }
+
+  const Operands& in_;
+  Chunk* const memory_;
+  const int thread_;
+  const typename Operands::Slice slice_;
+  int row_, col_;  // of the tile's first
+  typename Operands::LineA lines_a_[A::kOfThread];
+  typename Operands::LineB lines_b_[B::kOfThread];
+  float sums_[kHigh][kWide][4] = {};
+};
+
+template <class Operands, int kCols>
+__global__ void __launch_bounds__(kThreads, 2) tensor_multiply(Operands in) {
+  using Product = TensorProduct<Operands, kCols>;
+  __shared__ Chunk memory[Product::kChunks];
+  Product(in, memory, blockIdx.x, threadIdx.x).run();
+}
+
+template <class Operands, int kCols>
+void launch_tensor_tiles(const Operands& in, void* stream) {
+  using Product = TensorProduct<Operands, kCols>;
+  launch(tensor_multiply<Operands, kCols>, in.slices * Product::of_slice(in), stream, in);
+}
+
+template <class Operands>
+void launch_tensor_multiply(const Operands& in, void* stream) {
+  if (in.cols > 64)
+    launch_tensor_tiles<Operands, 128>(in, stream);
+  else
+    launch_tensor_tiles<Operands, 64>(in, stream);
+}
+
+}  // namespace fusedconvbn::cuda
