@@ -5,6 +5,7 @@ from __future__ import annotations
 import ctypes
 import math
 import multiprocessing
+import shutil
 from concurrent.futures import ProcessPoolExecutor
 from functools import partial
 from pathlib import Path
@@ -92,6 +93,14 @@ def start(framework: Path, library: Path, ops: Path, gpu: bool) -> None:
     if gpu:
         import cupy
     harness = Harness(library, ops, cuda_core.GpuMemory(cupy) if gpu else cuda_core.Memory())
+
+
+def beside(folder: Path, ops: Path, cuda: Path | None) -> Path:
+    """A copy of the op library, in a folder of its own with this CUDA library."""
+    shutil.copy(ops, folder / "_ops.so")
+    if cuda is not None:
+        shutil.copy(cuda, folder / "_cuda.so")
+    return folder / "_ops.so"
 
 
 def run(*arguments: Any) -> list[Output | None]:

@@ -9,7 +9,7 @@ import cuda_core
 import pytest
 from cases import Case
 from cuda_suite import *  # noqa: F403
-from cuda_suite import ALL, RANGES, with_the_kernels
+from cuda_suite import ALL, RANGES, TENSOR, problem_of, with_the_kernels
 from raw_problem import Problem
 
 import fusedconvbn
@@ -53,9 +53,9 @@ def on_the_host(array):
 
 
 @with_the_kernels
-@pytest.mark.parametrize("case", [*ALL[::7], *RANGES], ids=str)
+@pytest.mark.parametrize("case", [*ALL[::7], *RANGES, *TENSOR], ids=str)
 def test_the_same_bits_again(case: Case):
-    problem = Problem(case)
+    problem = problem_of(case)
     first = (*problem.run_forward(), *problem.run_backward())
     for one, other in zip(first, (*problem.run_forward(), *problem.run_backward())):
         assert (one is None) == (other is None)

@@ -10,7 +10,7 @@ import cuda_core
 import pytest
 from cases import Case
 from cuda_suite import *  # noqa: F403
-from cuda_suite import ALL, RANGES, with_the_kernels
+from cuda_suite import ALL, RANGES, TENSOR, with_the_kernels
 from raw_problem import Problem
 
 from fusedconvbn import _load
@@ -29,7 +29,7 @@ def on_the_device(library, monkeypatch):
 
 
 @with_the_kernels
-@pytest.mark.parametrize("case", [*ALL[::47], *RANGES[:3]], ids=str)
+@pytest.mark.parametrize("case", [*ALL[::47], *RANGES[:3], *TENSOR[1:6]], ids=str)
 def test_the_same_bits_whatever_the_order_of_threads(case: Case, monkeypatch):
     """A result that another thread has not written yet shows, where no barrier makes it wait."""
     problem = Problem(case)

@@ -1,13 +1,14 @@
 #!/bin/sh
 # Builds, tests and sanitizes the CUDA kernels on a machine with a GPU: tools/gpu_check.sh [FOLDER]. It needs nvcc and,
-# of Python, cmake, cupy, ml_dtypes, numpy, pybind11, pytest and scipy; not TensorFlow. PYTHON says which Python. A table
-# comes last; what each step printed is in FOLDER (artifacts/gpu). Fails if a step does. What is built lies in the package,
-# without the TensorFlow ops: `make build` brings them back.
+# of Python, cmake, cupy, ml_dtypes, numpy, pybind11, pytest and scipy, to measure rich and torch; not TensorFlow. PYTHON
+# says which Python, MEASURE what benchmarks.gpu is to measure. A table comes last; what each step printed is in FOLDER
+# (artifacts/gpu). Fails if a step does. With artifacts/gpu_bundle (tools/gpu_bundle.sh) the ops' registered kernels are
+# tested, too. What is built lies in the package, without the TensorFlow ops: `make build` brings them back.
 
 cd "$(dirname "$0")/.." || exit 1
 PYTHON=${PYTHON:-python3}
 FOLDER=${1:-artifacts/gpu}
-SANITIZED='test_gradients_that_nobody_asks_for or test_the_same_bits_again' # of each kind of problem some
+SANITIZED='test_gradients_that_nobody_asks_for or test_the_same_bits_again' # some of each kind of problem
 mkdir -p "$FOLDER" && : > "$FOLDER/table.txt" || exit 1
 failed=0
 
@@ -29,6 +30,12 @@ export FUSEDCONVBN_CMAKE_ARGS="-DFUSEDCONVBN_TF=OFF -DFUSEDCONVBN_CUDA=FULL $FUS
 step device nvidia-smi --query-gpu=name,driver_version --format=csv,noheader
 step build "$PYTHON" setup.py --quiet build_ext --inplace
 step tests "$PYTHON" -m pytest -p no:cacheprovider tests/test_cuda_gpu.py
+if [ -d artifacts/gpu_bundle ]; then
+  gunzip -kf artifacts/gpu_bundle/*.gz
+  export FUSEDCONVBN_GPU_BUNDLE="$PWD/artifacts/gpu_bundle"
+  step ops "$PYTHON" -m pytest -p no:cacheprovider tests/test_op_cuda_gpu.py
+fi
+step measure "$PYTHON" -m benchmarks.gpu --json "$FOLDER/measured.json" ${MEASURE:---dtype float16}
 sanitize memcheck
 sanitize racecheck
 sanitize synccheck
