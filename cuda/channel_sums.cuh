@@ -2,8 +2,7 @@
 // of threads takes a range and some neighbouring channels, and adds up in an order that does not depend on the machine.
 #pragma once
 
-#include "image.h"
-#include "launch.h"
+#include "chunks.cuh"
 
 namespace fusedconvbn::cuda {
 
@@ -30,6 +29,17 @@ struct Ranges {
     return (range + 1) * size < pixels ? (range + 1) * size : pixels;
   }
   int64_t blocks() const { return count * ceil_div(channels, tile); }
+
+  // For kernels that take channels by chunks: tiles of a power of two.
+  static Ranges by_chunks(const ConvBnParams& p, int of_chunk) {
+    constexpr int kWidest = 64;
+    int tile = of_chunk;
+    while (tile < kWidest && tile < p.out_channels) tile *= 2;
+    return Ranges(p, tile);
+  }
+  FCB_INLINE_MEMBER ChunkShare chunks_of(int of_chunk, int block, int thread) const {
+    return chunk_share(pixels, size, channels, tile, of_chunk, block, thread);
+  }
 };
 
 // A thread's share of a block's work: one channel, and every lanes-th pixel of the range. Neighbouring threads take

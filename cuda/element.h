@@ -59,24 +59,31 @@ FCB_INLINE void store(double value, double* at) { *at = value; }
 FCB_INLINE void store(float value, Half* at) { convert(value, at); }
 FCB_INLINE void store(float value, BFloat16* at) { convert(value, at); }
 
-// Eight numbers of 16 bits, which are read and written at once: 16-byte aligned.
-constexpr int kChunk = 8;
+// What is read and written at once: 16 bytes, at a multiple of 16.
 template <class T>
-struct alignas(16) Eight {
-  T elements[kChunk];
+constexpr int kOfChunk = 16 / static_cast<int>(sizeof(T));
+template <class T, int kNumbers = kOfChunk<T>>
+struct alignas(16) Chunk {
+  T elements[kNumbers];
 };
+// A chunk's numbers as they are computed with.
 template <class T>
-FCB_INLINE void load_chunk(const T* at, float (&to)[kChunk]) {
-  const Eight<T> eight = *reinterpret_cast<const Eight<T>*>(at);
+using Numbers = Compute<T>[kOfChunk<T>];
+
+template <class T, class C, int kNumbers>
+FCB_INLINE void load_chunk(const T* at, C (&to)[kNumbers]) {
+  static_assert(kNumbers * sizeof(T) % 16 == 0, "whole chunks");
+  const Chunk<T, kNumbers> chunk = *reinterpret_cast<const Chunk<T, kNumbers>*>(at);
 #pragma unroll
-  for (int i = 0; i < kChunk; ++i) to[i] = load(&eight.elements[i]);
+  for (int i = 0; i < kNumbers; ++i) to[i] = load(&chunk.elements[i]);
 }
-template <class T>
-FCB_INLINE void store_chunk(const float (&values)[kChunk], T* at) {
-  Eight<T> eight;
+template <class T, class C, int kNumbers>
+FCB_INLINE void store_chunk(const C (&values)[kNumbers], T* at) {
+  static_assert(kNumbers * sizeof(T) % 16 == 0, "whole chunks");
+  Chunk<T, kNumbers> chunk;
 #pragma unroll
-  for (int i = 0; i < kChunk; ++i) store(values[i], &eight.elements[i]);
-  *reinterpret_cast<Eight<T>*>(at) = eight;
+  for (int i = 0; i < kNumbers; ++i) store(values[i], &chunk.elements[i]);
+  *reinterpret_cast<Chunk<T, kNumbers>*>(at) = chunk;
 }
 
 // Function::of<A>(value) of the activation that is known at run time: a kernel for each would be eight times as many,
@@ -102,11 +109,29 @@ struct Activate {
     return activate<A, C>(u);
   }
 };
+// In place of the numbers of a chunk.
+template <int kNumbers>
 struct ActivateChunk {
-  template <Activation A>
-  FCB_INLINE int of(float* u) {
+  template <Activation A, class C>
+  FCB_INLINE int of(C* u) {
 #pragma unroll
-    for (int i = 0; i < kChunk; ++i) u[i] = activate<A, float>(u[i]);
+    for (int i = 0; i < kNumbers; ++i) u[i] = activate<A, C>(u[i]);
+    return 0;
+  }
+};
+// gradients[i] times the derivative at arguments[i], or, kOfOutput, where the activation gave that.
+template <class C>
+struct Chain {
+  const C* arguments;
+  C* gradients;
+};
+template <int kNumbers, bool kOfOutput>
+struct ChainChunk {
+  template <Activation A, class C>
+  FCB_INLINE int of(Chain<C> in) {
+#pragma unroll
+    for (int i = 0; i < kNumbers; ++i)
+      in.gradients[i] *= kOfOutput ? derivative_of_output<A, C>(in.arguments[i]) : derivative<A, C>(in.arguments[i]);
     return 0;
   }
 };

@@ -23,6 +23,19 @@ struct ConvOut {
     if (rounded != nullptr) return load(rounded + layout.pixel_of(at) * layout.channels + channel);
     return (stored != nullptr ? load(stored + at) : load(computed + at)) - mean;
   }
+  template <int kNumbers>
+  FCB_INLINE_MEMBER void centered(int64_t at, const Compute<T> (&mean)[kNumbers], Compute<T> (&x)[kNumbers]) const {
+    if (rounded != nullptr) {
+      for (int i = 0; i < kNumbers; ++i) x[i] = load(rounded + at + i);
+      return;
+    }
+    if (stored != nullptr)
+      load_chunk(stored + at, x);
+    else
+      load_chunk(computed + at, x);
+#pragma unroll
+    for (int i = 0; i < kNumbers; ++i) x[i] -= mean[i];
+  }
 };
 
 // The arguments and results of length K, as in BackwardBuffers; the last row is scratch.
@@ -30,7 +43,7 @@ template <class C>
 struct BackwardVectors {
   const C *gamma, *beta, *moving_variance, *mean, *saved_inv_std, *mean_gradient, *variance_gradient;
   C *d_gamma, *d_beta, *d_mean, *d_variance;
-  C *inv_std, *slope, *curve, *offset;
+  C *inv_std, *slope, *center, *shift, *curve, *offset;  // center, shift: mean and beta, where chunks can be read
 };
 
 // What du and x of an element follow from.
@@ -51,6 +64,37 @@ struct Argument {
     const C u = v.slope[channel] * x + v.beta[channel];
     return dy * of_activation<Derivative>(activation, residual == nullptr ? u : C(u + load(residual + at)));
   }
+
+  // The same of a chunk, whose channels have these.
+  template <int kNumbers>
+  struct Vectors {
+    C mean[kNumbers], slope[kNumbers], beta[kNumbers];
+  };
+  template <int kNumbers>
+  FCB_INLINE_MEMBER Vectors<kNumbers> of_channels(int64_t channel) const {
+    Vectors<kNumbers> of;
+    load_chunk(v.center + channel, of.mean), load_chunk(v.slope + channel, of.slope);
+    load_chunk(v.shift + channel, of.beta);
+    return of;
+  }
+  template <int kNumbers>
+  FCB_INLINE_MEMBER void read(int64_t at, const Vectors<kNumbers>& of, C (&x)[kNumbers], C (&du)[kNumbers]) const {
+    C u[kNumbers];
+    z.centered(at, of.mean, x);
+    load_chunk(output_gradient + at, du);
+    if (output != nullptr) {
+      load_chunk(output + at, u);
+      of_activation<ChainChunk<kNumbers, true>>(activation, Chain<C>{u, du});
+      return;
+    }
+    if (residual != nullptr) load_chunk(residual + at, u);
+#pragma unroll
+    for (int i = 0; i < kNumbers; ++i) {
+      const C own = of.slope[i] * x[i] + of.beta[i];
+      u[i] = residual == nullptr ? own : own + u[i];
+    }
+    of_activation<ChainChunk<kNumbers, false>>(activation, Chain<C>{u, du});
+  }
 };
 
 template <class C>
@@ -60,6 +104,8 @@ __global__ void __launch_bounds__(kThreads) start_gradients(BackwardVectors<C> v
   v.inv_std[k] = rule.learns ? v.saved_inv_std[k]
                              : static_cast<C>(1 / sqrt(static_cast<double>(v.moving_variance[k]) + rule.epsilon));
   v.slope[k] = v.gamma[k] * v.inv_std[k];
+  v.center[k] = v.mean[k];
+  v.shift[k] = v.beta[k];
 }
 
 // Sums of a range, [ranges][K].
@@ -88,6 +134,31 @@ __global__ void __launch_bounds__(kThreads) sum_ranges(Argument<T> in, Ranges ra
   if (!s.inside || s.lane != 0) return;
   const int64_t at = s.range * ranges.channels + s.channel;
   sums.du[at] = sum_du, sums.du_x[at] = sum_du_x, sums.x[at] = sum_x;
+}
+
+// The same by chunks.
+template <class T>
+__global__ void __launch_bounds__(kThreads) sum_chunks(Argument<T> in, Ranges ranges, RangeSums<Compute<T>> sums) {
+  using C = Compute<T>;
+  constexpr int kNumbers = kOfChunk<T>;
+  __shared__ C shared[kThreads * kNumbers];
+  const ChunkShare s = ranges.chunks_of(kNumbers, blockIdx.x, threadIdx.x);
+  Numbers<T> sum_du = {}, sum_du_x = {}, sum_x = {}, x, du;
+  if (s.inside) {
+    const auto vectors = in.template of_channels<kNumbers>(s.channel);
+    for (int64_t p = s.begin + s.lane; p < s.end; p += s.lanes) {
+      in.read(p * ranges.channels + s.channel, vectors, x, du);
+#pragma unroll
+      for (int i = 0; i < kNumbers; ++i) sum_du[i] += du[i], sum_du_x[i] += du[i] * x[i], sum_x[i] += x[i];
+    }
+  }
+  sum_over_lanes(sum_du, s, shared);
+  sum_over_lanes(sum_du_x, s, shared);
+  sum_over_lanes(sum_x, s, shared);
+  if (!s.inside || s.lane != 0) return;
+  const int64_t at = s.range * ranges.channels + s.channel;
+  for (int i = 0; i < kNumbers; ++i)
+    sums.du[at + i] = sum_du[i], sums.du_x[at + i] = sum_du_x[i], sums.x[at + i] = sum_x[i];
 }
 
 template <class C>
@@ -138,6 +209,33 @@ __global__ void __launch_bounds__(kThreads)
   if (z_gradient == nullptr) return;
   const C direct = in.v.slope[channel] * du;
   store(in.learns ? direct + in.v.curve[channel] * x + in.v.offset[channel] : direct, z_gradient + at);
+}
+
+// The same by chunks.
+template <class T, class Gradient>
+__global__ void __launch_bounds__(kThreads)
+    apply_chunks(Argument<T> in, ChunkPass pass, Gradient* z_gradient, T* d_residual) {
+  constexpr int kNumbers = kOfChunk<T>;
+  const int thread = static_cast<int>(blockIdx.x) * kThreads + threadIdx.x;
+  if (thread >= pass.threads) return;
+  const int channel = pass.channel(thread, kNumbers);
+  const auto vectors = in.template of_channels<kNumbers>(channel);
+  Numbers<T> curve = {}, offset = {}, x, du;
+  if (in.learns) load_chunk(in.v.curve + channel, curve), load_chunk(in.v.offset + channel, offset);
+#pragma unroll
+  for (int j = 0; j < kChunksOfThread; ++j) {
+    const int64_t chunk = thread + int64_t{j} * pass.threads, at = chunk * kNumbers;
+    if (chunk >= pass.chunks) break;
+    in.read(at, vectors, x, du);
+    if (d_residual != nullptr) store_chunk(du, d_residual + at);
+    if (z_gradient == nullptr) continue;
+#pragma unroll
+    for (int i = 0; i < kNumbers; ++i) {
+      const Compute<T> direct = vectors.slope[i] * du[i];
+      du[i] = in.learns ? direct + curve[i] * x[i] + offset[i] : direct;
+    }
+    store_chunk(du, z_gradient + at);
+  }
 }
 
 }  // namespace fusedconvbn::cuda

@@ -1,6 +1,7 @@
 // output = activation(scale (z - mean) + beta + residual), as the epilogue of a convolution or as a pass over z.
 #pragma once
 
+#include "chunks.cuh"
 #include "statistics.cuh"
 
 namespace fusedconvbn::cuda {
@@ -21,14 +22,30 @@ struct Normalize {
   FCB_INLINE_MEMBER void emit(int64_t at, int64_t channel, C z) const {
     store(of_activation<Activate>(activation, argument(at, channel, z - mean[channel])), output + at);
   }
-  FCB_INLINE_MEMBER void emit(int64_t at, int64_t channel, const float (&z)[kChunk]) const {
-    float u[kChunk], other[kChunk] = {};
+
+  // What a chunk's channels have; `channel` is a multiple of kNumbers.
+  template <int kNumbers>
+  struct Vectors {
+    C mean[kNumbers], scale[kNumbers], beta[kNumbers];
+  };
+  template <int kNumbers>
+  FCB_INLINE_MEMBER Vectors<kNumbers> of_channels(int64_t channel) const {
+    Vectors<kNumbers> v;
+    load_chunk(mean + channel, v.mean), load_chunk(scale + channel, v.scale), load_chunk(beta + channel, v.beta);
+    return v;
+  }
+  template <int kNumbers>
+  FCB_INLINE_MEMBER void emit(int64_t at, const Vectors<kNumbers>& v, const C (&z)[kNumbers]) const {
+    C u[kNumbers], other[kNumbers] = {};
     if (residual != nullptr) load_chunk(residual + at, other);
 #pragma unroll
-    for (int i = 0; i < kChunk; ++i)
-      u[i] = scale[channel + i] * (z[i] - mean[channel + i]) + beta[channel + i] + other[i];
-    of_activation<ActivateChunk>(activation, static_cast<float*>(u));
+    for (int i = 0; i < kNumbers; ++i) u[i] = v.scale[i] * (z[i] - v.mean[i]) + v.beta[i] + other[i];
+    of_activation<ActivateChunk<kNumbers>>(activation, static_cast<C*>(u));
     store_chunk(u, output + at);
+  }
+  template <int kNumbers>
+  FCB_INLINE_MEMBER void emit(int64_t at, int64_t channel, const C (&z)[kNumbers]) const {
+    emit(at, of_channels<kNumbers>(channel), z);
   }
 };
 
@@ -37,11 +54,9 @@ template <class T>
 struct StoreZ {
   T* z;
   FCB_INLINE_MEMBER void emit(int64_t at, int64_t, Compute<T> sum) const { store(sum, z + at); }
-  FCB_INLINE_MEMBER void emit(int64_t at, int64_t, const float (&sums)[kChunk]) const {
-    if constexpr (sizeof(T) == 2)
-      store_chunk(sums, z + at);
-    else
-      for (int i = 0; i < kChunk; ++i) store(sums[i], z + at + i);
+  template <int kNumbers>
+  FCB_INLINE_MEMBER void emit(int64_t at, int64_t, const Compute<T> (&sums)[kNumbers]) const {
+    store_chunk(sums, z + at);
   }
 };
 
@@ -71,6 +86,32 @@ __global__ void __launch_bounds__(kThreads)
   if (rounded != nullptr)
     rounded[layout.pixel_of(at) * layout.channels + channel] = round_for_backward(to, at, channel, x);
   to.emit(at, channel, stored);
+}
+
+// The same by chunks.
+template <class T>
+__global__ void __launch_bounds__(kThreads)
+    normalize_chunks(const T* z, ChunkPass pass, Normalize<T> to, BFloat16* rounded) {
+  constexpr int kNumbers = kOfChunk<T>;
+  const int thread = static_cast<int>(blockIdx.x) * kThreads + threadIdx.x;
+  if (thread >= pass.threads) return;
+  const int channel = pass.channel(thread, kNumbers);
+  const auto vectors = to.template of_channels<kNumbers>(channel);
+  Numbers<T> stored[kChunksOfThread];
+#pragma unroll
+  for (int j = 0; j < kChunksOfThread; ++j) {
+    const int64_t chunk = thread + int64_t{j} * pass.threads;
+    if (chunk < pass.chunks) load_chunk(z + chunk * kNumbers, stored[j]);
+  }
+#pragma unroll
+  for (int j = 0; j < kChunksOfThread; ++j) {
+    const int64_t chunk = thread + int64_t{j} * pass.threads, at = chunk * kNumbers;
+    if (chunk >= pass.chunks) break;
+    if (rounded != nullptr)
+      for (int i = 0; i < kNumbers; ++i)
+        rounded[at + i] = round_for_backward(to, at + i, channel + i, stored[j][i] - vectors.mean[i]);
+    to.emit(at, vectors, stored[j]);
+  }
 }
 
 }  // namespace fusedconvbn::cuda

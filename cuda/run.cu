@@ -74,11 +74,17 @@ const char* too_large(const ConvBnParams& p) {
   return most_blocks(p) > kMost ? "tensors this large have no GPU kernel" : nullptr;
 }
 
-// Whether tensor cores take the problem: its buffers, too, must be as they read them.
-bool on_tensor_cores(const ConvBnParams& p, std::initializer_list<const void*> buffers) {
-  bool aligned = true;
-  for (const void* buffer : buffers) aligned = aligned && reinterpret_cast<uintptr_t>(buffer) % 16 == 0;
-  return aligned && suits_tensor_cores(p);
+// Whether chunks can be read from them.
+bool aligned(std::initializer_list<const void*> buffers) {
+  return std::all_of(buffers.begin(), buffers.end(),
+                     [](const void* buffer) { return reinterpret_cast<uintptr_t>(buffer) % 16 == 0; });
+}
+
+// Whether passes over the output can go by chunks, of buffers that are aligned.
+template <class T>
+bool has_chunks(const ConvBnParams& p) {
+  return p.data_format == DataFormat::kNHWC && p.out_channels % kOfChunk<T> == 0 && p.out_channels > 0 &&
+         output_elements(p) / kOfChunk<T> < INT32_MAX;
 }
 
 // z = conv(inputs, filters), to the epilogue.
@@ -118,15 +124,18 @@ struct Forward {
                out<C>(b.batch_mean),
                out<C>(b.inv_std),
                carver.take<C>(k),
+               carver.take<C>(k),
                carver.take<C>(k)};
     moments = {carver.take<C>(ranges), carver.take<C>(ranges), carver.take<C>(ranges)};
     return carver.bytes();
   }
 
   void run() const {
-    const Normalize<T> last{vectors.mean,     vectors.scale, vectors.beta, p.has_residual ? in<T>(b.residual) : nullptr,
+    const Normalize<T> last{vectors.mean,     vectors.scale,
+                            vectors.shift,    p.has_residual ? in<T>(b.residual) : nullptr,
                             out<T>(b.output), p.activation};
-    const bool tensor = on_tensor_cores(p, {b.inputs, b.filters, b.residual, b.output, b.conv_out});
+    const bool can = aligned({b.inputs, b.filters, b.residual, b.output, b.conv_out});
+    const bool tensor = can && suits_tensor_cores(p), chunks = can && has_chunks<T>(p);
     if (!p.training) {
       finish();
       convolve<T>(p, tensor, b.inputs, b.filters, last, stream);
@@ -134,17 +143,30 @@ struct Forward {
     }
     const Saved saved = asked_for(p);
     T* const z = out<T>(saved == Saved::kConv ? b.conv_out : b.output);
-    const Layout layout = output_layout(p);
-    const Ranges ranges(p);
     convolve<T>(p, tensor, b.inputs, b.filters, StoreZ<T>{z}, stream);
-    launch(measure_ranges<T>, ranges.blocks(), stream, static_cast<const T*>(z), layout, ranges, moments);
+    measure(z, chunks);
     finish();
-    launch(normalize<T>, blocks_for(output_elements(p)), stream, static_cast<const T*>(z), layout, output_elements(p),
-           last, saved == Saved::kBFloat16 ? out<BFloat16>(b.conv_out) : nullptr);
+    normalize_all(z, last, saved == Saved::kBFloat16 ? out<BFloat16>(b.conv_out) : nullptr, chunks);
   }
 
  private:
   Rule rule() const { return Rule(p); }
+  void measure(const T* z, bool chunks) const {
+    const Ranges ranges(p), by_chunks = Ranges::by_chunks(p, kOfChunk<T>);
+    if (chunks)
+      launch(measure_chunks<T>, by_chunks.blocks(), stream, z, by_chunks, moments);
+    else
+      launch(measure_ranges<T>, ranges.blocks(), stream, z, output_layout(p), ranges, moments);
+  }
+  void normalize_all(const T* z, const Normalize<T>& last, BFloat16* rounded, bool chunks) const {
+    const int64_t elements = output_elements(p);
+    if (chunks) {
+      const ChunkPass pass(elements, p.out_channels, kOfChunk<T>);
+      launch(normalize_chunks<T>, pass.blocks(), stream, z, pass, last, rounded);
+    } else {
+      launch(normalize<T>, blocks_for(elements), stream, z, output_layout(p), elements, last, rounded);
+    }
+  }
   void finish() const {
     launch(finish_statistics<C>, blocks_for(p.out_channels), stream, vectors, moments, Ranges(p), rule());
   }
@@ -180,6 +202,8 @@ struct Backward {
                carver.take<C>(k),
                carver.take<C>(k),
                carver.take<C>(k),
+               carver.take<C>(k),
+               carver.take<C>(k),
                carver.take<C>(k)};
     sums = {carver.take<C>(ranges), carver.take<C>(ranges), carver.take<C>(ranges)};
     if (!has_conv_out(p) && p.training) z_again = carver.take<T>(elements);
@@ -191,18 +215,23 @@ struct Backward {
 
   void run() const {
     const Rule rule(p);
-    const Ranges ranges(p);
-    const bool tensor = on_tensor_cores(p, {b.inputs, b.filters, b.d_inputs});
+    const Ranges ranges(p), by_chunks = Ranges::by_chunks(p, kOfChunk<T>);
+    const bool tensor = suits_tensor_cores(p) && aligned({b.inputs, b.filters, b.d_inputs});
+    const bool chunks =
+        has_chunks<T>(p) && aligned({b.output_gradient, b.residual, b.output, b.conv_out, b.d_residual});
     if (z_again != nullptr) convolve<T>(p, tensor, b.inputs, b.filters, StoreZ<T>{z_again}, stream);
     if (z_computed != nullptr) convolve<T>(p, tensor, b.inputs, b.filters, StoreZ<C>{z_computed}, stream);
     const Argument<T> argument = make_argument(rule);
     launch(start_gradients<C>, blocks_for(p.out_channels), stream, vectors, p.out_channels, rule);
-    launch(sum_ranges<T>, ranges.blocks(), stream, argument, ranges, sums);
+    if (chunks)
+      launch(sum_chunks<T>, by_chunks.blocks(), stream, argument, by_chunks, sums);
+    else
+      launch(sum_ranges<T>, ranges.blocks(), stream, argument, ranges, sums);
     launch(finish_gradients<C>, blocks_for(p.out_channels), stream, vectors, sums, ranges, rule, p.training);
     if (tensor)
-      apply<T>(argument);
+      apply<T>(argument, chunks);
     else
-      apply<C>(argument);
+      apply<C>(argument, chunks);
     if (b.d_inputs != nullptr) inputs_gradient(tensor);
     if (b.d_filters != nullptr) filters_gradient(tensor);
   }
@@ -222,11 +251,18 @@ struct Backward {
   }
   // Leaves the gradient of z, and of the residual.
   template <class Gradient>
-  void apply(const Argument<T>& argument) const {
+  void apply(const Argument<T>& argument, bool chunks) const {
+    const int64_t elements = output_elements(p);
     const bool wanted = b.d_inputs != nullptr || b.d_filters != nullptr;
-    if (wanted || b.d_residual != nullptr)
-      launch(apply_gradients<T, Gradient>, blocks_for(output_elements(p)), stream, argument, output_elements(p),
-             wanted ? out<Gradient>(z_gradient) : nullptr, out<T>(b.d_residual));
+    if (!wanted && b.d_residual == nullptr) return;
+    Gradient* const gradient = wanted ? out<Gradient>(z_gradient) : nullptr;
+    if (chunks) {
+      const ChunkPass pass(elements, p.out_channels, kOfChunk<T>);
+      launch(apply_chunks<T, Gradient>, pass.blocks(), stream, argument, pass, gradient, out<T>(b.d_residual));
+    } else {
+      launch(apply_gradients<T, Gradient>, blocks_for(elements), stream, argument, elements, gradient,
+             out<T>(b.d_residual));
+    }
   }
   void inputs_gradient(bool tensor) const {
     const Windows windows(p);

@@ -16,6 +16,13 @@ struct RangeMoments {
   C *center, *sum, *squares;
 };
 
+// An infinite center stays one.
+template <class C>
+FCB_DEVICE void keep(const RangeMoments<C>& moments, int64_t at, C center, C rest, C squares) {
+  const bool finite = center - center == C(0);
+  moments.center[at] = center, moments.sum[at] = finite ? rest : C(0), moments.squares[at] = squares;
+}
+
 template <class T>
 __global__ void __launch_bounds__(kThreads)
     measure_ranges(const T* z, Layout layout, Ranges ranges, RangeMoments<Compute<T>> moments) {
@@ -38,9 +45,42 @@ __global__ void __launch_bounds__(kThreads)
   rest = sum_of_lanes(rest, s, shared);
   squares = sum_of_lanes(squares, s, shared);
   if (!s.inside || s.lane != 0) return;
+  keep(moments, s.range * ranges.channels + s.channel, center, rest, squares);
+}
+
+// The same by chunks.
+template <class T>
+__global__ void __launch_bounds__(kThreads)
+    measure_chunks(const T* z, Ranges ranges, RangeMoments<Compute<T>> moments) {
+  using C = Compute<T>;
+  constexpr int kNumbers = kOfChunk<T>;
+  __shared__ C shared[kThreads * kNumbers];
+  const ChunkShare s = ranges.chunks_of(kNumbers, blockIdx.x, threadIdx.x);
+  const T* const channels = z + s.channel;
+  const C weight = C(1) / static_cast<C>(s.end - s.begin);
+  Numbers<T> center = {}, rest = {}, squares = {}, stored;
+  if (s.inside)
+    for (int64_t p = s.begin + s.lane; p < s.end; p += s.lanes) {
+      load_chunk(channels + p * ranges.channels, stored);
+#pragma unroll
+      for (int i = 0; i < kNumbers; ++i) center[i] += stored[i] * weight;
+    }
+  sum_over_lanes(center, s, shared);
+  if (s.inside)
+    for (int64_t p = s.begin + s.lane; p < s.end; p += s.lanes) {
+      load_chunk(channels + p * ranges.channels, stored);
+#pragma unroll
+      for (int i = 0; i < kNumbers; ++i) {
+        const C difference = stored[i] - center[i];
+        rest[i] += difference;
+        squares[i] += difference * difference;
+      }
+    }
+  sum_over_lanes(rest, s, shared);
+  sum_over_lanes(squares, s, shared);
+  if (!s.inside || s.lane != 0) return;
   const int64_t at = s.range * ranges.channels + s.channel;
-  const bool finite = center - center == C(0);
-  moments.center[at] = center, moments.sum[at] = finite ? rest : C(0), moments.squares[at] = squares;
+  for (int i = 0; i < kNumbers; ++i) keep(moments, at + i, center[i], rest[i], squares[i]);
 }
 
 // f(n pixels, mean, squares around it) of each range.
@@ -68,12 +108,12 @@ FCB_DEVICE Moments merge(const RangeMoments<C>& moments, const Ranges& ranges, i
   return {mean, squares < 0 ? 0.0 : squares / count};  // rounding may leave less than 0; NaN stays
 }
 
-// The arguments and results of length K, as in ForwardBuffers; those that may be null are not written then. `mean` and
-// `scale` = gamma / sqrt(variance + epsilon) are what the output is computed from.
+// The arguments and results of length K, as in ForwardBuffers; those that may be null are not written then. `mean`,
+// `scale` = gamma / sqrt(variance + epsilon) and `shift` = beta are scratch, what the output is computed from.
 template <class C>
 struct ForwardVectors {
   const C *gamma, *beta, *moving_mean, *moving_variance;
-  C *new_moving_mean, *new_moving_variance, *batch_mean, *inv_std, *mean, *scale;
+  C *new_moving_mean, *new_moving_variance, *batch_mean, *inv_std, *mean, *scale, *shift;
 };
 
 // The problem's constants that the statistics depend on.
@@ -108,6 +148,7 @@ __global__ void __launch_bounds__(kThreads)
   set(v.inv_std, k, inv_std);
   v.mean[k] = static_cast<C>(used.mean);
   v.scale[k] = static_cast<C>(v.gamma[k] * inv_std);
+  v.shift[k] = v.beta[k];
 }
 
 }  // namespace fusedconvbn::cuda

@@ -27,8 +27,8 @@ constexpr int kTileRows = 128, kWarpCols = 32;  // of sums: of a block, of a war
 // depth. Chunks change places within a line so that the eight that are read at once lie in different banks.
 template <int kAlong, bool kDepthFirst>
 struct TensorTile {
-  static constexpr int kLine = (kDepthFirst ? kTensorDepth : kAlong) / kChunk;  // chunks
-  static constexpr int kChunks = kAlong * kTensorDepth / kChunk, kOfThread = kChunks / kThreads;
+  static constexpr int kLine = (kDepthFirst ? kTensorDepth : kAlong) / kEight;  // chunks
+  static constexpr int kChunks = kAlong * kTensorDepth / kEight, kOfThread = kChunks / kThreads;
   static_assert(kChunks % kThreads == 0 && kThreads % kLine == 0, "a thread's chunks are one above the other");
 
   FCB_DEVICE_MEMBER static int at(int line, int chunk) {
@@ -39,20 +39,20 @@ struct TensorTile {
   FCB_DEVICE_MEMBER static int chunk(int thread) { return thread % kLine; }
   FCB_DEVICE_MEMBER static int place(int thread, int i) { return at(line(thread, i), chunk(thread)); }
   FCB_DEVICE_MEMBER static int along(int thread, int i) {
-    return kDepthFirst ? line(thread, i) : chunk(thread) * kChunk;
+    return kDepthFirst ? line(thread, i) : chunk(thread) * kEight;
   }
   FCB_DEVICE_MEMBER static int depth(int thread, int i) {
-    return kDepthFirst ? chunk(thread) * kChunk : line(thread, i);
+    return kDepthFirst ? chunk(thread) * kEight : line(thread, i);
   }
 
   // Of four matrices, those at (along, depth), 8 further along, 8 deeper, and both; `kDeeperFirst`: in the other order.
   template <bool kDeeperFirst>
-  FCB_DEVICE_MEMBER static void load(const Chunk* tile, int lane, int along, int depth, uint32_t (&to)[4]) {
+  FCB_DEVICE_MEMBER static void load(const Eight* tile, int lane, int along, int depth, uint32_t (&to)[4]) {
     const int first = lane / 8 % 2 * 8, second = lane / 16 * 8;
     along += kDeeperFirst ? second : first, depth += kDeeperFirst ? first : second;
     const int row = lane % 8;
     load_matrices<!kDepthFirst>(
-        to, tile + (kDepthFirst ? at(along + row, depth / kChunk) : at(depth + row, along / kChunk)));
+        to, tile + (kDepthFirst ? at(along + row, depth / kEight) : at(depth + row, along / kEight)));
   }
 };
 
@@ -69,9 +69,9 @@ class TensorProduct {
 
  public:
   static constexpr int kChunks = kStages * kStage;  // of shared memory
-  static_assert(kThreads / kWarp * 16 * kPitch * sizeof(float) <= kChunks * sizeof(Chunk), "all warps' way out");
+  static_assert(kThreads / kWarp * 16 * kPitch * sizeof(float) <= kChunks * sizeof(Eight), "all warps' way out");
 
-  FCB_DEVICE_MEMBER TensorProduct(const Operands& in, Chunk* memory, int block, int thread)
+  FCB_DEVICE_MEMBER TensorProduct(const Operands& in, Eight* memory, int block, int thread)
       : in_(in), memory_(memory), thread_(thread), slice_(in.slice(block / of_slice(in))) {
     const int tile = block % of_slice(in), col_tiles = tiles(in.cols, kCols);
     row_ = tile / col_tiles * kTileRows, col_ = tile % col_tiles * kCols;
@@ -105,7 +105,7 @@ class TensorProduct {
   // A group of copies, empty behind the last step.
   FCB_DEVICE_MEMBER void bring(int step, int steps) {
     if (step < steps) {
-      Chunk* const a = memory_ + step % kStages * kStage;
+      Eight* const a = memory_ + step % kStages * kStage;
       const int depth = step * kTensorDepth;
       bring_tile<A, Operands::kDepthFirstA>(
           a, [&](int of_tile) { return in_.point_a(slice_, depth + of_tile); },
@@ -118,7 +118,7 @@ class TensorProduct {
   }
   // Depth-first, all chunks of a thread are of one depth.
   template <class Tile, bool kDepthFirst, class PointOf, class ChunkOf>
-  FCB_DEVICE_MEMBER void bring_tile(Chunk* to, const PointOf& point_of, const ChunkOf& chunk_of) {
+  FCB_DEVICE_MEMBER void bring_tile(Eight* to, const PointOf& point_of, const ChunkOf& chunk_of) {
     auto point = point_of(Tile::depth(thread_, 0));
 #pragma unroll
     for (int i = 0; i < Tile::kOfThread; ++i) {
@@ -131,7 +131,7 @@ class TensorProduct {
   FCB_DEVICE_MEMBER int warp_row() const { return thread_ / kWarp / kWarpsAcross * kWarpRows; }
   FCB_DEVICE_MEMBER int warp_col() const { return thread_ / kWarp % kWarpsAcross * kWarpCols; }
 
-  FCB_DEVICE_MEMBER void multiply_stage(const Chunk* a) {
+  FCB_DEVICE_MEMBER void multiply_stage(const Eight* a) {
 #pragma unroll
     for (int depth = 0; depth < kTensorDepth; depth += 16) {
       uint32_t left[kHigh][4], right[kWide / 2][4];  // of `right`, each holds two matrices of 16 x 8
@@ -161,12 +161,12 @@ class TensorProduct {
         for (int k = 0; k < 4; ++k)
           way[(lane() / 4 + k / 2 * 8) * kPitch + j * 8 + lane() % 4 * 2 + k % 2] = sums_[i][j][k];
       __syncwarp();
-      for (int n = lane(); n < 16 * kWarpCols / kChunk; n += kWarp) {
-        const int row = n / (kWarpCols / kChunk), col = n % (kWarpCols / kChunk) * kChunk;
+      for (int n = lane(); n < 16 * kWarpCols / kEight; n += kWarp) {
+        const int row = n / (kWarpCols / kEight), col = n % (kWarpCols / kEight) * kEight;
         const int of_slice = row_ + warp_row() + 16 * i + row, channel = col_ + warp_col() + col;
-        float sums[kChunk];
+        float sums[kEight];
 #pragma unroll
-        for (int k = 0; k < kChunk; ++k) sums[k] = way[row * kPitch + col + k];
+        for (int k = 0; k < kEight; ++k) sums[k] = way[row * kPitch + col + k];
         if (of_slice < in_.rows && channel < in_.cols) in_.emit(slice_, of_slice, channel, sums);
       }
       __syncwarp();
@@ -174,7 +174,7 @@ class TensorProduct {
   }
 
   const Operands& in_;
-  Chunk* const memory_;
+  Eight* const memory_;
   const int thread_;
   const typename Operands::Slice slice_;
   int row_, col_;  // of the tile's first
@@ -186,7 +186,7 @@ class TensorProduct {
 template <class Operands, int kCols>
 __global__ void __launch_bounds__(kThreads, 2) tensor_multiply(Operands in) {
   using Product = TensorProduct<Operands, kCols>;
-  __shared__ Chunk memory[Product::kChunks];
+  __shared__ Eight memory[Product::kChunks];
   Product(in, memory, blockIdx.x, threadIdx.x).run();
 }
 

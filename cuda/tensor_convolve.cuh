@@ -128,7 +128,7 @@ struct TensorForward {
   FCB_INLINE_MEMBER const T* b(LineB line, PointB point) const {
     return line < 0 || point == nullptr ? nullptr : point + line;
   }
-  FCB_INLINE_MEMBER void emit(const Slice& s, int r, int c, const float (&z)[kChunk]) const {
+  FCB_INLINE_MEMBER void emit(const Slice& s, int r, int c, const float (&z)[kEight]) const {
     epilogue.emit(int64_t{r} * out_channels + (s.channel + c), s.channel + c, z);
   }
 };
@@ -241,7 +241,7 @@ struct TensorDgrad {
   FCB_INLINE_MEMBER const T* b(LineB line, PointB point) const {
     return line < 0 || point == nullptr ? nullptr : point + line;
   }
-  FCB_INLINE_MEMBER void emit(const Slice& s, int r, int c, const float (&sums)[kChunk]) const {
+  FCB_INLINE_MEMBER void emit(const Slice& s, int r, int c, const float (&sums)[kEight]) const {
     const int image = of_image.quotient(r), rest = of_image.rest(r, image), of_phase = of_line.quotient(rest);
     const int line = of_phase * stride_height + s.phase_height,
               column = of_line.rest(rest, of_phase) * stride_width + s.phase_width;
@@ -309,10 +309,10 @@ struct TensorWgrad {
   FCB_INLINE_MEMBER const T* b(LineB line, PointB point) const {
     return line < 0 || point == nullptr ? nullptr : point + line;
   }
-  FCB_INLINE_MEMBER void emit(const Slice& s, int r, int c, const float (&of)[kChunk]) const {
+  FCB_INLINE_MEMBER void emit(const Slice& s, int r, int c, const float (&of)[kEight]) const {
     float* const to = s.sums + int64_t{r} * out_channels + c;
 #pragma unroll
-    for (int k = 0; k < kChunk; ++k) to[k] = of[k];
+    for (int k = 0; k < kEight; ++k) to[k] = of[k];
   }
 };
 
@@ -324,7 +324,7 @@ inline bool suits_tensor_cores(const ConvBnParams& p) {
       p.stride_height <= TensorDgrad<Half>::kMostStride && p.stride_width <= TensorDgrad<Half>::kMostStride;
   const int64_t lines = p.batch * ceil_div(p.in_height, p.stride_height) * ceil_div(p.in_width, p.stride_width);
   const auto fits = [](int64_t size) { return size < kMost; };
-  return small && p.data_format == DataFormat::kNHWC && p.group_in() % kChunk == 0 && p.group_out() % kChunk == 0 &&
+  return small && p.data_format == DataFormat::kNHWC && p.group_in() % kEight == 0 && p.group_out() % kEight == 0 &&
          strides && p.pixels() > 0 && p.group_in() > 0 && p.group_out() > 0 && p.taps() > 0 && fits(p.pixels()) &&
          fits(lines) && fits(p.in_height * p.in_width) && fits(p.in_height + p.pad_top + p.pad_bottom) &&
          fits(p.in_width + p.pad_left + p.pad_right) && fits(p.filter_height * p.dilation_height) &&

@@ -9,7 +9,8 @@ namespace fusedconvbn::cuda {
 
 constexpr int kWarp = 32;
 
-using Chunk = Eight<uint16_t>;  // what a copy brings; a row of a matrix
+constexpr int kEight = 8;
+using Eight = Chunk<uint16_t>;  // what a copy brings; a row of a matrix
 
 #ifdef __CUDACC__
 
@@ -18,7 +19,7 @@ FCB_DEVICE unsigned shared_address(const void* shared) {
 }
 
 // Queues a copy into shared memory; from null: zeros. `anywhere`: an address that may be read.
-FCB_DEVICE void copy_async(Chunk* to, const void* from, const void* anywhere) {
+FCB_DEVICE void copy_async(Eight* to, const void* from, const void* anywhere) {
   asm volatile("cp.async.cg.shared.global [%0], [%1], 16, %2;" ::"r"(shared_address(to)),
                "l"(from == nullptr ? anywhere : from), "r"(from == nullptr ? 0 : 16)
                : "memory");
@@ -33,7 +34,7 @@ FCB_DEVICE void wait_for_copies() {
 // Four matrices, of whose rows lane i names the i-th of all 32. Of each a lane gets elements (lane / 4, 2 (lane % 4))
 // and the next one of that row; transposed: (2 (lane % 4), lane / 4) and the next one of that column.
 template <bool kTransposed>
-FCB_DEVICE void load_matrices(uint32_t (&to)[4], const Chunk* row) {
+FCB_DEVICE void load_matrices(uint32_t (&to)[4], const Eight* row) {
   if (kTransposed)
     asm volatile("ldmatrix.sync.aligned.m8n8.x4.trans.shared.b16 {%0, %1, %2, %3}, [%4];"
                  : "=r"(to[0]), "=r"(to[1]), "=r"(to[2]), "=r"(to[3])
@@ -62,7 +63,7 @@ FCB_DEVICE void multiply_add(float (&sums)[4], const uint32_t (&a)[4], const uin
 
 #else
 
-inline void copy_async(Chunk* to, const void* from, const void*) { host::copy_async(to, from); }
+inline void copy_async(Eight* to, const void* from, const void*) { host::copy_async(to, from); }
 inline void commit_copies() { host::commit_copies(); }
 template <int kButTheLast>
 void wait_for_copies() {
@@ -70,11 +71,11 @@ void wait_for_copies() {
 }
 
 template <bool kTransposed>
-void load_matrices(uint32_t (&to)[4], const Chunk* row) {
-  const Chunk* const* const rows = host::all_of_warp(row);
+void load_matrices(uint32_t (&to)[4], const Eight* row) {
+  const Eight* const* const rows = host::all_of_warp(row);
   const int lane = threadIdx.x % kWarp, major = lane / 4, minor = lane % 4 * 2;
   for (int i = 0; i < 4; ++i) {
-    const Chunk* const* const matrix = rows + 8 * i;
+    const Eight* const* const matrix = rows + 8 * i;
     const uint32_t low = kTransposed ? matrix[minor]->elements[major] : matrix[major]->elements[minor];
     const uint32_t high = kTransposed ? matrix[minor + 1]->elements[major] : matrix[major]->elements[minor + 1];
     to[i] = low | high << 16;

@@ -7,10 +7,11 @@ import subprocess
 from pathlib import Path
 
 import cuda_core
+import numpy as np
 import pytest
 from cases import Case
 from cuda_suite import *  # noqa: F403
-from cuda_suite import ALL, RANGES, TENSOR, with_the_kernels
+from cuda_suite import ALL, RANGES, TENSOR, problem_of, with_the_kernels
 from raw_problem import Problem
 
 from fusedconvbn import _load
@@ -40,6 +41,28 @@ def test_the_same_bits_whatever_the_order_of_threads(case: Case, monkeypatch):
         assert one is None or one.tobytes() == other.tobytes()
 
 
+class Shifted(cuda_core.Memory):
+    """Copies that begin an element behind a multiple of 16 bytes, but for the workspace."""
+
+    def copy_of(self, array: np.ndarray) -> np.ndarray:
+        if array.dtype == np.uint8:
+            return array
+        memory = cuda_core.aligned(array.nbytes + 16)
+        shifted = memory[array.itemsize : array.itemsize + array.nbytes]
+        shifted[:] = array.reshape(-1).view(np.uint8)
+        return shifted
+
+
+@pytest.mark.parametrize("case", [*TENSOR[1:4], *RANGES], ids=str)
+def test_buffers_that_begin_anywhere(case: Case, library, monkeypatch):
+    """Nothing reads 16 bytes at once there."""
+    core = cuda_core.Core(library, Shifted())
+    monkeypatch.setattr(_load, "core", lambda: core)
+    problem = problem_of(case)
+    problem.check_forward(problem.run_forward())
+    problem.check_backward(problem.run_backward())
+
+
 KERNELS = """
 #include "element.h"
 #include "divisor.h"
@@ -59,8 +82,8 @@ __global__ void left_alone() {
 __global__ void a_lane_left_alone() {
   if (threadIdx.x != 7) __syncwarp();
 }
-__global__ void copies(const Chunk* from, int* to, bool wait) {
-  __shared__ Chunk chunks[kThreads];
+__global__ void copies(const Eight* from, int* to, bool wait) {
+  __shared__ Eight chunks[kThreads];
   copy_async(chunks + threadIdx.x, from + threadIdx.x, from);
   commit_copies();
   if (wait) wait_for_copies<0>();
@@ -80,7 +103,7 @@ int wrong_quotients() {
   return wrong;
 }
 int main(int, char** arguments) {
-  static Chunk from[kThreads];
+  static Eight from[kThreads];
   for (int i = 0; i < kThreads; ++i) from[i].elements[3] = i;
   int to[kThreads] = {}, sum = 0;
   const auto asked = [&](const char* word) { return std::strcmp(arguments[1], word) == 0; };
