@@ -30,6 +30,19 @@ struct Ranges {
   }
   int64_t blocks() const { return count * ceil_div(channels, tile); }
 
+  // Of so many pixels each, and of these as many together as leave few ranges.
+  static Ranges of_size(const ConvBnParams& p, int64_t size) {
+    Ranges ranges(p);
+    ranges.size = size, ranges.count = ceil_div(ranges.pixels, size);
+    return ranges;
+  }
+  Ranges merged() const {
+    constexpr int64_t kFew = 256;
+    Ranges ranges = *this;
+    ranges.size *= ceil_div(count, kFew), ranges.count = ceil_div(pixels, ranges.size);
+    return ranges;
+  }
+
   // For kernels that take channels by chunks: tiles of a power of two.
   static Ranges by_chunks(const ConvBnParams& p, int of_chunk) {
     constexpr int kWidest = 64;

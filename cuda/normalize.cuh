@@ -11,6 +11,7 @@ template <class T>
 struct Normalize {
   using C = Compute<T>;
   const C *mean, *scale, *beta;
+  static constexpr bool kMeasures = false;
   const T* residual;  // may be null, and may be the output
   T* output;
   Activation activation;
@@ -52,12 +53,20 @@ struct Normalize {
 // Epilogue that stores z.
 template <class T>
 struct StoreZ {
+  static constexpr bool kMeasures = false;
   T* z;
   FCB_INLINE_MEMBER void emit(int64_t at, int64_t, Compute<T> sum) const { store(sum, z + at); }
   template <int kNumbers>
   FCB_INLINE_MEMBER void emit(int64_t at, int64_t, const Compute<T> (&sums)[kNumbers]) const {
     store_chunk(sums, z + at);
   }
+};
+
+// And measures it, by tiles of rows.
+template <class T>
+struct MeasureZ : StoreZ<T> {
+  static constexpr bool kMeasures = true;
+  RangeMoments<Compute<T>> moments;
 };
 
 // z - mean as save="bfloat16" keeps it: the nearest, or, where the activation's derivative jumps between the arguments

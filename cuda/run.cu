@@ -110,11 +110,13 @@ struct Forward {
   const ForwardBuffers& b;
   void* stream;
   ForwardVectors<C> vectors{};
-  RangeMoments<C> moments{};
+  RangeMoments<C> moments{}, of_tiles{};
 
   size_t carve(void* workspace) {
     Carver carver(workspace);
-    const int64_t k = p.out_channels, ranges = rule().learns ? Ranges(p).count * k : 0;
+    const bool by_tiles = rule().learns && suits_tensor_cores(p);
+    const int64_t k = p.out_channels, merged = by_tiles ? tiles().merged().count : 0;
+    const int64_t ranges = rule().learns ? std::max(Ranges(p).count, merged) * k : 0;
     vectors = {in<C>(b.gamma),
                in<C>(b.beta),
                in<C>(b.moving_mean),
@@ -126,7 +128,8 @@ struct Forward {
                carver.take<C>(k),
                carver.take<C>(k),
                carver.take<C>(k)};
-    moments = {carver.take<C>(ranges), carver.take<C>(ranges), carver.take<C>(ranges)};
+    moments = take_moments(&carver, ranges);
+    of_tiles = take_moments(&carver, by_tiles ? tiles().count * k : 0);
     return carver.bytes();
   }
 
@@ -137,15 +140,18 @@ struct Forward {
     const bool can = aligned({b.inputs, b.filters, b.residual, b.output, b.conv_out});
     const bool tensor = can && suits_tensor_cores(p), chunks = can && has_chunks<T>(p);
     if (!p.training) {
-      finish();
+      finish(Ranges(p));
       convolve<T>(p, tensor, b.inputs, b.filters, last, stream);
       return;
     }
     const Saved saved = asked_for(p);
     T* const z = out<T>(saved == Saved::kConv ? b.conv_out : b.output);
-    convolve<T>(p, tensor, b.inputs, b.filters, StoreZ<T>{z}, stream);
-    measure(z, chunks);
-    finish();
+    const bool measured = rule().learns && tensor;
+    if (measured)
+      convolve_and_measure(z);
+    else
+      convolve<T>(p, tensor, b.inputs, b.filters, StoreZ<T>{z}, stream), measure(z, chunks);
+    finish(measured ? tiles().merged() : Ranges(p));
     normalize_all(z, last, saved == Saved::kBFloat16 ? out<BFloat16>(b.conv_out) : nullptr, chunks);
   }
 
@@ -167,8 +173,20 @@ struct Forward {
       launch(normalize<T>, blocks_for(elements), stream, z, output_layout(p), elements, last, rounded);
     }
   }
-  void finish() const {
-    launch(finish_statistics<C>, blocks_for(p.out_channels), stream, vectors, moments, Ranges(p), rule());
+  static RangeMoments<C> take_moments(Carver* carver, int64_t count) {
+    return {carver->take<C>(count), carver->take<C>(count), carver->take<C>(count)};
+  }
+  // On tensor cores the convolution measures what it stores, tile by tile.
+  Ranges tiles() const { return Ranges::of_size(p, kTileRows); }
+  void convolve_and_measure(T* z) const {
+    if constexpr (sizeof(T) == 2) {
+      convolve<T>(p, true, b.inputs, b.filters, MeasureZ<T>{{z}, of_tiles}, stream);
+      const Ranges few = tiles().merged();
+      launch(merge_ranges<C>, blocks_for(few.count * few.channels), stream, of_tiles, tiles(), few, moments);
+    }
+  }
+  void finish(const Ranges& ranges) const {
+    launch(finish_statistics<C>, blocks_for(p.out_channels), stream, vectors, moments, ranges, rule());
   }
 };
 

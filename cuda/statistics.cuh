@@ -83,10 +83,11 @@ __global__ void __launch_bounds__(kThreads)
   for (int i = 0; i < kNumbers; ++i) keep(moments, at + i, center[i], rest[i], squares[i]);
 }
 
-// f(n pixels, mean, squares around it) of each range.
+// f(n pixels, mean, squares around it) of each range from `begin` to `end`.
 template <class C, class F>
-FCB_DEVICE void for_ranges(const RangeMoments<C>& moments, const Ranges& ranges, int64_t channel, const F& f) {
-  for (int64_t range = 0; range < ranges.count; ++range) {
+FCB_DEVICE void for_ranges(const RangeMoments<C>& moments, const Ranges& ranges, int64_t begin, int64_t end,
+                           int64_t channel, const F& f) {
+  for (int64_t range = begin; range < end; ++range) {
     const int64_t at = range * ranges.channels + channel;
     const double n = static_cast<double>(ranges.end(range) - range * ranges.size), rest = moments.sum[at];
     f(n, moments.center[at] + rest / n, moments.squares[at] - rest * rest / n);
@@ -97,15 +98,32 @@ struct Moments {
   double mean, variance;
 };
 
+// Of some ranges together, which have `count` pixels.
 template <class C>
-FCB_DEVICE Moments merge(const RangeMoments<C>& moments, const Ranges& ranges, int64_t channel) {
-  const double count = static_cast<double>(ranges.pixels);
+FCB_DEVICE Moments merge(const RangeMoments<C>& moments, const Ranges& ranges, int64_t begin, int64_t end, double count,
+                         int64_t channel) {
   double mean = 0, squares = 0;
-  for_ranges(moments, ranges, channel, [&](double n, double of_range, double) { mean += n / count * of_range; });
-  for_ranges(moments, ranges, channel, [&](double n, double of_range, double around) {
+  for_ranges(moments, ranges, begin, end, channel,
+             [&](double n, double of_range, double) { mean += n / count * of_range; });
+  for_ranges(moments, ranges, begin, end, channel, [&](double n, double of_range, double around) {
     squares += around + n * (of_range - mean) * (of_range - mean);
   });
   return {mean, squares < 0 ? 0.0 : squares / count};  // rounding may leave less than 0; NaN stays
+}
+
+// Of many ranges few: each of `to` is some neighbours of `from`.
+template <class C>
+__global__ void __launch_bounds__(kThreads)
+    merge_ranges(RangeMoments<C> moments, Ranges from, Ranges to, RangeMoments<C> merged) {
+  const int64_t i = int64_t{blockIdx.x} * kThreads + threadIdx.x;
+  if (i >= to.count * to.channels) return;
+  const int64_t range = i / to.channels, channel = i % to.channels, of_one = to.size / from.size;
+  const int64_t end = (range + 1) * of_one < from.count ? (range + 1) * of_one : from.count;
+  const double count = static_cast<double>(to.end(range) - range * to.size);
+  const Moments found = merge(moments, from, range * of_one, end, count, channel);
+  const C center = static_cast<C>(found.mean);
+  const double rest = found.mean - center;
+  keep(merged, i, center, static_cast<C>(rest * count), static_cast<C>((found.variance + rest * rest) * count));
 }
 
 // The arguments and results of length K, as in ForwardBuffers; those that may be null are not written then. `mean`,
@@ -139,7 +157,8 @@ __global__ void __launch_bounds__(kThreads)
   const int64_t k = int64_t{blockIdx.x} * kThreads + threadIdx.x;
   if (k >= ranges.channels) return;
   const double old_mean = v.moving_mean[k], old_variance = v.moving_variance[k], m = rule.momentum;
-  const Moments used = rule.learns ? merge(moments, ranges, k) : Moments{old_mean, old_variance};
+  const Moments used = rule.learns ? merge(moments, ranges, 0, ranges.count, static_cast<double>(ranges.pixels), k)
+                                   : Moments{old_mean, old_variance};
   const double inv_std = 1 / sqrt(used.variance + rule.epsilon);
   set(v.new_moving_mean, k, rule.learns ? m * old_mean + (1 - m) * used.mean : old_mean);
   set(v.new_moving_variance, k,

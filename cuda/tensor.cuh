@@ -13,6 +13,9 @@
 //   line_b, point_b, b                    the same of columns
 //   emit(slice, r, c, sums of c .. c + 7)
 //   const T* anywhere()                   memory that may be read
+//   kMeasures, measured(..)               whether, and to whom, a tile's moments of each column go: its first row, and
+//                                         the sums of what lies beyond it, and of the squares, of numbers as T holds
+//                                         them
 #pragma once
 
 #include "warp.cuh"
@@ -153,6 +156,8 @@ class TensorProduct {
   // Through shared memory, each warp by itself, so that a thread has neighbours in a row.
   FCB_DEVICE_MEMBER void hand_out() {
     float* const way = reinterpret_cast<float*>(memory_) + thread_ / kWarp * 16 * kPitch;
+    Moments moments;
+    if constexpr (Operands::kMeasures) moments = begin_moments();
 #pragma unroll
     for (int i = 0; i < kHigh; ++i) {
 #pragma unroll
@@ -167,11 +172,68 @@ class TensorProduct {
         float sums[kEight];
 #pragma unroll
         for (int k = 0; k < kEight; ++k) sums[k] = way[row * kPitch + col + k];
-        if (of_slice < in_.rows && channel < in_.cols) in_.emit(slice_, of_slice, channel, sums);
+        if (of_slice >= in_.rows || channel >= in_.cols) continue;
+        in_.emit(slice_, of_slice, channel, sums);
+        if constexpr (Operands::kMeasures) moments.add(sums);
       }
       __syncwarp();
     }
+    if constexpr (Operands::kMeasures) end_moments(moments);
   }
+
+  // Of the eight columns that a thread hands out.
+  struct Moments {
+    float first[kEight], sum[kEight] = {}, squares[kEight] = {};
+    FCB_DEVICE_MEMBER void add(const float (&values)[kEight]) {
+#pragma unroll
+      for (int k = 0; k < kEight; ++k) {
+        const float beyond = rounded(values[k]) - first[k];
+        sum[k] += beyond, squares[k] += beyond * beyond;
+      }
+    }
+  };
+  FCB_DEVICE_MEMBER static float rounded(float value) {
+    T as_stored;
+    store(value, &as_stored);
+    return load(&as_stored);
+  }
+
+  // Behind all warps' way out: the tile's first row, then sums and squares of each row of warps.
+  static constexpr int kWarpsDown = kTileRows / kWarpRows;
+  static constexpr int kFirst = kThreads / kWarp * 16 * kPitch, kSums = kFirst + kCols;
+  static_assert((kSums + 2 * kWarpsDown * kCols) * sizeof(float) <= kChunks * sizeof(Eight), "and the moments");
+
+  FCB_DEVICE_MEMBER Moments begin_moments() {
+    float* const first = reinterpret_cast<float*>(memory_) + kFirst;
+    if (warp_row() == 0 && lane() < 4)
+#pragma unroll
+      for (int j = 0; j < kWide; ++j)
+        for (int k = 0; k < 2; ++k) first[warp_col() + j * 8 + lane() * 2 + k] = rounded(sums_[0][j][k]);
+    __syncthreads();
+    Moments moments;
+#pragma unroll
+    for (int k = 0; k < kEight; ++k) moments.first[k] = first[warp_col() + own_columns() + k];
+    return moments;
+  }
+  FCB_DEVICE_MEMBER void end_moments(const Moments& moments) {
+    float* const shared = reinterpret_cast<float*>(memory_);
+    float* const own = shared + kSums + warp_row() / kWarpRows * kCols + warp_col() + own_columns();
+#pragma unroll
+    for (int k = 0; k < kEight; ++k) {  // over the rows, which lanes / 4 are
+      const float sum = sum_over(moments.sum[k], 28), squares = sum_over(moments.squares[k], 28);
+      if (lane() < 4) own[k] = sum, own[kWarpsDown * kCols + k] = squares;
+    }
+    __syncthreads();
+    if (thread_ >= kCols || col_ + thread_ >= in_.cols) return;
+    float sum = 0, squares = 0;
+    for (int w = 0; w < kWarpsDown; ++w) {
+      sum += shared[kSums + w * kCols + thread_];
+      squares += shared[kSums + (kWarpsDown + w) * kCols + thread_];
+    }
+    in_.measured(slice_, row_ / kTileRows, col_ + thread_, shared[kFirst + thread_], sum, squares);
+  }
+  // The first of those, of the warp's.
+  FCB_DEVICE_MEMBER int own_columns() const { return lane() % (kWarpCols / kEight) * kEight; }
 
   const Operands& in_;
   Eight* const memory_;

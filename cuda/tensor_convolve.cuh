@@ -82,7 +82,7 @@ struct TensorForward {
   using PointA = Offset;
   using LineB = int;        // -1: none
   using PointB = const T*;  // null: none
-  static constexpr bool kDepthFirstA = true, kDepthFirstB = false;
+  static constexpr bool kDepthFirstA = true, kDepthFirstB = false, kMeasures = Epilogue::kMeasures;
 
   struct Slice {
     const T *inputs, *filters;  // of the group
@@ -131,6 +131,9 @@ struct TensorForward {
   FCB_INLINE_MEMBER void emit(const Slice& s, int r, int c, const float (&z)[kEight]) const {
     epilogue.emit(int64_t{r} * out_channels + (s.channel + c), s.channel + c, z);
   }
+  FCB_DEVICE_MEMBER void measured(const Slice& s, int tile, int c, float first, float sum, float squares) const {
+    keep(epilogue.moments, int64_t{tile} * out_channels + s.channel + c, first, sum, squares);
+  }
 };
 
 // Of one dimension: the input's pixels phase, phase + stride, .., the i-th of which is read by output pixel
@@ -161,7 +164,7 @@ struct TensorDgrad {
   using PointA = Offset;
   using LineB = int64_t;  // -1: none
   using PointB = const T*;
-  static constexpr bool kDepthFirstA = true, kDepthFirstB = true;
+  static constexpr bool kDepthFirstA = true, kDepthFirstB = true, kMeasures = false;
   static constexpr int kMostStride = 4;
 
   struct Slice {
@@ -258,7 +261,7 @@ struct TensorWgrad {
   using PointA = Corner<T>;
   using LineB = int;  // -1: none
   using PointB = const T*;
-  static constexpr bool kDepthFirstA = false, kDepthFirstB = false;
+  static constexpr bool kDepthFirstA = false, kDepthFirstB = false, kMeasures = false;
 
   struct Slice {
     const T *inputs, *z_gradient;  // of the group; z_gradient: of the range

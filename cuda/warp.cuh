@@ -61,7 +61,20 @@ FCB_DEVICE void multiply_add(float (&sums)[4], const uint32_t (&a)[4], const uin
       : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b[0]), "r"(b[1]));
 }
 
+// The sum of `value` over the lanes that differ in the bits of `lanes` alone, for each of them.
+FCB_DEVICE float sum_over(float value, int lanes) {
+  for (int bit = 1; bit < kWarp; bit *= 2)
+    if (lanes & bit) value += __shfl_xor_sync(0xffffffffu, value, bit);
+  return value;
+}
+
 #else
+
+inline float sum_over(float value, int lanes) {
+  for (int bit = 1; bit < kWarp; bit *= 2)
+    if (lanes & bit) value += host::all_of_warp(value)[threadIdx.x % kWarp ^ bit];
+  return value;
+}
 
 inline void copy_async(Eight* to, const void* from, const void*) { host::copy_async(to, from); }
 inline void commit_copies() { host::commit_copies(); }

@@ -143,6 +143,22 @@ def test_variance_under_a_large_mean(ratio: float):
 
 
 @with_the_kernels
+@pytest.mark.parametrize("dtype", ["f16", "bf16"])
+@pytest.mark.parametrize("ratio", [0, 10, 1e2, 1e3])
+def test_statistics_on_tensor_cores_are_of_what_is_stored(ratio: float, dtype: str):
+    """Tiles that are full, or not; a channel that is constant."""
+    case = Case(dtype=dtype)
+    z = np.random.default_rng(7).normal(ratio, 1, (3, 13, 17, 72)).astype(case.numpy_dtype)
+    z[..., 5] = 7
+    filters, ones = np.eye(72, dtype=z.dtype)[None, None], np.ones(72, np.float32)
+    assert on_tensor_cores(replace(case, in_channels=72, out_channels=72, kernel=(1, 1)))
+    result = raw.forward(z, filters, ones, ones, ones, ones, momentum=0, training=True)
+    exact = z.astype(np.float64)
+    np.testing.assert_allclose(result.batch_mean, exact.mean((0, 1, 2)), rtol=1e-6, atol=1e-7)
+    np.testing.assert_allclose(result.moving_variance, exact.var((0, 1, 2)), rtol=2e-6, atol=1e-12)
+
+
+@with_the_kernels
 @pytest.mark.parametrize("dtype", ["f32", "f64", "f16", "bf16"])
 @pytest.mark.parametrize("activation", ACTIVATIONS)
 def test_non_finite_inputs(activation: str | None, dtype: str):
