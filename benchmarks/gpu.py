@@ -27,7 +27,6 @@ EXIT_OK, EXIT_WRONG, EXIT_NOT_HERE = 0, 1, 2
 MODES = (INFERENCE, TRAIN_FORWARD, TRAIN_STEP)
 DTYPES = ("float16", "bfloat16", "float32")
 _ERROR = {"float16": 2e-3, "bfloat16": 1e-2, "float32": 1e-3}  # of an output, as a whole
-_CALLS = 20  # in a graph
 
 
 class Row(NamedTuple):
@@ -138,7 +137,7 @@ def _measure(problem: Problem, bound: float, rounds: int) -> Row:
     calls = {name: make(problem, sets) for name, make in gpu_layers.IMPLEMENTATIONS.items()}
     ours = calls["fusedconvbn"]
     error = gpu_layers.error_of(problem, sets, ours)
-    timers = {name: gpu_layers.Timer(call, len(sets), max(_CALLS, len(sets))) for name, call in calls.items()}
+    timers = {name: gpu_layers.Timer(call, len(sets)) for name, call in calls.items()}
     samples: dict[str, list[float]] = {name: [] for name in timers}
     for _ in range(rounds):
         for name, timer in timers.items():

@@ -6,6 +6,7 @@ that none is still in a cache, on the current stream.
 
 from __future__ import annotations
 
+import collections
 import dataclasses
 import math
 from collections.abc import Callable
@@ -23,6 +24,8 @@ from fusedconvbn import _load, raw
 Call = Callable[[int], Any]
 _ACTIVATIONS = {None: lambda y: y, "relu": functional.relu_, "relu6": functional.relu6}
 _BEYOND_CACHES, _MOST_SETS = 160 << 20, 16  # bytes of all sets, three times the L2 of an H100
+_MOST_CALLS, _SAMPLE_SECONDS = 20, 0.1  # in a graph
+_COLORS = 3  # channels of an image: nobody wants its gradient
 
 
 def symmetric(case: Case) -> Case:
@@ -79,7 +82,8 @@ class Ours:
         self.vectors = [torch.empty(case.out_channels, device="cuda") for _ in range(8)]
         self.zeros = torch.zeros(case.out_channels, device="cuda")
         if problem.mode == TRAIN_STEP:
-            self.gradients = [(torch.empty_like(t.inputs), torch.empty_like(t.filters)) for t in sets]
+            images = [None if case.channels == _COLORS else torch.empty_like(t.inputs) for t in sets]
+            self.gradients = [(image, torch.empty_like(t.filters)) for image, t in zip(images, sets)]
             self.d_residuals = [None if t.residual is None else torch.empty_like(t.residual) for t in sets]
 
     def __call__(self, i: int) -> torch.Tensor:
@@ -113,15 +117,20 @@ class Torch:
             "stride": case.stride, "dilation": case.dilation, "groups": case.groups, "padding": case.padding[1::2],
         }  # fmt: skip
 
-    def __call__(self, i: int) -> torch.Tensor:
+    def __call__(self, i: int) -> Any:
+        """The output; in a training step the gradients of what `leaves` names, too."""
+        arguments = [self.inputs[i], self.filters[i], *self.parameters[i], self.residuals[i]]
         if self.problem.mode != TRAIN_STEP:
             with torch.no_grad():
-                return self.layer(i, self.inputs[i], self.filters[i], *self.parameters[i], self.residuals[i])
-        leaves = [self.inputs[i], self.filters[i], *self.parameters[i], self.residuals[i]]
-        leaves = [None if leaf is None else leaf.detach().requires_grad_() for leaf in leaves]
-        output = self.layer(i, *leaves)
-        torch.autograd.grad(output, [leaf for leaf in leaves if leaf is not None], self.upstream[i])
-        return output
+                return self.layer(i, *arguments)
+        arguments = [None if argument is None else argument.detach() for argument in arguments]
+        leaves = [arguments[j].requires_grad_() for j in self.leaves() if arguments[j] is not None]
+        output = self.layer(i, *arguments)
+        return output, torch.autograd.grad(output, leaves, self.upstream[i])
+
+    def leaves(self) -> range:
+        """Of the arguments."""
+        return range(int(self.problem.case.channels == _COLORS), 5)
 
     def layer(self, i: int, inputs: Any, filters: Any, gamma: Any, beta: Any, residual: Any) -> torch.Tensor:
         t = self.sets[i]
@@ -138,13 +147,8 @@ class Convolution(Torch):
     def layer(self, i: int, inputs: Any, filters: Any, gamma: Any, beta: Any, residual: Any) -> torch.Tensor:
         return functional.conv2d(inputs, filters, **self.convolution)
 
-    def __call__(self, i: int) -> torch.Tensor:
-        if self.problem.mode != TRAIN_STEP:
-            return super().__call__(i)
-        leaves = [leaf.detach().requires_grad_() for leaf in (self.inputs[i], self.filters[i])]
-        output = self.layer(i, *leaves, None, None, None)
-        torch.autograd.grad(output, leaves, self.upstream[i])
-        return output
+    def leaves(self) -> range:
+        return range(int(self.problem.case.channels == _COLORS), 2)
 
 
 IMPLEMENTATIONS = {"fusedconvbn": Ours, "torch": Torch, "conv": Convolution}
@@ -167,38 +171,47 @@ def _in_double(tensors: Tensors) -> Tensors:
 
 
 class Timer:
-    """A call's device time, in seconds: `calls` of them in a graph, replayed between two events."""
+    """A call's device time, in seconds: some of them in a graph, replayed between two events.
 
-    def __init__(self, call: Call, sets: int, calls: int):
+    Results of as many calls as there are sets stay: memory that was just freed would be in a cache.
+    """
+
+    def __init__(self, call: Call, sets: int):
         stream = torch.cuda.Stream()
         stream.wait_stream(torch.cuda.current_stream())
         with torch.cuda.stream(stream):  # loads the kernels, and lets cuDNN choose
             for i in range(max(3, sets)):
                 call(i % sets)
         torch.cuda.synchronize()
-        self._graph, self._calls = torch.cuda.CUDAGraph(), calls
-        with torch.cuda.graph(self._graph):
-            for i in range(calls):
-                call(i % sets)
         self._events = [torch.cuda.Event(enable_timing=True) for _ in range(2)]
-        self.sample()
+        once = self._seconds(lambda: call(0))
+        self._calls = max(sets, min(_MOST_CALLS, int(_SAMPLE_SECONDS / once)))
+        self._graph, self._results = torch.cuda.CUDAGraph(), collections.deque(maxlen=sets)
+        with torch.cuda.graph(self._graph):
+            for i in range(self._calls):
+                self._results.append(call(i % sets))
 
     def sample(self) -> float:
+        """Behind another replay, so that no launch is waited for."""
+        self._graph.replay()
+        return self._seconds(self._graph.replay) / self._calls
+
+    def _seconds(self, queue: Callable[[], Any]) -> float:
         begin, end = self._events
         begin.record()
-        self._graph.replay()
+        queue()
         end.record()
         end.synchronize()
-        return begin.elapsed_time(end) / 1e3 / self._calls
+        return begin.elapsed_time(end) / 1e3
 
 
 def limits(dtype: str) -> tuple[float, float]:
     """What this device reaches: bytes a second of a large copy, read and written, and FLOP/s of a matrix product."""
     source = torch.randn(1 << 28, device="cuda")
     target = torch.empty_like(source)
-    copy = Timer(lambda _: target.copy_(source), 1, 4)
+    copy = Timer(lambda _: target.copy_(source), 1)
     a, b = (torch.randn(8192, 8192, device="cuda").to(getattr(torch, dtype)) for _ in range(2))
     out = torch.empty_like(a)
-    product = Timer(lambda _: torch.mm(a, b, out=out), 1, 4)
+    product = Timer(lambda _: torch.mm(a, b, out=out), 1)
     fastest = [min(timer.sample() for _ in range(5)) for timer in (copy, product)]
     return 2 * source.nbytes / fastest[0], 2 * 8192**3 / fastest[1]

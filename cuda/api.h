@@ -24,8 +24,8 @@ FCB_CUDA_API size_t fcb_cuda_layout();
 FCB_CUDA_API size_t fcb_cuda_forward_workspace(const fusedconvbn::ConvBnParams* params);
 FCB_CUDA_API size_t fcb_cuda_backward_workspace(const fusedconvbn::ConvBnParams* params);
 
-// Which kernels convolve: "tensor cores", "depthwise" or "plain". Buffers that begin at no multiple of 16 bytes make
-// tensor cores give way to "plain".
+// Which kernels convolve: "tensor cores" (or that, and how), "depthwise" or "plain". Buffers that begin at no multiple
+// of 16 bytes make tensor cores give way to "plain".
 FCB_CUDA_API const char* fcb_cuda_kernels(const fusedconvbn::ConvBnParams* params);
 
 FCB_CUDA_API const char* fcb_cuda_forward(const fusedconvbn::ConvBnParams* params,

@@ -82,4 +82,41 @@ FCB_DEVICE C sum_of_lanes(C value, const Share& s, C* shared) {
   return sum;
 }
 
+// Some of the ranges: begin, begin + step, .. before `end`.
+struct SomeRanges {
+  int64_t begin, end, step;
+};
+
+// A thread of a block that finishes what ranges found: of neighbouring channels, each by some lanes, which take every
+// so many ranges and add up in their order.
+struct Finisher {
+  static constexpr int kChannels = 16, kLanes = kThreads / kChannels;
+  int64_t channel;
+  int lane, of_block;
+  SomeRanges ranges;  // the lane's; none where there is no such channel
+
+  FCB_DEVICE_MEMBER Finisher(const Ranges& all, int block, int thread)
+      : channel(int64_t{block} * kChannels + thread % kChannels),
+        lane(thread / kChannels),
+        of_block(thread % kChannels),
+        ranges{lane, channel < all.channels ? all.count : 0, kLanes},
+        channels_(all.channels) {}
+
+  static int64_t blocks(int64_t channels) { return ceil_div(channels, kChannels); }
+  // Whether it is this thread that writes the channel's results.
+  FCB_DEVICE_MEMBER bool has_channel() const { return lane == 0 && channel < channels_; }
+  // All threads call. `shared`: kThreads elements.
+  FCB_DEVICE_MEMBER double total(double value, double* shared) const {
+    shared[lane * kChannels + of_block] = value;
+    __syncthreads();
+    double sum = 0;
+    for (int i = 0; i < kLanes; ++i) sum += shared[i * kChannels + of_block];
+    __syncthreads();
+    return sum;
+  }
+
+ private:
+  int64_t channels_;
+};
+
 }  // namespace fusedconvbn::cuda

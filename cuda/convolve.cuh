@@ -201,15 +201,16 @@ inline int64_t most_filter_ranges(const ConvBnParams& p) {
   return most < 1 ? 1 : most;
 }
 
-// How many ranges of pixels: fixed by the problem. Of a thousand pixels or more each, and with the others some hundred
-// blocks of threads.
-inline int64_t wgrad_ranges(const ConvBnParams& p) {
-  constexpr int64_t kPixels = 1024, kBlocks = 512;
-  const int64_t blocks = p.groups * ceil_div(p.taps() * p.group_in(), kTile) * ceil_div(p.group_out(), kTile);
+// How many ranges of pixels: fixed by the problem, and the size of tiles. With the tiles some hundred blocks of
+// threads, but of `least` pixels or more each.
+inline int64_t ranges_for_blocks(const ConvBnParams& p, int64_t tile_rows, int64_t tile_cols, int64_t least) {
+  constexpr int64_t kBlocks = 512;
+  const int64_t blocks = p.groups * ceil_div(p.taps() * p.group_in(), tile_rows) * ceil_div(p.group_out(), tile_cols);
   const int64_t wanted = blocks == 0 ? 1 : ceil_div(kBlocks, blocks), most = most_filter_ranges(p);
-  const int64_t ranges = p.pixels() / kPixels < wanted ? p.pixels() / kPixels : wanted;
+  const int64_t ranges = p.pixels() / least < wanted ? p.pixels() / least : wanted;
   return ranges < 1 ? 1 : ranges < most ? ranges : most;
 }
+inline int64_t wgrad_ranges(const ConvBnParams& p) { return ranges_for_blocks(p, kTile, kTile, 1024); }
 
 // The sum of the ranges, in their order.
 template <class T>

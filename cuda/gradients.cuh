@@ -161,22 +161,27 @@ __global__ void __launch_bounds__(kThreads) sum_chunks(Argument<T> in, Ranges ra
     sums.du[at + i] = sum_du[i], sums.du_x[at + i] = sum_du_x[i], sums.x[at + i] = sum_x[i];
 }
 
+// Of a channel's sums, for all its threads.
 template <class C>
-FCB_DEVICE double total(const C* sums, const Ranges& ranges, int64_t channel) {
+FCB_DEVICE double total(const C* sums, const Ranges& ranges, const Finisher& finisher, double* shared) {
   double sum = 0;
-  for (int64_t range = 0; range < ranges.count; ++range) sum += sums[range * ranges.channels + channel];
-  return sum;
+#pragma unroll 4
+  for (int64_t range = finisher.ranges.begin; range < finisher.ranges.end; range += finisher.ranges.step)
+    sum += sums[range * ranges.channels + finisher.channel];
+  return finisher.total(sum, shared);
 }
 
 template <class C>
 __global__ void __launch_bounds__(kThreads)
     finish_gradients(BackwardVectors<C> v, RangeSums<C> sums, Ranges ranges, Rule rule, bool training) {
-  const int64_t k = int64_t{blockIdx.x} * kThreads + threadIdx.x;
-  if (k >= ranges.channels) return;
+  __shared__ double shared[kThreads];
+  const Finisher finisher(ranges, blockIdx.x, threadIdx.x);
+  const double x = total(sums.x, ranges, finisher, shared), d_beta = total(sums.du, ranges, finisher, shared),
+               du_x = total(sums.du_x, ranges, finisher, shared);
+  if (!finisher.has_channel()) return;
+  const int64_t k = finisher.channel;
   const double n = static_cast<double>(ranges.pixels), inv_std = v.inv_std[k], slope = v.slope[k];
-  const double mean_error = rule.learns ? total(sums.x, ranges, k) / n : 0;
-  const double d_beta = total(sums.du, ranges, k);
-  const double d_gamma = (total(sums.du_x, ranges, k) - mean_error * d_beta) * inv_std;
+  const double mean_error = rule.learns ? x / n : 0, d_gamma = (du_x - mean_error * d_beta) * inv_std;
   double d_mean = v.mean_gradient[k], d_variance = v.variance_gradient[k], curve = 0, offset = 0;
   if (rule.learns) {
     const double learned = (1 - rule.momentum) / n;

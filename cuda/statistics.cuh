@@ -83,14 +83,19 @@ __global__ void __launch_bounds__(kThreads)
   for (int i = 0; i < kNumbers; ++i) keep(moments, at + i, center[i], rest[i], squares[i]);
 }
 
-// f(n pixels, mean, squares around it) of each range from `begin` to `end`.
+// f(n pixels, mean, squares around it) of each. All ranges have as many pixels but the last: nothing is divided in the
+// loop, whose next iterations' loads then need not wait.
 template <class C, class F>
-FCB_DEVICE void for_ranges(const RangeMoments<C>& moments, const Ranges& ranges, int64_t begin, int64_t end,
+FCB_DEVICE void for_ranges(const RangeMoments<C>& moments, const Ranges& ranges, const SomeRanges& some,
                            int64_t channel, const F& f) {
-  for (int64_t range = begin; range < end; ++range) {
+  const double full = static_cast<double>(ranges.size), of_full = 1 / full,
+               last = static_cast<double>(ranges.pixels - (ranges.count - 1) * ranges.size), of_last = 1 / last;
+#pragma unroll 4
+  for (int64_t range = some.begin; range < some.end; range += some.step) {
     const int64_t at = range * ranges.channels + channel;
-    const double n = static_cast<double>(ranges.end(range) - range * ranges.size), rest = moments.sum[at];
-    f(n, moments.center[at] + rest / n, moments.squares[at] - rest * rest / n);
+    const bool is_last = range == ranges.count - 1;
+    const double rest = moments.sum[at], mean = rest * (is_last ? of_last : of_full);
+    f(is_last ? last : full, moments.center[at] + mean, moments.squares[at] - rest * mean);
   }
 }
 
@@ -98,17 +103,19 @@ struct Moments {
   double mean, variance;
 };
 
-// Of some ranges together, which have `count` pixels.
-template <class C>
-FCB_DEVICE Moments merge(const RangeMoments<C>& moments, const Ranges& ranges, int64_t begin, int64_t end, double count,
-                         int64_t channel) {
+// Of ranges together, which have `count` pixels; combine(sum): with what other threads summed over theirs.
+template <class C, class Combine>
+FCB_DEVICE Moments merge(const RangeMoments<C>& moments, const Ranges& ranges, const SomeRanges& some, double count,
+                         int64_t channel, const Combine& combine) {
+  const double share = 1 / count;
   double mean = 0, squares = 0;
-  for_ranges(moments, ranges, begin, end, channel,
-             [&](double n, double of_range, double) { mean += n / count * of_range; });
-  for_ranges(moments, ranges, begin, end, channel, [&](double n, double of_range, double around) {
+  for_ranges(moments, ranges, some, channel, [&](double n, double of_range, double) { mean += n * share * of_range; });
+  mean = combine(mean);
+  for_ranges(moments, ranges, some, channel, [&](double n, double of_range, double around) {
     squares += around + n * (of_range - mean) * (of_range - mean);
   });
-  return {mean, squares < 0 ? 0.0 : squares / count};  // rounding may leave less than 0; NaN stays
+  squares = combine(squares);
+  return {mean, squares < 0 ? 0.0 : squares * share};  // rounding may leave less than 0; NaN stays
 }
 
 // Of many ranges few: each of `to` is some neighbours of `from`.
@@ -120,7 +127,8 @@ __global__ void __launch_bounds__(kThreads)
   const int64_t range = i / to.channels, channel = i % to.channels, of_one = to.size / from.size;
   const int64_t end = (range + 1) * of_one < from.count ? (range + 1) * of_one : from.count;
   const double count = static_cast<double>(to.end(range) - range * to.size);
-  const Moments found = merge(moments, from, range * of_one, end, count, channel);
+  const SomeRanges some{range * of_one, end, 1};
+  const Moments found = merge(moments, from, some, count, channel, [](double sum) { return sum; });
   const C center = static_cast<C>(found.mean);
   const double rest = found.mean - center;
   keep(merged, i, center, static_cast<C>(rest * count), static_cast<C>((found.variance + rest * rest) * count));
@@ -154,11 +162,16 @@ FCB_INLINE void set(C* to, int64_t at, double value) {
 template <class C>
 __global__ void __launch_bounds__(kThreads)
     finish_statistics(ForwardVectors<C> v, RangeMoments<C> moments, Ranges ranges, Rule rule) {
-  const int64_t k = int64_t{blockIdx.x} * kThreads + threadIdx.x;
-  if (k >= ranges.channels) return;
+  __shared__ double shared[kThreads];
+  const Finisher finisher(ranges, blockIdx.x, threadIdx.x);
+  const int64_t k = finisher.channel;
+  Moments found{};
+  if (rule.learns)
+    found = merge(moments, ranges, finisher.ranges, static_cast<double>(ranges.pixels), k,
+                  [&](double sum) { return finisher.total(sum, shared); });
+  if (!finisher.has_channel()) return;
   const double old_mean = v.moving_mean[k], old_variance = v.moving_variance[k], m = rule.momentum;
-  const Moments used = rule.learns ? merge(moments, ranges, 0, ranges.count, static_cast<double>(ranges.pixels), k)
-                                   : Moments{old_mean, old_variance};
+  const Moments used = rule.learns ? found : Moments{old_mean, old_variance};
   const double inv_std = 1 / sqrt(used.variance + rule.epsilon);
   set(v.new_moving_mean, k, rule.learns ? m * old_mean + (1 - m) * used.mean : old_mean);
   set(v.new_moving_variance, k,

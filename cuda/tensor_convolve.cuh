@@ -313,11 +313,14 @@ struct TensorWgrad {
     return line < 0 || point == nullptr ? nullptr : point + line;
   }
   FCB_INLINE_MEMBER void emit(const Slice& s, int r, int c, const float (&of)[kEight]) const {
-    float* const to = s.sums + int64_t{r} * out_channels + c;
-#pragma unroll
-    for (int k = 0; k < kEight; ++k) to[k] = of[k];
+    store_chunk(of, s.sums + int64_t{r} * out_channels + c);
   }
 };
+
+// As wgrad_ranges(), of the tiles of the tensor kernel.
+inline int64_t tensor_wgrad_ranges(const ConvBnParams& p) {
+  return ranges_for_blocks(p, kTileRows, p.group_out() > 64 ? 128 : 64, 256);
+}
 
 // Whether the tensor kernels can do it: of 16 bits, and numbers that fit into theirs.
 inline bool suits_tensor_cores(const ConvBnParams& p) {

@@ -133,6 +133,11 @@ class _Torch(_Gpu):
     def _address(self, array: Any) -> int:
         return array.data_ptr()
 
+    def _torch_stream(self) -> Any:
+        """An ExternalStream of address 0 would be a stream of torch's own."""
+        cuda = self._torch.cuda
+        return cuda.ExternalStream(self._stream) if self._stream else cuda.default_stream()
+
     @contextlib.contextmanager
     def _scope(self) -> Iterator[int]:
         cuda = self._torch.cuda
@@ -140,7 +145,7 @@ class _Torch(_Gpu):
             if self._stream is None:
                 yield cuda.current_stream().cuda_stream
             else:
-                with cuda.stream(cuda.ExternalStream(self._stream)):
+                with cuda.stream(self._torch_stream()):
                     yield self._stream
 
 

@@ -45,6 +45,8 @@ TENSOR = [
         ("bf16", 2, 6, 6, 48, 32, 2, (2, 3), (3, 4), (1, 1), "SAME", True, "elu", False),
         ("f16", 1, 12, 13, 16, 8, 1, (1, 1), (2, 2), (1, 1), "VALID", True, "hard_swish", True),
         ("bf16", 1, 4, 4, 8, 16, 1, (7, 7), (2, 2), (1, 1), ((3, 3), (3, 3)), False, None, False),
+        ("f16", 2, 11, 10, 3, 16, 1, (7, 7), (2, 2), (1, 1), "SAME", True, "relu", False),
+        ("bf16", 1, 6, 5, 13, 8, 1, (3, 3), (1, 1), (1, 1), "SAME", False, "relu", True),
         ("f16", 9, 12, 11, 8, 8, 1, (3, 3), (1, 1), (1, 1), "SAME", True, None, False),
     )
 ]  # fmt: skip
@@ -64,9 +66,16 @@ CASES = tiers(ALL) + [pytest.param(case, id=str(case)) for case in RANGES + TENS
 def on_tensor_cores(case: Case) -> bool:
     """`suits_tensor_cores` of cuda/tensor_convolve.cuh, of sizes that no number ends at."""
     channels = (case.in_channels // case.groups, case.out_channels // case.groups)
-    eights = all(number > 0 and number % 8 == 0 for number in channels)
+    eights = [number > 0 and number % 8 == 0 for number in channels]
     small = case.dtype in ("f16", "bf16") and case.data_format == "NHWC"
-    return small and eights and max(case.strides) <= 4 and 0 not in case.output_shape
+    return (
+        small and (eights[0] or widened(case)) and eights[1] and max(case.strides) <= 4 and 0 not in case.output_shape
+    )
+
+
+def widened(case: Case) -> bool:
+    """Whether tensor cores would read a copy whose channels are filled up to eights (cuda/widen.cuh)."""
+    return case.groups == 1 and case.in_channels >= 3 and case.in_channels % 8 != 0
 
 
 def problem_of(case: Case, start: str = "conv") -> Problem:
@@ -89,7 +98,8 @@ def test_which_kernels(case: Case, monkeypatch, library):
         for direction in ("forward", "backward")
     }  # fmt: skip
     depthwise = case.groups > 1 and case.in_channels == case.groups
-    assert names == {"tensor cores" if on_tensor_cores(case) else "depthwise" if depthwise else "plain"}
+    tensor = "tensor cores, input channels filled up to eights" if widened(case) else "tensor cores"
+    assert names == {tensor if on_tensor_cores(case) else "depthwise" if depthwise else "plain"}
 
 
 @with_the_kernels

@@ -162,7 +162,10 @@ class Torch:
         return Stream(self.state.stream)
 
     def ExternalStream(self, pointer: int) -> int:
-        return pointer
+        return pointer or 99  # a stream of the pool
+
+    def default_stream(self) -> int:
+        return 0
 
     def stream(self, pointer: int) -> Any:
         return self.state.on(stream=pointer)

@@ -42,7 +42,7 @@ def test_arrays_of_cupy_and_torch(case: Case, module: str, library, monkeypatch)
     take = cupy.asarray if module == "cupy" else lambda array: arrays.from_numpy(array.copy()).cuda()
     arguments = [None if array is None else take(array) for array in problem.arguments]
     arrays.cuda.Device().synchronize() if module == "cupy" else arrays.cuda.synchronize()
-    for stream in (None, cupy.cuda.Stream(non_blocking=True)):
+    for stream in (None, 0, cupy.cuda.Stream(non_blocking=True)):
         result = raw.forward(*arguments, **case.attributes, stream=stream)
         cupy.cuda.Device().synchronize()
         problem.check_forward(result._make(None if a is None else on_the_host(a) for a in result))

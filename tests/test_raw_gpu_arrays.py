@@ -84,15 +84,15 @@ def test_forward_and_backward(arrays, case: Case):
     problem.check_backward(on_the_host(backward(arrays, problem)))
 
 
-@pytest.mark.parametrize("given", ["none", "address", "object"])
+@pytest.mark.parametrize("given", ["none", "address", "object", "default"])
 def test_memory_and_kernels_are_in_the_order_of_one_stream(arrays, cuda, given: str):
     """On the device of the arguments, whatever is current. One is not contiguous: its copy is memory, too."""
-    stream = {"none": None, "address": 12, "object": fake_gpu.Stream(12)}[given]
+    stream = {"none": None, "address": 12, "object": fake_gpu.Stream(12), "default": 0}[given]
     problem = Problem(Case(training=True))
     problem.arguments = replace(problem.arguments, gamma=np.repeat(problem.arguments.gamma, 2)[::2])
     result = forward(arrays, problem, device=1, stream=stream)
     backward(arrays, problem, device=1, stream=stream)
-    expected = fake_gpu.CURRENT_STREAM if stream is None else 12
+    expected = {"none": fake_gpu.CURRENT_STREAM, "default": 0}.get(given, 12)
     assert cuda.streams == [expected] * 2
     assert set(arrays.state.allocations) == {(1, expected)}
     assert (arrays.state.device, arrays.state.stream) == (0, fake_gpu.CURRENT_STREAM)

@@ -1,7 +1,8 @@
 #!/bin/sh
 # Builds, tests and sanitizes the CUDA kernels on a machine with a GPU: tools/gpu_check.sh [FOLDER]. It needs nvcc and,
 # of Python, cmake, cupy, ml_dtypes, numpy, pybind11, pytest and scipy, to measure rich and torch; not TensorFlow. PYTHON
-# says which Python, MEASURE what benchmarks.gpu is to measure. A table comes last; what each step printed is in FOLDER
+# says which Python, MEASURE what benchmarks.gpu is to measure, ARCHITECTURES what to compile for, STEPS which steps to
+# run (build, tests, ops, measure, memcheck, racecheck, synccheck). A table comes last; what each step printed is in FOLDER
 # (artifacts/gpu). Fails if a step does. With artifacts/gpu_bundle (tools/gpu_bundle.sh) the ops' registered kernels are
 # tested, too. What is built lies in the package, without the TensorFlow ops: `make build` brings them back.
 
@@ -14,6 +15,7 @@ failed=0
 
 step() { # step NAME COMMAND ..: runs it, and adds a line to the table
   name=$1 && shift
+  case " ${STEPS:-$name} " in *" $name "*) ;; *) return ;; esac
   echo "== $name: $*"
   begin=$(date +%s)
   if "$@" > "$FOLDER/$name.log" 2>&1; then result=passed; else result=FAILED failed=1; fi
@@ -26,7 +28,8 @@ sanitize() { # sanitize TOOL
     "$PYTHON" -m pytest -p no:cacheprovider tests/test_cuda_gpu.py -k "$SANITIZED"
 }
 
-export FUSEDCONVBN_CMAKE_ARGS="-DFUSEDCONVBN_TF=OFF -DFUSEDCONVBN_CUDA=FULL $FUSEDCONVBN_CMAKE_ARGS"
+export FUSEDCONVBN_CMAKE_ARGS="-DFUSEDCONVBN_TF=OFF -DFUSEDCONVBN_CUDA=AUTO \
+  -DCMAKE_CUDA_ARCHITECTURES=${ARCHITECTURES:-native} $FUSEDCONVBN_CMAKE_ARGS"
 step device nvidia-smi --query-gpu=name,driver_version --format=csv,noheader
 step build "$PYTHON" setup.py --quiet build_ext --inplace
 step tests "$PYTHON" -m pytest -p no:cacheprovider tests/test_cuda_gpu.py
