@@ -34,7 +34,8 @@ struct Forward {
   size_t carve(void* workspace) {
     Carver carver(workspace);
     const bool by_tiles = rule().learns && suits_tensor_cores(p);
-    const int64_t k = p.out_channels, merged = by_tiles ? tiles().merged().count : 0;
+    const Ranges most = Ranges::of_size(p, kFewestMeasured);
+    const int64_t k = p.out_channels, merged = by_tiles ? most.merged().count : 0;
     const int64_t ranges = rule().learns ? std::max(Ranges(p).count, merged) * k : 0;
     vectors = {in<C>(b.gamma),
                in<C>(b.beta),
@@ -48,7 +49,7 @@ struct Forward {
                carver.take<C>(k),
                carver.take<C>(k)};
     moments = take_moments(&carver, ranges);
-    of_tiles = take_moments(&carver, by_tiles ? tiles().count * k : 0);
+    of_tiles = take_moments(&carver, by_tiles ? most.count * k : 0);
     return carver.bytes();
   }
 
@@ -96,7 +97,7 @@ struct Forward {
     return {carver->take<C>(count), carver->take<C>(count), carver->take<C>(count)};
   }
   // On tensor cores the convolution measures what it stores, tile by tile.
-  Ranges tiles() const { return Ranges::of_size(p, kTileRows); }
+  Ranges tiles() const { return Ranges::of_size(p, measured_rows(p)); }
   void convolve_and_measure(T* z) const {
     if constexpr (sizeof(T) == 2) {
       convolve<T>(p, true, b.inputs, b.filters, MeasureZ<T>{{z}, of_tiles}, stream);

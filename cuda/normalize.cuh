@@ -44,11 +44,9 @@ struct Normalize {
     of_activation<ActivateChunk<kNumbers>>(activation, static_cast<C*>(u));
     store_chunk(u, output + at);
   }
-  template <int kNumbers>
-  FCB_INLINE_MEMBER void emit(int64_t at, int64_t channel, const C (&z)[kNumbers]) const {
-    emit(at, of_channels<kNumbers>(channel), z);
-  }
 };
+
+struct None {};
 
 // Epilogue that stores z.
 template <class T>
@@ -57,7 +55,11 @@ struct StoreZ {
   T* z;
   FCB_INLINE_MEMBER void emit(int64_t at, int64_t, Compute<T> sum) const { store(sum, z + at); }
   template <int kNumbers>
-  FCB_INLINE_MEMBER void emit(int64_t at, int64_t, const Compute<T> (&sums)[kNumbers]) const {
+  FCB_INLINE_MEMBER None of_channels(int64_t) const {
+    return {};
+  }
+  template <int kNumbers>
+  FCB_INLINE_MEMBER void emit(int64_t at, None, const Compute<T> (&sums)[kNumbers]) const {
     store_chunk(sums, z + at);
   }
 };

@@ -64,6 +64,7 @@ inline int64_t most_blocks(const ConvBnParams& p) {
 // Null, or what of the problem the kernels' numbers cannot hold.
 inline const char* too_large(const ConvBnParams& p) {
   constexpr int64_t kMost = INT32_MAX;
+  if (const char* wrong = wrong_tiles()) return wrong;
   for (int64_t size : {p.stride_height, p.stride_width, p.pad_top, p.pad_left, p.filter_height * p.dilation_height,
                        p.filter_width * p.dilation_width, p.taps()})
     if (size > kMost) return "strides, paddings or filters of more than 2^31 - 1 have no GPU kernel";

@@ -88,8 +88,12 @@ using namespace fusedconvbn;  // NOLINT: of the entry points below alone
 
 size_t fcb_cuda_layout() { return contract_layout(); }
 const char* fcb_cuda_kernels(const ConvBnParams* params) {
-  if (cuda::suits_tensor_cores(*params)) return "tensor cores";
   if (cuda::is_widened(*params)) return "tensor cores, input channels filled up to eights";
+  if (cuda::suits_tensor_cores(*params)) switch (cuda::forward_tiles(*params)) {
+      case cuda::Tiles::kWide: return "tensor cores, forward in tiles of 256x128";
+      case cuda::Tiles::kSquare: return "tensor cores, forward in tiles of 128x128";
+      case cuda::Tiles::kNarrow: return "tensor cores, forward in tiles of 128x64";
+    }
   return cuda::is_depthwise(*params) ? "depthwise" : "plain";
 }
 size_t fcb_cuda_forward_workspace(const ConvBnParams* params) {

@@ -11,20 +11,62 @@
 //   PointA point_a(slice, d)              what its depth tells, or the first of it; d may be too large
 //   const T* a(LineA, PointA)             the chunk; null: zeros, as for what is too large
 //   line_b, point_b, b                    the same of columns
-//   emit(slice, r, c, sums of c .. c + 7)
+//   shared_by_rows(slice, c)              what of columns c .. c + 7 all rows need
+//   emit(slice, r, c, that, sums)         of columns c .. c + 7
 //   const T* anywhere()                   memory that may be read
 //   kMeasures, measured(..)               whether, and to whom, a tile's moments of each column go: its first row, and
 //                                         the sums of what lies beyond it, and of the squares, of numbers as T holds
 //                                         them
 #pragma once
 
+#include <cstdlib>
+#include <cstring>
+
 #include "warp.cuh"
 
 namespace fusedconvbn::cuda {
 
-constexpr int kTensorDepth = 32, kStages = 3;
+constexpr int kTensorDepth = 32;
 
-constexpr int kTileRows = 128, kWarpCols = 32;  // of sums: of a block, of a warp
+// How a block of 256 threads shares sums out: its tile, the columns of a warp's, how many tiles of the operands are
+// under way, and how many blocks a processor is to have. The larger a warp's part, the less it reads for a product.
+template <int kRowsOfTile, int kColsOfTile, int kColsOfWarp, int kStagesAhead, int kBlocksAtOnce>
+struct TensorShape {
+  static constexpr int kRows = kRowsOfTile, kCols = kColsOfTile, kWarpCols = kColsOfWarp, kStages = kStagesAhead,
+                       kBlocks = kBlocksAtOnce;
+};
+using WideTiles = TensorShape<256, 128, 64, 4, 1>;
+using SquareTiles = TensorShape<128, 128, 32, 3, 2>;
+using NarrowTiles = TensorShape<128, 64, 32, 3, 2>;
+
+enum class Tiles { kWide, kSquare, kNarrow };
+
+// What FUSEDCONVBN_GPU_TILES asks for, by the first letter; 0: nothing.
+inline char asked_tiles() {
+  const char* const asked = std::getenv("FUSEDCONVBN_GPU_TILES");
+  return asked == nullptr ? '\0' : *asked;
+}
+// Null, or that it asks for what there is not.
+inline const char* wrong_tiles() {
+  const char* const asked = std::getenv("FUSEDCONVBN_GPU_TILES");
+  for (const char* known : {"", "wide", "square", "narrow"})
+    if (asked == nullptr || std::strcmp(asked, known) == 0) return nullptr;
+  return "FUSEDCONVBN_GPU_TILES must be wide, square or narrow";
+}
+
+// Wide ones where there are two for each processor of a large GPU. The problem alone decides, so that results do not
+// depend on the machine.
+inline Tiles tiles_for(int64_t rows, int64_t cols, int64_t slices) {
+  constexpr int64_t kProcessors = 132;
+  const int64_t wide = ceil_div(rows, WideTiles::kRows) * ceil_div(cols, WideTiles::kCols) * slices;
+  switch (asked_tiles()) {
+    case 'w': return Tiles::kWide;
+    case 's': return Tiles::kSquare;
+    case 'n': return Tiles::kNarrow;
+  }
+  if (cols <= NarrowTiles::kCols) return Tiles::kNarrow;
+  return wide >= 2 * kProcessors ? Tiles::kWide : Tiles::kSquare;
+}
 
 // A tile of an operand in shared memory, kAlong rows (or columns) by kTensorDepth: in lines of one of them, or of one
 // depth. Chunks change places within a line so that the eight that are read at once lie in different banks.
@@ -60,12 +102,14 @@ struct TensorTile {
 };
 
 // A thread's part of a block's tile of sums.
-template <class Operands, int kCols>
+template <class Operands, class Shape>
 class TensorProduct {
   using T = typename Operands::Element;
-  using A = TensorTile<kTileRows, Operands::kDepthFirstA>;
+  static constexpr int kRows = Shape::kRows, kCols = Shape::kCols, kWarpCols = Shape::kWarpCols;
+  static constexpr int kStages = Shape::kStages;
+  using A = TensorTile<kRows, Operands::kDepthFirstA>;
   using B = TensorTile<kCols, Operands::kDepthFirstB>;
-  static constexpr int kWarpsAcross = kCols / kWarpCols, kWarpRows = kTileRows / (kThreads / kWarp / kWarpsAcross);
+  static constexpr int kWarpsAcross = kCols / kWarpCols, kWarpRows = kRows / (kThreads / kWarp / kWarpsAcross);
   static constexpr int kHigh = kWarpRows / 16, kWide = kWarpCols / 8;  // a warp's sums in matrices of 16 x 8
   static constexpr int kStage = A::kChunks + B::kChunks;
   static constexpr int kPitch = kWarpCols + 4;  // of sums on their way out: rows begin in different banks
@@ -77,7 +121,7 @@ class TensorProduct {
   FCB_DEVICE_MEMBER TensorProduct(const Operands& in, Eight* memory, int block, int thread)
       : in_(in), memory_(memory), thread_(thread), slice_(in.slice(block / of_slice(in))) {
     const int tile = block % of_slice(in), col_tiles = tiles(in.cols, kCols);
-    row_ = tile / col_tiles * kTileRows, col_ = tile % col_tiles * kCols;
+    row_ = tile / col_tiles * kRows, col_ = tile % col_tiles * kCols;
 #pragma unroll
     for (int i = 0; i < A::kOfThread; ++i) lines_a_[i] = in.line_a(slice_, row_ + A::along(thread, i));
 #pragma unroll
@@ -86,6 +130,7 @@ class TensorProduct {
 
   FCB_DEVICE_MEMBER void run() {
     const int steps = tiles(slice_.depth, kTensorDepth);
+#pragma unroll 1
     for (int step = 0; step < kStages - 1; ++step) bring(step, steps);
     for (int step = 0; step < steps; ++step) {
       wait_for_copies<kStages - 2>();
@@ -100,9 +145,7 @@ class TensorProduct {
 
   static FCB_INLINE_MEMBER int tiles(int size, int tile) { return (size + tile - 1) / tile; }
   // Tiles of a slice.
-  static FCB_INLINE_MEMBER int of_slice(const Operands& in) {
-    return tiles(in.rows, kTileRows) * tiles(in.cols, kCols);
-  }
+  static FCB_INLINE_MEMBER int of_slice(const Operands& in) { return tiles(in.rows, kRows) * tiles(in.cols, kCols); }
 
  private:
   // A group of copies, empty behind the last step.
@@ -156,6 +199,9 @@ class TensorProduct {
   // Through shared memory, each warp by itself, so that a thread has neighbours in a row.
   FCB_DEVICE_MEMBER void hand_out() {
     float* const way = reinterpret_cast<float*>(memory_) + thread_ / kWarp * 16 * kPitch;
+    const int channel = col_ + warp_col() + own_columns();
+    const bool inside = channel < in_.cols;
+    const auto columns = in_.shared_by_rows(slice_, inside ? channel : 0);
     Moments moments;
     if constexpr (Operands::kMeasures) moments = begin_moments();
 #pragma unroll
@@ -166,14 +212,13 @@ class TensorProduct {
         for (int k = 0; k < 4; ++k)
           way[(lane() / 4 + k / 2 * 8) * kPitch + j * 8 + lane() % 4 * 2 + k % 2] = sums_[i][j][k];
       __syncwarp();
-      for (int n = lane(); n < 16 * kWarpCols / kEight; n += kWarp) {
-        const int row = n / (kWarpCols / kEight), col = n % (kWarpCols / kEight) * kEight;
-        const int of_slice = row_ + warp_row() + 16 * i + row, channel = col_ + warp_col() + col;
+      for (int row = lane() / kAcross; row < 16; row += kWarp / kAcross) {
+        const int of_slice = row_ + warp_row() + 16 * i + row;
         float sums[kEight];
 #pragma unroll
-        for (int k = 0; k < kEight; ++k) sums[k] = way[row * kPitch + col + k];
-        if (of_slice >= in_.rows || channel >= in_.cols) continue;
-        in_.emit(slice_, of_slice, channel, sums);
+        for (int k = 0; k < kEight; ++k) sums[k] = way[row * kPitch + own_columns() + k];
+        if (of_slice >= in_.rows || !inside) continue;
+        in_.emit(slice_, of_slice, channel, columns, sums);
         if constexpr (Operands::kMeasures) moments.add(sums);
       }
       __syncwarp();
@@ -199,7 +244,8 @@ class TensorProduct {
   }
 
   // Behind all warps' way out: the tile's first row, then sums and squares of each row of warps.
-  static constexpr int kWarpsDown = kTileRows / kWarpRows;
+  static constexpr int kAcross = kWarpCols / kEight, kOfRows = kWarp - kAcross;  // lanes; bits of them that are rows
+  static constexpr int kWarpsDown = kRows / kWarpRows;
   static constexpr int kFirst = kThreads / kWarp * 16 * kPitch, kSums = kFirst + kCols;
   static_assert((kSums + 2 * kWarpsDown * kCols) * sizeof(float) <= kChunks * sizeof(Eight), "and the moments");
 
@@ -219,9 +265,9 @@ class TensorProduct {
     float* const shared = reinterpret_cast<float*>(memory_);
     float* const own = shared + kSums + warp_row() / kWarpRows * kCols + warp_col() + own_columns();
 #pragma unroll
-    for (int k = 0; k < kEight; ++k) {  // over the rows, which lanes / 4 are
-      const float sum = sum_over(moments.sum[k], 28), squares = sum_over(moments.squares[k], 28);
-      if (lane() < 4) own[k] = sum, own[kWarpsDown * kCols + k] = squares;
+    for (int k = 0; k < kEight; ++k) {
+      const float sum = sum_over(moments.sum[k], kOfRows), squares = sum_over(moments.squares[k], kOfRows);
+      if (lane() < kAcross) own[k] = sum, own[kWarpsDown * kCols + k] = squares;
     }
     __syncthreads();
     if (thread_ >= kCols || col_ + thread_ >= in_.cols) return;
@@ -230,10 +276,10 @@ class TensorProduct {
       sum += shared[kSums + w * kCols + thread_];
       squares += shared[kSums + (kWarpsDown + w) * kCols + thread_];
     }
-    in_.measured(slice_, row_ / kTileRows, col_ + thread_, shared[kFirst + thread_], sum, squares);
+    in_.measured(slice_, row_ / kRows, col_ + thread_, shared[kFirst + thread_], sum, squares);
   }
   // The first of those, of the warp's.
-  FCB_DEVICE_MEMBER int own_columns() const { return lane() % (kWarpCols / kEight) * kEight; }
+  FCB_DEVICE_MEMBER int own_columns() const { return lane() % kAcross * kEight; }
 
   const Operands& in_;
   Eight* const memory_;
@@ -245,25 +291,26 @@ class TensorProduct {
   float sums_[kHigh][kWide][4] = {};
 };
 
-template <class Operands, int kCols>
-__global__ void __launch_bounds__(kThreads, 2) tensor_multiply(Operands in) {
-  using Product = TensorProduct<Operands, kCols>;
-  __shared__ Eight memory[Product::kChunks];
-  Product(in, memory, blockIdx.x, threadIdx.x).run();
+template <class Operands, class Shape>
+__global__ void __launch_bounds__(kThreads, Shape::kBlocks) tensor_multiply(Operands in) {
+  FCB_DYNAMIC_SHARED(Eight, memory);
+  TensorProduct<Operands, Shape>(in, memory, blockIdx.x, threadIdx.x).run();
 }
 
-template <class Operands, int kCols>
+template <class Operands, class Shape>
 void launch_tensor_tiles(const Operands& in, void* stream) {
-  using Product = TensorProduct<Operands, kCols>;
-  launch(tensor_multiply<Operands, kCols>, in.slices * Product::of_slice(in), stream, in);
+  using Product = TensorProduct<Operands, Shape>;
+  launch_with_shared(tensor_multiply<Operands, Shape>, in.slices * Product::of_slice(in),
+                     Product::kChunks * sizeof(Eight), stream, in);
 }
 
 template <class Operands>
 void launch_tensor_multiply(const Operands& in, void* stream) {
-  if (in.cols > 64)
-    launch_tensor_tiles<Operands, 128>(in, stream);
-  else
-    launch_tensor_tiles<Operands, 64>(in, stream);
+  switch (tiles_for(in.rows, in.cols, in.slices)) {
+    case Tiles::kWide: return launch_tensor_tiles<Operands, WideTiles>(in, stream);
+    case Tiles::kSquare: return launch_tensor_tiles<Operands, SquareTiles>(in, stream);
+    case Tiles::kNarrow: return launch_tensor_tiles<Operands, NarrowTiles>(in, stream);
+  }
 }
 
 }  // namespace fusedconvbn::cuda

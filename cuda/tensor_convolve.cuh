@@ -74,7 +74,7 @@ struct Places {
   }
 };
 
-// Epilogue: emit(element of the output, channel, sums of 8 channels).
+// Epilogue: of_channels<8>(channel), what it needs of 8 channels; emit(element of the output, that, their sums).
 template <class T, class Epilogue>
 struct TensorForward {
   using Element = T;
@@ -128,8 +128,12 @@ struct TensorForward {
   FCB_INLINE_MEMBER const T* b(LineB line, PointB point) const {
     return line < 0 || point == nullptr ? nullptr : point + line;
   }
-  FCB_INLINE_MEMBER void emit(const Slice& s, int r, int c, const float (&z)[kEight]) const {
-    epilogue.emit(int64_t{r} * out_channels + (s.channel + c), s.channel + c, z);
+  FCB_INLINE_MEMBER auto shared_by_rows(const Slice& s, int c) const {
+    return epilogue.template of_channels<kEight>(s.channel + c);
+  }
+  template <class Columns>
+  FCB_INLINE_MEMBER void emit(const Slice& s, int r, int c, const Columns& columns, const float (&z)[kEight]) const {
+    epilogue.emit(int64_t{r} * out_channels + (s.channel + c), columns, z);
   }
   FCB_DEVICE_MEMBER void measured(const Slice& s, int tile, int c, float first, float sum, float squares) const {
     keep(epilogue.moments, int64_t{tile} * out_channels + s.channel + c, first, sum, squares);
@@ -244,7 +248,8 @@ struct TensorDgrad {
   FCB_INLINE_MEMBER const T* b(LineB line, PointB point) const {
     return line < 0 || point == nullptr ? nullptr : point + line;
   }
-  FCB_INLINE_MEMBER void emit(const Slice& s, int r, int c, const float (&sums)[kEight]) const {
+  FCB_INLINE_MEMBER None shared_by_rows(const Slice&, int) const { return {}; }
+  FCB_INLINE_MEMBER void emit(const Slice& s, int r, int c, None, const float (&sums)[kEight]) const {
     const int image = of_image.quotient(r), rest = of_image.rest(r, image), of_phase = of_line.quotient(rest);
     const int line = of_phase * stride_height + s.phase_height,
               column = of_line.rest(rest, of_phase) * stride_width + s.phase_width;
@@ -312,14 +317,24 @@ struct TensorWgrad {
   FCB_INLINE_MEMBER const T* b(LineB line, PointB point) const {
     return line < 0 || point == nullptr ? nullptr : point + line;
   }
-  FCB_INLINE_MEMBER void emit(const Slice& s, int r, int c, const float (&of)[kEight]) const {
+  FCB_INLINE_MEMBER None shared_by_rows(const Slice&, int) const { return {}; }
+  FCB_INLINE_MEMBER void emit(const Slice& s, int r, int c, None, const float (&of)[kEight]) const {
     store_chunk(of, s.sums + int64_t{r} * out_channels + c);
   }
 };
 
+inline Tiles forward_tiles(const ConvBnParams& p) { return tiles_for(p.pixels(), p.group_out(), p.groups); }
+
+// Pixels of the tiles that forward measures, and the fewest that they may be.
+constexpr int64_t kFewestMeasured = SquareTiles::kRows;
+static_assert(NarrowTiles::kRows == SquareTiles::kRows, "the others are as high");
+inline int64_t measured_rows(const ConvBnParams& p) {
+  return forward_tiles(p) == Tiles::kWide ? WideTiles::kRows : SquareTiles::kRows;
+}
+
 // As wgrad_ranges(), of the tiles of the tensor kernel.
 inline int64_t tensor_wgrad_ranges(const ConvBnParams& p) {
-  return ranges_for_blocks(p, kTileRows, p.group_out() > 64 ? 128 : 64, 256);
+  return ranges_for_blocks(p, SquareTiles::kRows, p.group_out() > 64 ? SquareTiles::kCols : NarrowTiles::kCols, 256);
 }
 
 // Whether the tensor kernels can do it: of 16 bits, and numbers that fit into theirs.

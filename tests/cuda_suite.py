@@ -98,8 +98,9 @@ def test_which_kernels(case: Case, monkeypatch, library):
         for direction in ("forward", "backward")
     }  # fmt: skip
     depthwise = case.groups > 1 and case.in_channels == case.groups
-    tensor = "tensor cores, input channels filled up to eights" if widened(case) else "tensor cores"
-    assert names == {tensor if on_tensor_cores(case) else "depthwise" if depthwise else "plain"}
+    tiles = "128x64" if case.out_channels // case.groups <= 64 else "128x128"  # of few pixels
+    tensor = "input channels filled up to eights" if widened(case) else f"forward in tiles of {tiles}"
+    assert names == {f"tensor cores, {tensor}" if on_tensor_cores(case) else "depthwise" if depthwise else "plain"}
 
 
 @with_the_kernels
@@ -150,6 +151,33 @@ def test_variance_under_a_large_mean(ratio: float):
     filters, ones = np.eye(5, dtype=np.float32)[None, None], np.ones(5, np.float32)
     result = raw.forward(z, filters, ones, ones, ones, ones, epsilon=0, training=True)
     np.testing.assert_allclose(result.inv_std.astype(np.float64) ** -2, z.astype(np.float64).var((0, 1, 2)), rtol=1e-6)
+
+
+@with_the_kernels
+@pytest.mark.parametrize("tiles", ["wide", "square", "narrow"])
+@pytest.mark.parametrize("case", TENSOR[1:7], ids=str)
+def test_tiles(case: Case, tiles: str, monkeypatch):
+    """Each, where the problem would choose others."""
+    monkeypatch.setenv("FUSEDCONVBN_GPU_TILES", tiles)
+    problem = problem_of(case)
+    problem.check_forward(problem.run_forward())
+    problem.check_backward(problem.run_backward())
+
+
+def test_large_problems_take_wide_tiles(library, monkeypatch):
+    shapes = ((256, 28, 28, 512), (1, 1, 512, 128))
+    monkeypatch.setattr(_load, "cuda", lambda: library)
+    plan = raw.plan(*shapes, dtype="float16", device="gpu")
+    assert plan.gpu == "tensor cores, forward in tiles of 256x128"
+    monkeypatch.setenv("FUSEDCONVBN_GPU_TILES", "narrow")
+    assert raw.plan(*shapes, dtype="float16", device="gpu").gpu == "tensor cores, forward in tiles of 128x64"
+
+
+@with_the_kernels
+def test_tiles_that_there_are_not(monkeypatch):
+    monkeypatch.setenv("FUSEDCONVBN_GPU_TILES", "round")
+    with pytest.raises(RuntimeError, match="FUSEDCONVBN_GPU_TILES must be wide, square or narrow"):
+        problem_of(TENSOR[0]).run_forward()
 
 
 @with_the_kernels

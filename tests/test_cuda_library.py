@@ -65,12 +65,12 @@ INSTANCES = """
 #include "tensor_convolve.cuh"
 using namespace fusedconvbn;
 using namespace fusedconvbn::cuda;
-#define INSTANCE(...) template __global__ void cuda::tensor_multiply<__VA_ARGS__, 128>(__VA_ARGS__);
+#define INSTANCE(SHAPE, ...) template __global__ void cuda::tensor_multiply<__VA_ARGS__, SHAPE>(__VA_ARGS__);
 namespace fusedconvbn {
-INSTANCE(TensorForward<Half, Normalize<Half>>)
-INSTANCE(TensorForward<BFloat16, MeasureZ<BFloat16>>)
-INSTANCE(TensorDgrad<BFloat16>)
-INSTANCE(TensorWgrad<BFloat16>)
+INSTANCE(SquareTiles, TensorForward<Half, Normalize<Half>>)
+INSTANCE(WideTiles, TensorForward<BFloat16, MeasureZ<BFloat16>>)
+INSTANCE(NarrowTiles, TensorDgrad<BFloat16>)
+INSTANCE(WideTiles, TensorWgrad<BFloat16>)
 }
 """
 
@@ -87,16 +87,22 @@ def instances(request, tmp_path_factory) -> tuple[Path, str]:
 
 
 def test_tensor_kernels_spill_nothing(instances):
-    """And two blocks of 256 threads find registers."""
+    """And of square and narrow tiles two blocks of 256 threads find registers."""
     report = instances[1]
     assert re.findall(r"(\d+) bytes stack frame, (\d+) bytes spill", report) == [("0", "0")] * 4
-    registers = [int(number) for number in re.findall(r"Used (\d+) registers", report)]
-    assert len(registers) == 4
-    assert max(registers) <= 128
+    kernels = re.findall(
+        r"Compiling entry function '\w*?TensorShapeILi(\d+)E.*?Used (\d+) registers", report, re.DOTALL
+    )
+    assert sorted(rows for rows, _ in kernels) == ["128", "128", "256", "256"]
+    assert all(int(registers) <= (128 if rows == "128" else 255) for rows, registers in kernels)
+
+
+# (HMMA, LDSM, LDGSTS) by a tile's rows and columns: products of 16 x 8 and a depth of 16, for a depth of 32; what they
+# read, four matrices at once; what a thread copies of a stage, before the loop and in it.
+INSTRUCTIONS = {("128", "128"): (32, 12, 8), ("128", "64"): (16, 8, 6), ("256", "128"): (64, 16, 12)}
 
 
 def test_tensor_kernels_are_made_of_tensor_instructions(instances):
-    """A warp's 64 x 32 sums and a depth of 32 are 32 products of 12 loads; nothing in local memory."""
     packaged = next(Path(sysconfig.get_path("purelib")).glob("nvidia/*/bin/nvdisasm"), None)
     tool = shutil.which("nvdisasm") or packaged
     if tool is None:
@@ -105,8 +111,9 @@ def test_tensor_kernels_are_made_of_tensor_instructions(instances):
     kernels = [part for part in code.split(".section\t") if part.startswith(".text")]
     assert len(kernels) == 4
     for kernel in kernels:
+        tile = re.search(r"TensorShapeILi(\d+)ELi(\d+)E", kernel).groups()
         counts = Counter(re.findall(r"\b(HMMA|LDSM|LDGSTS|LDL|STL)\b", kernel))
-        assert counts == {"HMMA": 32, "LDSM": 12, "LDGSTS": 12}
+        assert counts == dict(zip(("HMMA", "LDSM", "LDGSTS"), INSTRUCTIONS[tile])), tile
 
 
 @pytest.mark.skipif(cuda_core.has_gpu(), reason="this machine has a GPU")

@@ -187,6 +187,7 @@ class Block {
 };
 
 Block* current = nullptr;
+void* shared_memory = nullptr;
 
 void Block::main() {
   Block* const block = current;
@@ -199,7 +200,9 @@ void Block::main() {
 
 }  // namespace
 
-void run_blocks(int64_t blocks, int threads, const std::function<void()>& body) {
+void run_blocks(int64_t blocks, int threads, size_t shared, const std::function<void()>& body) {
+  const std::unique_ptr<unsigned char[]> memory(new unsigned char[shared]);  // aligned to 16, as new[] is
+  shared_memory = memory.get();
   current = Block::of(threads);
   for (int64_t i = 0; i < blocks; ++i) {
     block_index.x = static_cast<unsigned>(i);
@@ -208,6 +211,7 @@ void run_blocks(int64_t blocks, int threads, const std::function<void()>& body) 
   current = nullptr;
 }
 
+void* dynamic_shared() { return shared_memory; }
 void synchronize_block() { current->wait_at(State::kAtBlock); }
 void synchronize_warp() { current->wait_at(State::kAtWarp); }
 const unsigned char* all_of_warp(const void* own, size_t bytes) { return current->all_of_warp(own, bytes); }

@@ -23,8 +23,9 @@ struct Index {
 };
 extern Index thread_index, block_index;
 
-// Runs body() as every thread of every block.
-void run_blocks(int64_t blocks, int threads, const std::function<void()>& body);
+// Runs body() as every thread of every block, with so many bytes of dynamic shared memory, 16-byte aligned.
+void run_blocks(int64_t blocks, int threads, size_t shared, const std::function<void()>& body);
+void* dynamic_shared();
 void synchronize_block();
 void synchronize_warp();
 
