@@ -10,7 +10,7 @@ struct Ranges {
   int64_t pixels, size, count, channels;
   int tile;  // channels a block
 
-  // Ranges long enough to hide what a block costs, and no more of them than one thread adds up quickly.
+  // Ranges long enough to hide what a block costs, and no more of them than a few threads (Finisher) add up quickly.
   Ranges(const ConvBnParams& p, int channel_tile) : pixels(p.pixels()), channels(p.out_channels), tile(channel_tile) {
     constexpr int64_t kShortest = 256, kMost = 1024;
     size = ceil_div(pixels, kMost) < kShortest ? kShortest : ceil_div(pixels, kMost);

@@ -11,7 +11,7 @@ namespace fusedconvbn::cuda {
 namespace {
 
 // Where a problem is to run; or it is only asked how much memory it needs.
-struct Place {
+struct Target {
   void *workspace, *stream;
   bool runs;
 };
@@ -27,7 +27,7 @@ Backward<T> direction(const ConvBnParams& p, const BackwardBuffers& b, void* str
 
 // Runs the problem; its workspace.
 template <class T, class Buffers>
-size_t run(const ConvBnParams& p, const Buffers& b, const Place& at) {
+size_t run(const ConvBnParams& p, const Buffers& b, const Target& at) {
   auto it = direction<T>(p, b, at.stream);
   const size_t bytes = it.carve(at.workspace);
   if (at.runs) it.run();
@@ -48,7 +48,7 @@ void copy_out(const Widened<T>& widened, const BackwardBuffers& b, void* stream)
 
 // The same of a problem of few channels.
 template <class T, class Buffers>
-size_t run_widened(const ConvBnParams& p, const Buffers& b, const Place& at) {
+size_t run_widened(const ConvBnParams& p, const Buffers& b, const Target& at) {
   Widened<T> copies{p};
   Carver carver(at.workspace);
   copies.carve(&carver, std::is_same_v<Buffers, BackwardBuffers>);
@@ -64,7 +64,7 @@ size_t run_widened(const ConvBnParams& p, const Buffers& b, const Place& at) {
 }
 
 template <class Buffers>
-size_t run_of_type(const ConvBnParams& p, const Buffers& b, const Place& at) {
+size_t run_of_type(const ConvBnParams& p, const Buffers& b, const Target& at) {
   switch (p.dtype) {
     case DType::kFloat32: return run<float>(p, b, at);
     case DType::kFloat64: return run<double>(p, b, at);
