@@ -132,6 +132,7 @@ class FusedConvBN(keras.layers.Layer):
         self.variable_transforms = _layer_config.variable_transforms(variable_transforms, self._variable_names())
         self.algorithm = _arguments.algorithm(algorithm)
         self.save = _arguments.save(save)
+        self.origin: str | None = None  # what `fuse` replaced by this layer, as JSON: see _fusing_layers.py
 
     def _read_convolution(
         self, filters: Any, kernel_size: Any, strides: Any, padding: Any, dilations: Any, groups: Any, use_bias: Any
@@ -335,13 +336,18 @@ class FusedConvBN(keras.layers.Layer):
                 config[f"{variable}_{role}"] = registry.serialize(getattr(self, f"{variable}_{role}"))
         config["activity_regularizer"] = keras.regularizers.serialize(self.activity_regularizer)
         config["variable_transforms"] = _layer_config.serialized_transforms(self.variable_transforms)
+        if self.origin is not None:
+            config["origin"] = self.origin
         return {**super().get_config(), **config}
 
     @classmethod
     def from_config(cls, config: dict[str, Any]) -> FusedConvBN:
         """The layer that `get_config` describes."""
         transforms = _layer_config.deserialized_transforms(config.get("variable_transforms"))
-        return super().from_config({**config, "variable_transforms": transforms})
+        arguments = {name: value for name, value in config.items() if name != "origin"}
+        layer = super().from_config({**arguments, "variable_transforms": transforms})
+        layer.origin = config.get("origin")
+        return layer
 
 
 def _select(condition: Any, if_true: tf.Tensor, if_false: tf.Tensor) -> tf.Tensor:
