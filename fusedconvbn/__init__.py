@@ -3,6 +3,8 @@
     output = activation(gamma * (conv(inputs, filters) - mean) / sqrt(variance + epsilon) + beta + residual)
 
 `fused_conv_bn` is the op, `FusedConvBN` the Keras layer, `raw` the same kernels on NumPy arrays without TensorFlow.
+For models that exist, `fuse` puts the layer in place of Keras's, `unfuse` goes back, and `fold` merges batch norms into
+the convolutions of whatever was saved, for inference.
 """
 
 from __future__ import annotations
@@ -14,13 +16,29 @@ from fusedconvbn import _load
 
 if TYPE_CHECKING:
     from fusedconvbn import raw
+    from fusedconvbn.folding.api import fold, inspect
+    from fusedconvbn.folding.verifying import VerificationError
+    from fusedconvbn.fusing import fuse, load_weights, unfuse
     from fusedconvbn.layer import FusedConvBN
     from fusedconvbn.ops import FusedConvBNOutput, fused_conv_bn
 
-__all__ = ["FusedConvBN", "FusedConvBNOutput", "fused_conv_bn", "raw"]
+__all__ = [
+    "FusedConvBN", "FusedConvBNOutput", "VerificationError", "fold", "fuse", "fused_conv_bn", "inspect", "load_weights",
+    "raw", "unfuse",
+]  # fmt: skip
 __version__ = "0.1.0"
 
-_EXPORTS = {"FusedConvBN": "layer", "FusedConvBNOutput": "ops", "fused_conv_bn": "ops"}
+_EXPORTS = {
+    "FusedConvBN": "layer",
+    "FusedConvBNOutput": "ops",
+    "VerificationError": "folding.verifying",
+    "fold": "folding.api",
+    "fuse": "fusing",
+    "fused_conv_bn": "ops",
+    "inspect": "folding.api",
+    "load_weights": "fusing",
+    "unfuse": "fusing",
+}
 
 
 def __getattr__(name: str) -> Any:

@@ -1,0 +1,149 @@
+"""The command line: `fusedconvbn fold SRC DST`, `inspect SRC`, `info`."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import platform
+import re
+import sys
+from collections.abc import Sequence
+from typing import Any
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Runs one command; the exit status: 0, 1 for an error (on standard error), 2 for wrong usage."""
+    options = _parser().parse_args(arguments)
+    os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "2")  # TensorFlow's own messages would drown the report
+    try:
+        return options.run(options)
+    except (OSError, ValueError, TypeError, ImportError) as error:
+        print(f"fusedconvbn: {error}", file=sys.stderr)
+        return 1
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(prog="fusedconvbn", description="Convolution and batch normalization as one op.")
+    commands = parser.add_subparsers(required=True, metavar="COMMAND")
+    fold = commands.add_parser("fold", help="merge a model's batch norms into its convolutions")
+    _add_source(fold)
+    fold.add_argument(
+        "destination", metavar="DST", help="what to write: of the source's kind, unless --to says another"
+    )
+    fold.add_argument("--to", choices=("saved_model", "frozen", "checkpoint", "keras"), help="the kind to write")
+    fold.add_argument("--freeze", action="store_true", help="write constants for variables")
+    fold.add_argument("--overwrite", action="store_true", help="replace what is at DST")
+    fold.add_argument("--no-verify", action="store_true", help="do not run and compare the two models")
+    fold.add_argument("--tolerance", type=float, metavar="X", help="of differences, relative to a tensor's maximum")
+    fold.add_argument("--report", metavar="FILE.json", help="also write the report as JSON")
+    fold.set_defaults(run=_fold)
+    inspect = commands.add_parser("inspect", help="say what a model's batch norms would fold into; nothing is written")
+    _add_source(inspect)
+    inspect.add_argument("--report", metavar="FILE.json", help="also write the report as JSON")
+    inspect.set_defaults(run=_inspect)
+    info = commands.add_parser("info", help="say what is installed: versions, instruction sets, devices")
+    info.set_defaults(run=_info)
+    return parser
+
+
+def _add_source(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("source", metavar="SRC", help=".keras, .h5, .pb, .pbtxt, SavedModel folder, checkpoint prefix")
+    parser.add_argument(
+        "--inputs",
+        nargs="+",
+        type=_input,
+        metavar="NAME[:SHAPE]",
+        help="tensors to feed, such as x:1,299,299,3 or x:?,8",
+    )
+    parser.add_argument("--outputs", nargs="+", metavar="NAME", help="tensors to compute")
+    parser.add_argument(
+        "--set", nargs="+", type=_value, default=[], metavar="NAME=VALUE", help="values of placeholders"
+    )
+    parser.add_argument("--tags", type=lambda text: text.split(","), metavar="TAG,...", help="of a SavedModel's graph")
+
+
+def _input(text: str) -> tuple[str, tuple[int | None, ...] | None]:
+    """A name, which may end with port 0, and sizes between commas, unknown ones as question marks."""
+    match = re.fullmatch(r"(.+?)(:0)?(?::((?:\?|-1|\d+)(?:,(?:\?|-1|\d+))*))?", text)
+    if match is None:
+        raise argparse.ArgumentTypeError(f"NAME or NAME:SHAPE, such as x:1,299,299,3. Received: {text!r}")
+    name, _, shape = match.groups()
+    sizes = None if shape is None else tuple(None if s in ("?", "-1") else int(s) for s in shape.split(","))
+    return name, sizes
+
+
+def _value(text: str) -> tuple[str, Any]:
+    name, sign, value = text.partition("=")
+    if not sign or not name:
+        raise argparse.ArgumentTypeError(f"NAME=VALUE, such as keep_prob=1. Received: {text!r}")
+    try:
+        return name, json.loads(value.lower())
+    except json.JSONDecodeError as error:
+        raise argparse.ArgumentTypeError(
+            f"a value that is true, false, a number or a list. Received: {text!r}"
+        ) from error
+
+
+def _ends(options: argparse.Namespace) -> dict[str, Any]:
+    inputs = None if options.inputs is None else dict(options.inputs)
+    return {"inputs": inputs, "outputs": options.outputs, "values": dict(options.set), "tags": options.tags}
+
+
+def _fold(options: argparse.Namespace) -> int:
+    from fusedconvbn.folding.api import fold
+    from fusedconvbn.folding.verifying import VerificationError
+
+    print(f"folding {options.source}", file=sys.stderr, flush=True)
+    try:
+        _, report = fold(
+            options.source, options.destination, to=options.to, freeze=options.freeze, overwrite=options.overwrite,
+            verify=not options.no_verify, tolerance=options.tolerance, **_ends(options),
+        )  # fmt: skip
+    except VerificationError as error:
+        print(f"fusedconvbn: {error}", file=sys.stderr)
+        return 1
+    return _tell(report, options.report)
+
+
+def _inspect(options: argparse.Namespace) -> int:
+    from fusedconvbn.folding.api import inspect
+
+    return _tell(inspect(options.source, **_ends(options)), options.report)
+
+
+def _tell(report: Any, file: str | None) -> int:
+    print(report)
+    if file is not None:
+        with open(file, "w", encoding="utf-8") as opened:
+            json.dump(report.to_dict(), opened, indent=1)
+    return 0
+
+
+def _info(options: argparse.Namespace) -> int:
+    import fusedconvbn
+    from fusedconvbn import raw
+
+    print(f"fusedconvbn {fusedconvbn.__version__}, Python {platform.python_version()}, {platform.machine()}")
+    isas = {row.isa: row.available for row in raw.kernels()}
+    print(f"instruction sets: {', '.join(isa for isa, available in isas.items() if available)}")
+    lacking = [isa for isa, available in isas.items() if not available]
+    if lacking:
+        print(f"kernels for what this machine lacks: {', '.join(lacking)}")
+    _print_tensorflow()
+    return 0
+
+
+def _print_tensorflow() -> None:
+    """What the op needs, and why it is not there if it is not."""
+    from fusedconvbn import _load
+
+    try:
+        import keras
+        import tensorflow as tf
+
+        print(f"tensorflow {tf.__version__}, keras {keras.__version__}")
+        _load.ops()
+        print(f"op: registered; devices: {', '.join(d.device_type for d in tf.config.list_physical_devices())}")
+    except ImportError as error:
+        print(f"op: not available: {error}")

@@ -1,0 +1,83 @@
+"""Frozen GraphDefs: `.pb`, `.pbtxt`, and GraphDef objects."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from google.protobuf import message, text_format
+
+from fusedconvbn._arguments import refuse
+from fusedconvbn.folding.nodes import GraphDef, Nodes, canonical, node_of
+from fusedconvbn.folding.sources import Source, Wishes, session_of, settle_ends, size_of
+from fusedconvbn.folding.writing import Frozen
+
+_VARIABLES = ("VarHandleOp", "VariableV2", "Variable")
+_OF_NO_RESULT = ("NoOp", "Assert", "Const", "Placeholder", "SaveV2", "Save", "MergeV2Checkpoints")
+
+
+def open_frozen(path: Path, wishes: Wishes) -> Source:
+    """Reads a file with a frozen graph.
+
+    Raises:
+        ValueError: It holds no GraphDef, or one with variables, or the user's wishes do not fit.
+    """
+    return of_graph_def(read_graph_def(path), wishes, size_of(path), str(path))
+
+
+def of_graph_def(graph_def: GraphDef, wishes: Wishes, size: int, name: str) -> Source:
+    """The same of a GraphDef."""
+    graph = Nodes(graph_def)
+    if any(node.op in _VARIABLES for node in graph.nodes.values()):
+        refuse(
+            ValueError, "source", "a frozen graph: variables' values are in a checkpoint, whose prefix to give", name
+        )
+    results = outputs_of(graph, wishes)
+    inputs, bound = settle_ends(graph, results, wishes)
+    frozen = Frozen(graph, results, {}, inputs)
+    return Source("frozen", frozen, lambda: session_of(graph_def), size, bound)
+
+
+def read_graph_def(path: Path) -> GraphDef:
+    """A GraphDef from a file, binary or text."""
+    graph_def = GraphDef()
+    data = path.read_bytes()
+    try:
+        if path.suffix == ".pbtxt":
+            text_format.Parse(data.decode(), graph_def)
+        else:
+            graph_def.ParseFromString(data)
+    except (message.DecodeError, text_format.ParseError, UnicodeDecodeError) as error:
+        raise ValueError(f"`source` must be a whole GraphDef. Received: {str(path)!r} ({error})") from error
+    if not graph_def.node:
+        raise ValueError(f"`source` must be a GraphDef with nodes. Received: {str(path)!r}, which has none")
+    return graph_def
+
+
+def write_frozen(frozen: Frozen, path: Path) -> None:
+    """Writes a GraphDef, as text to a `.pbtxt`, with constants for variables."""
+    graph_def = frozen.graph.graph_def()
+    is_text = path.suffix == ".pbtxt"
+    path.write_bytes(text_format.MessageToString(graph_def).encode() if is_text else graph_def.SerializeToString())
+
+
+def outputs_of(graph: Nodes, wishes: Wishes) -> list[str]:
+    """The tensors that the user names as outputs, or the results that nothing reads.
+
+    Raises:
+        ValueError: A name is not in the graph, or there is nothing.
+    """
+    if wishes.outputs is not None:
+        for name in wishes.outputs:
+            if node_of(canonical(name)) not in graph:
+                refuse(ValueError, "outputs", "names of the graph's tensors", name)
+        return [canonical(name) for name in wishes.outputs]
+    read = {node_of(tensor) for node in graph.nodes.values() for tensor in graph.inputs(node)}
+    ends = [n.name for n in graph.nodes.values() if n.name not in read and n.op not in _OF_NO_RESULT]
+    ends = [name for name in ends if _depends_on_input(graph, name)]
+    if not ends:
+        refuse(ValueError, "outputs", "given: the graph has no result that depends on an input", None)
+    return [f"{name}:0" for name in ends]
+
+
+def _depends_on_input(graph: Nodes, name: str) -> bool:
+    return any(graph[n].op.startswith("Placeholder") for n in graph.ancestors([name]))

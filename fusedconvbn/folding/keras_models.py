@@ -1,0 +1,181 @@
+"""Keras models: objects and files. The result is a Keras model too, of the same layers without batch norms."""
+
+from __future__ import annotations
+
+import os
+import tempfile
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import keras
+import numpy as np
+
+from fusedconvbn._arguments import refuse
+from fusedconvbn._keras_graph import Builder, Call, Graph, Network, Substitute, is_graph
+from fusedconvbn.folding import writers
+from fusedconvbn.folding.keras_layers import DROPOUTS, changed_layer, pad_with, read_call, tensor_name
+from fusedconvbn.folding.ops import Affine, Linear, Op
+from fusedconvbn.folding.pipeline import fold_graph
+from fusedconvbn.folding.planning import Folded, Kept, fold_batch_norms
+from fusedconvbn.folding.planning import Graph as Plan
+from fusedconvbn.folding.saved_model import open_saved_model
+from fusedconvbn.folding.sources import Wishes, size_of, whole
+from fusedconvbn.fusing import unfuse
+from fusedconvbn.layer import FusedConvBN
+
+_FILES = (".keras", ".h5", ".hdf5")
+
+
+@dataclass
+class Outcome:
+    """What folding a Keras model came to.
+
+    Attributes:
+        original: The model as it was.
+        model: The folded one.
+        entries: One for each batch norm.
+        removed: How many layers of which sort are gone.
+        network: Of the original, FusedConvBN layers unfused.
+        replaced: What computes the results of the calls of `network` that have changed.
+        sites: By id, tensors of `network` where something was folded, with their names.
+    """
+
+    original: keras.Model
+    model: keras.Model
+    entries: list[Folded | Kept]
+    removed: dict[str, int]
+    network: Network
+    replaced: dict[Call, Callable[[Any], Any]] = field(default_factory=dict)
+    sites: dict[int, str] = field(default_factory=dict)
+
+
+def load(source: Any) -> keras.Model | None:
+    """The Keras model that a source is, or that is in its file; None for what is none.
+
+    Raises:
+        ValueError: A file is damaged, or holds weights only.
+    """
+    if isinstance(source, keras.Model):
+        return source
+    if not isinstance(source, (str, os.PathLike)) or not os.fspath(source).endswith(_FILES):
+        return None
+    name = os.fspath(source)
+    if not os.path.isfile(name):
+        refuse(FileNotFoundError, "source", "a file that exists", name)
+    try:
+        return keras.models.load_model(name, compile=False)
+    except (ValueError, TypeError, OSError, KeyError) as error:
+        raise ValueError(f"`source` must be a whole Keras model. Received: {name!r} ({error})") from error
+
+
+def fold_model(model: keras.Model) -> Outcome:
+    """Folds a Functional or Sequential model, those within it too.
+
+    Raises:
+        ValueError: It is another one, whose layers cannot be told.
+    """
+    if not is_graph(model):
+        accepted = "a built Functional or Sequential model; export() others, and fold the SavedModel"
+        refuse(ValueError, "source", accepted, type(model).__name__)
+    return _Folding(model).run()
+
+
+class _Folding:
+    """One fold: what its graphs' calls become."""
+
+    def __init__(self, model: keras.Model) -> None:
+        self._original = model
+        network = Network(model)
+        has_fused = any(isinstance(call.layer, FusedConvBN) for graph in network.graphs for call in graph.calls)
+        self._network = Network(unfuse(model)) if has_fused else network
+        self._substitutes: dict[Call, Substitute] = {}
+        self._made: dict[tuple[Any, ...], tuple[keras.layers.Layer, list[np.ndarray]]] = {}
+        self._outcome = Outcome(model, model, [], {"dropouts": 0}, self._network)
+
+    def run(self) -> Outcome:
+        entries: dict[int, Folded | Kept] = {}
+        for graph in self._network.graphs:
+            self._fold_graph(graph, entries)
+        outcome = self._outcome
+        outcome.model = self._network.rebuild(self._substitutes).model
+        for new, weights in self._made.values():
+            new.set_weights(weights)
+        outcome.entries = list(entries.values())
+        return outcome
+
+    def _fold_graph(self, graph: Graph, entries: dict[int, Folded | Kept]) -> None:
+        is_list = isinstance(graph.model, keras.Sequential)
+        ops = {call: read_call(call, f"{graph.path}{call.layer.name}") for call in graph.calls}
+        if is_list:
+            for op in ops.values():
+                if isinstance(op, Linear) and op.pads and any(map(sum, op.pads)):
+                    op.pads = None  # what pads with another number is no layer
+        inputs = [Op(t.name, "InputLayer", [], [tensor_name(t)]) for t in graph.inputs]
+        plan = Plan([*inputs, *ops.values()], {tensor_name(t) for t in graph.outputs})
+        calls = {id(op): call for call, op in ops.items()}
+        norms = [op for op in plan.ops if isinstance(op, Affine)]
+        for op, entry in zip(norms, fold_batch_norms(plan)):
+            layer_id = id(calls[id(op)].layer)
+            if not isinstance(entries.get(layer_id), Kept):
+                entries[layer_id] = entry
+        for call, op in ops.items():
+            self._replace(call, op)
+        self._note_sites(plan, calls)
+
+    def _replace(self, call: Call, op: Op) -> None:
+        if (isinstance(op, Affine) and op.removed) or type(call.layer) in DROPOUTS:
+            self._outcome.removed["dropouts"] += type(call.layer) in DROPOUTS
+            self._substitutes[call] = Substitute(lambda b: b.value(call.inputs[0]))
+            self._outcome.replaced[call] = lambda value: value
+        elif isinstance(op, Linear) and op.changed:
+            new = self._changed(op, call.layer)
+            self._outcome.replaced[call] = _with_padding(op, new)
+            self._substitutes[call] = Substitute(lambda b: _build(b, op, new, call))
+
+    def _changed(self, op: Linear, layer: keras.layers.Layer) -> keras.layers.Layer:
+        """A new layer, one for all calls of a layer that change alike."""
+        new, weights = changed_layer(op, layer)
+        key = (id(layer), op.pad_value, *(w.tobytes() for w in weights))
+        if key not in self._made:
+            copies = sum(known[0] == id(layer) for known in self._made)
+            if copies or len(self._network.calls_of(layer)) > 1:
+                new = type(new).from_config({**new.get_config(), "name": f"{layer.name}_folded_{copies}"})
+            self._made[key] = new, weights
+        return self._made[key][0]
+
+    def _note_sites(self, plan: Plan, calls: Mapping[int, Call]) -> None:
+        ids = {tensor_name(tensor): id(tensor) for call in calls.values() for tensor in call.results}
+        for before in plan.sites():
+            self._outcome.sites[ids[before]] = before.partition("@")[0]
+
+
+def _build(builder: Builder, op: Linear, new: keras.layers.Layer, call: Call) -> Any:
+    value = builder.value(call.inputs[0])
+    return builder(new, pad_with(op, value) if op.pad_value else value)
+
+
+def _with_padding(op: Linear, new: keras.layers.Layer) -> Callable[[Any], Any]:
+    return lambda value: new(pad_with(op, value) if op.pad_value else value)
+
+
+def write(outcome: Outcome, path: str, to: str | None, *, freeze: bool, overwrite: bool) -> int:
+    """Writes the folded model as a Keras file or as a graph; the bytes of its files."""
+    if to in writers.GRAPHS:
+        return _write_graph(outcome.model, path, to, freeze=freeze, overwrite=overwrite)
+    if not path.endswith(_FILES):
+        refuse(ValueError, "destination", f"a path that ends with one of {', '.join(_FILES)}, or `to` be given", path)
+    with whole(path, overwrite=overwrite) as made:
+        outcome.model.save(made)
+        return size_of(Path(made))
+
+
+def _write_graph(model: keras.Model, path: str, kind: str, *, freeze: bool, overwrite: bool) -> int:
+    """By way of a SavedModel, in which there is nothing left to fold."""
+    with tempfile.TemporaryDirectory() as folder:
+        exported = os.path.join(folder, "exported")
+        model.export(exported, verbose=False)
+        opened = open_saved_model(Path(exported), Wishes(), None)
+        frozen = fold_graph(opened.frozen).frozen
+    return writers.write_graph(frozen, path, kind, opened.meta, freeze=freeze, overwrite=overwrite)

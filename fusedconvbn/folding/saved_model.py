@@ -1,0 +1,139 @@
+"""SavedModel folders, of TensorFlow 1 and 2: read and written as graphs, so that no Python object has to be revived."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Sequence
+from pathlib import Path
+
+import tensorflow as tf
+from google.protobuf import message, text_format
+from tensorflow.core.protobuf import saved_model_pb2
+from tensorflow.core.protobuf.meta_graph_pb2 import SignatureDef
+
+from fusedconvbn._arguments import refuse
+from fusedconvbn.folding.branches import take_branches
+from fusedconvbn.folding.inlining import inline_calls
+from fusedconvbn.folding.nodes import Nodes, canonical, node_of, strip
+from fusedconvbn.folding.sources import MetaGraphDef, Source, Wishes, settle_ends, size_of
+from fusedconvbn.folding.variables import freeze, keys_of, refuse_writes, with_variables
+from fusedconvbn.folding.writing import Frozen
+
+_OF_NO_MODEL = ("__saved_model_init_op", "__saved_model_train_op")
+_TABLES = ("HashTableV2", "HashTable", "MutableHashTableV2", "LookupTableFindV2", "LookupTableFind")
+
+
+def open_saved_model(folder: Path, wishes: Wishes, tags: Sequence[str] | None) -> Source:
+    """Reads a folder with a saved_model.pb.
+
+    Raises:
+        ValueError: It is damaged, has no graph with these tags, or its inference changes variables.
+    """
+    meta = read_meta_graph(folder, tags)
+    signatures = {key: s for key, s in meta.signature_def.items() if key not in _OF_NO_MODEL and s.outputs}
+    results = results_of(signatures, wishes, folder)
+    graph = Nodes(meta.graph_def)
+    inputs, bound = settle_ends(graph, results, _with_signature_inputs(signatures, wishes))
+    prefix = str(folder / "variables" / "variables")
+    frozen = freeze_meta_graph(graph, results, inputs, prefix)
+    _refuse_tables(frozen, folder)
+    return Source("saved_model", frozen, lambda: start(meta, prefix), size_of(folder), bound, meta)
+
+
+def read_meta_graph(folder: Path, tags: Sequence[str] | None) -> MetaGraphDef:
+    """The graph with `tags`, or the only one, or the one that serves."""
+    proto = saved_model_pb2.SavedModel()
+    binary, text = folder / "saved_model.pb", folder / "saved_model.pbtxt"
+    try:
+        if binary.exists():
+            proto.ParseFromString(binary.read_bytes())
+        else:
+            text_format.Parse(text.read_text(), proto)
+    except (message.DecodeError, text_format.ParseError, UnicodeDecodeError) as error:
+        raise ValueError(f"`source` must be a whole SavedModel. Received: {str(folder)!r} ({error})") from error
+    wanted = set(tags) if tags else {"serve"}
+    metas = list(proto.meta_graphs)
+    found = [m for m in metas if set(m.meta_info_def.tags) == wanted] or (metas if not tags and len(metas) == 1 else [])
+    if not found:
+        sets = [sorted(m.meta_info_def.tags) for m in metas]
+        refuse(ValueError, "tags", f"those of one of the SavedModel's graphs: {sets}", tags)
+    return clean(found[0])
+
+
+def clean(meta: MetaGraphDef) -> MetaGraphDef:
+    """`meta` without notes that today's TensorFlow may refuse, and that it does not need."""
+    for nodes in (meta.graph_def.node, *(function.node_def for function in meta.graph_def.library.function)):
+        for node in nodes:
+            strip(node)
+    return meta
+
+
+def results_of(signatures: dict[str, SignatureDef], wishes: Wishes, source: object) -> list[str]:
+    """The tensors that the user names, or that the signatures return."""
+    if wishes.outputs is not None:
+        return [canonical(name) for name in wishes.outputs]
+    found = [canonical(info.name) for s in signatures.values() for info in s.outputs.values()]
+    if not found:
+        refuse(ValueError, "outputs", "given: the source has no signature that returns something", str(source))
+    return list(dict.fromkeys(found))
+
+
+def _with_signature_inputs(signatures: dict[str, SignatureDef], wishes: Wishes) -> Wishes:
+    """What the signatures take is an input, whatever it is called."""
+    if wishes.inputs is not None or wishes.outputs is not None:
+        return wishes
+    names = [info.name for signature in signatures.values() for info in signature.inputs.values()]
+    return Wishes(dict.fromkeys(names), wishes.outputs, wishes.values)
+
+
+def freeze_meta_graph(graph: Nodes, results: list[str], inputs: list[str], prefix: str) -> Frozen:
+    """The graph with the values of the checkpoint `prefix`."""
+    inline_calls(graph)
+    keys = keys_of(graph)
+    graph.prune([*results, *inputs], control=True)
+    take_branches(graph)
+    refuse_writes(graph, results)
+    return Frozen(graph, results, freeze(graph, results, prefix, keys), inputs)
+
+
+def _refuse_tables(frozen: Frozen, folder: Path) -> None:
+    for name in frozen.graph.ancestors(frozen.results):
+        if frozen.graph[name].op in _TABLES:
+            refuse(ValueError, "outputs", f"computed without lookup tables, such as {name!r}, in", str(folder))
+
+
+def start(meta: MetaGraphDef, prefix: str) -> tf.compat.v1.Session:
+    """A session that runs the graph as TensorFlow restores it."""
+    with tf.Graph().as_default() as graph:
+        saver = tf.compat.v1.train.import_meta_graph(meta)
+        session = tf.compat.v1.Session(graph=graph, config=tf.compat.v1.ConfigProto(allow_soft_placement=True))
+        if saver is not None and (os.path.exists(f"{prefix}.index") or os.path.isfile(prefix)):
+            saver.restore(session, prefix)
+    return session
+
+
+def write_saved_model(frozen: Frozen, path: Path, meta: MetaGraphDef) -> None:
+    """Writes a folder with the tags and signatures of `meta`, or one for all inputs and outputs where it has none."""
+    with with_variables(frozen) as session, session.graph.as_default() as graph:
+        builder = tf.compat.v1.saved_model.Builder(str(path))
+        signatures = {key: s for key, s in meta.signature_def.items() if s.outputs and _is_there(graph, s)}
+        builder.add_meta_graph_and_variables(
+            session, list(meta.meta_info_def.tags) or [tf.saved_model.SERVING],
+            signature_def_map=signatures or {"serving_default": _signature(frozen, graph)}, strip_default_attrs=True,
+        )  # fmt: skip
+        builder.save()
+
+
+def _signature(frozen: Frozen, graph: tf.Graph) -> SignatureDef:
+    """Of all inputs and outputs, by the names of their nodes."""
+    inputs, outputs = (
+        {node_of(name): graph.get_tensor_by_name(canonical(name)) for name in names}
+        for names in (frozen.inputs, frozen.results)
+    )
+    return tf.compat.v1.saved_model.predict_signature_def(inputs, outputs)
+
+
+def _is_there(graph: tf.Graph, signature: SignatureDef) -> bool:
+    names = [info.name for ends in (signature.inputs, signature.outputs) for info in ends.values()]
+    known = {operation.name for operation in graph.get_operations()}
+    return all(name.rpartition(":")[0] in known for name in names)

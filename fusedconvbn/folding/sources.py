@@ -1,0 +1,211 @@
+"""What every format has in common: what the user says of inputs and outputs, and files written whole or not at all."""
+
+from __future__ import annotations
+
+import os
+import re
+import shutil
+import tempfile
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import tensorflow as tf
+
+from fusedconvbn._arguments import refuse
+from fusedconvbn.folding.cleaning import bind
+from fusedconvbn.folding.nodes import GraphDef, Nodes, attribute, canonical, node_of
+from fusedconvbn.folding.shapes import Shapes, with_input_shapes
+from fusedconvbn.folding.training import inference_value
+from fusedconvbn.folding.writing import Frozen
+
+MetaGraphDef = tf.compat.v1.MetaGraphDef
+Shape = tuple[int | None, ...]
+
+_TRAINING_IS_ON = re.compile(r"train|phase|dropout", re.IGNORECASE)
+_TRAINING_IS_OFF = re.compile(r"infer|test|eval|predict", re.IGNORECASE)
+_KEPT_PART = re.compile(r"keep", re.IGNORECASE)
+_DROPPED_PART = re.compile(r"drop|rate", re.IGNORECASE)
+
+
+@dataclass(frozen=True)
+class Wishes:
+    """What the user says of the model's ends.
+
+    Attributes:
+        inputs: Their shapes by name, None as the source has it; None: the source's own inputs.
+        outputs: Their names; None: the source's own.
+        values: Values of inputs that are none of the folded model any more.
+    """
+
+    inputs: Mapping[str, Shape | None] | None = None
+    outputs: Sequence[str] | None = None
+    values: Mapping[str, Any] = field(default_factory=dict)
+
+
+@dataclass
+class Source:
+    """A model that was read as a graph.
+
+    Attributes:
+        kind: One of `KINDS`.
+        frozen: Its graph with constants for variables.
+        start: Makes a session that runs the source as TensorFlow itself does.
+        bytes: Size of its files.
+        bound: Inputs of the source that have this value in inference.
+        meta: What else it holds: signatures, tags, collections.
+    """
+
+    kind: str
+    frozen: Frozen
+    start: Callable[[], tf.compat.v1.Session]
+    bytes: int
+    bound: dict[str, np.ndarray] = field(default_factory=dict)
+    meta: MetaGraphDef = field(default_factory=MetaGraphDef)
+
+
+def settle_ends(graph: Nodes, results: Sequence[str], wishes: Wishes) -> tuple[list[str], dict[str, np.ndarray]]:
+    """The inputs of a graph that returns `results`, and the values of those that inference does not need.
+
+    What the user calls an input becomes a Placeholder.
+
+    Raises:
+        ValueError: A name is not in the graph, or what an input is in inference cannot be told.
+    """
+    for name in [*(wishes.inputs or {}), *wishes.values]:
+        if node_of(canonical(name)) not in graph:
+            refuse(ValueError, "inputs", f"names of the graph's tensors{_some_placeholders(graph)}", name)
+    if wishes.inputs is not None:
+        _cut(graph, wishes.inputs)
+    needed = graph.ancestors(results)
+    placeholders = [n.name for n in graph.nodes.values() if n.op.startswith("Placeholder") and n.name in needed]
+    wanted = [node_of(canonical(name)) for name in wishes.inputs or ()]
+    values = {node_of(canonical(name)): value for name, value in wishes.values.items()}
+    bound: dict[str, np.ndarray] = {}
+    inputs: list[str] = []
+    for name in placeholders:
+        if name in values:
+            bound[name] = np.asarray(values[name], _dtype(graph, name).as_numpy_dtype)
+        elif name in wanted:
+            inputs.append(name)
+        elif (value := _in_inference(graph, name, results)) is not None:
+            bound[name] = value
+        elif wishes.inputs is None:
+            inputs.append(name)
+        elif graph[name].op == "Placeholder":
+            refuse(
+                ValueError, "inputs", f"all that the outputs are computed from, {name!r} among it", list(wishes.inputs)
+            )
+    bind(graph, bound)
+    return inputs, bound
+
+
+def _cut(graph: Nodes, inputs: Mapping[str, Shape | None]) -> None:
+    """Puts Placeholders where the user says that inputs are."""
+    inner = [name for name in inputs if graph[node_of(canonical(name))].op != "Placeholder"]
+    shapes = Shapes(graph) if inner else None
+    for name in inner:
+        node = graph[node_of(canonical(name))]
+        if node.op == "PlaceholderWithDefault":
+            continue
+        dtype = shapes.dtype(name)
+        shape = tf.TensorShape(shapes.of(name)).as_proto()
+        del graph.nodes[node.name]
+        graph.add("Placeholder", node.name, [], dtype=dtype, shape=tf.compat.v1.AttrValue(shape=shape))
+    with_input_shapes(
+        graph, {n: s for n, s in inputs.items() if s is not None and graph[node_of(canonical(n))].op == "Placeholder"}
+    )
+
+
+def _some_placeholders(graph: Nodes) -> str:
+    names = [node.name for node in graph.nodes.values() if node.op.startswith("Placeholder")][:8]
+    return f" (its placeholders: {', '.join(names)})" if names else ""
+
+
+def _dtype(graph: Nodes, name: str) -> tf.DType:
+    return tf.as_dtype(attribute(graph[name], "dtype").type)
+
+
+def _in_inference(graph: Nodes, name: str, results: Sequence[str]) -> np.ndarray | None:
+    """The value of an input that tells training from inference, or how much dropout keeps; None of any other."""
+    node, dtype = graph[name], _dtype(graph, name)
+    shape = attribute(node, "shape").shape
+    if shape.dim and not shape.unknown_rank:
+        return None
+    last = name.rpartition("/")[2]
+    if dtype == tf.bool:
+        by_name = False if _TRAINING_IS_ON.search(last) else True if _TRAINING_IS_OFF.search(last) else None
+        value = inference_value(graph, name, results) if by_name is None else by_name
+        if value is None and node.op == "PlaceholderWithDefault":
+            return graph.value(graph.source(node.input[0]).name)
+        return None if value is None else np.asarray(value)
+    if dtype.is_floating and _KEPT_PART.search(last):
+        return np.asarray(1, dtype.as_numpy_dtype)
+    if dtype.is_floating and _DROPPED_PART.search(last):
+        return np.asarray(0, dtype.as_numpy_dtype)
+    return None
+
+
+def session_of(graph_def: GraphDef, *, as_written: bool = False) -> tf.compat.v1.Session:
+    """A session that runs a graph without variables; `as_written`, without TensorFlow's own rewriting."""
+    config = tf.compat.v1.ConfigProto(allow_soft_placement=True)
+    if as_written:
+        config.graph_options.rewrite_options.disable_meta_optimizer = True
+        config.graph_options.optimizer_options.opt_level = tf.compat.v1.OptimizerOptions.L0
+    with tf.Graph().as_default() as graph:
+        tf.import_graph_def(graph_def, name="")
+    return tf.compat.v1.Session(graph=graph, config=config)
+
+
+def size_of(*paths: Path) -> int:
+    """Bytes of files, and of all that is in folders."""
+    files = [f for path in paths for f in ([path] if path.is_file() else path.rglob("*")) if f.is_file()]
+    return sum(file.stat().st_size for file in files)
+
+
+@contextmanager
+def whole(destination: str, *, overwrite: bool) -> Iterator[str]:
+    """A path to write to, beside `destination`; its files become the latter's at the end, or go if something fails.
+
+    What is written may be a file, a folder, or files whose names begin as `destination` does.
+
+    Raises:
+        FileExistsError: There is something, and it is not to be overwritten.
+    """
+    parent, name = _split(destination)
+    refuse_existing(destination, overwrite)
+    existing = _named(parent, name)
+    os.makedirs(parent, exist_ok=True)
+    folder = tempfile.mkdtemp(prefix=".fold-", dir=parent)
+    try:
+        made = os.path.join(folder, "made")
+        os.mkdir(made)
+        yield os.path.join(made, name)
+        for old in existing:
+            os.rename(old, os.path.join(folder, os.path.basename(old)))
+        for new in os.listdir(made):
+            os.rename(os.path.join(made, new), os.path.join(parent, new))
+    finally:
+        shutil.rmtree(folder, ignore_errors=True)
+
+
+def refuse_existing(destination: str, overwrite: bool) -> None:
+    """Raises a `FileExistsError` if there is something, unless it may be overwritten."""
+    if not overwrite and _named(*_split(destination)):
+        raise FileExistsError(f"`destination` must not exist, or overwrite=True be given. Received: {destination!r}")
+
+
+def _split(destination: str) -> tuple[str, str]:
+    """Folder and name; a checkpoint's prefix may end with a slash, its name then being empty."""
+    parent, name = os.path.split(destination.rstrip("/") if os.path.isdir(destination) else destination)
+    return parent or ".", name
+
+
+def _named(parent: str, name: str) -> list[str]:
+    """What a result of that name consists of: itself, or the files of a checkpoint."""
+    ends = re.compile(re.escape(name) + r"(\.meta|\.index|\.data-\d+-of-\d+)?$")
+    present = os.listdir(parent) if os.path.isdir(parent) else []
+    return [os.path.join(parent, found) for found in present if ends.fullmatch(found)]

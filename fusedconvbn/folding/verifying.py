@@ -1,0 +1,252 @@
+"""Runs the original and the folded model on the same inputs and compares what they compute."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import ml_dtypes
+import numpy as np
+import tensorflow as tf
+
+TOLERANCES = {"float64": 1e-4, "float32": 1e-4, "float16": 1e-2, "bfloat16": 8e-2}
+"""Of the largest difference, relative to a tensor's own maximum, by the least exact type that is compared."""
+
+_DEPENDS = 10  # times its limit: an output that changes by less with another input would pass whatever is wrong
+_ROUNDINGS = 4  # how many times what one rounding of all weights does to a tensor all roundings may do to it
+_BATCH = 2
+_UNKNOWN_SIZES = (96, 224)  # pixels, tried in turn
+
+
+class VerificationError(Exception):
+    """The folded model does not compute what the original computes. Nothing has been written."""
+
+
+@dataclass
+class Comparison:
+    """Of two models.
+
+    Attributes:
+        verdict: "ok", "failed", "inconclusive" or "not run".
+        tolerance: That differences were held against, where rounding alone does not make larger ones.
+        outputs: The difference at each output, relative to its maximum.
+        sites: The same where batch norms were folded, by the names of the original's tensors.
+        notes: What else there is to know, such as which outputs do not depend on the input.
+    """
+
+    verdict: str
+    tolerance: float = 0.0
+    outputs: dict[str, float] = field(default_factory=dict)
+    sites: dict[str, float] = field(default_factory=dict)
+    notes: list[str] = field(default_factory=list)
+
+    @property
+    def worst(self) -> float:
+        """The largest difference."""
+        return max([*self.outputs.values(), *self.sites.values()], default=0.0)
+
+
+def difference(expected: np.ndarray, found: np.ndarray) -> float:
+    """The largest difference relative to the maximum of `expected`; infinite for other shapes or non-finite values."""
+    expected, found = np.asarray(expected), np.asarray(found)
+    if expected.shape != found.shape:
+        return np.inf
+    if expected.dtype.kind not in "fV":
+        return 0.0 if np.array_equal(expected, found) else np.inf
+    expected, found = expected.astype(np.float64), found.astype(np.float64)
+    finite = np.isfinite(expected)
+    if not np.array_equal(expected[~finite], found[~finite], equal_nan=True) or not np.isfinite(found[finite]).all():
+        return np.inf
+    if not finite.any():
+        return 0.0
+    largest = np.abs(expected[finite]).max()
+    error = np.abs(expected[finite] - found[finite]).max()
+    return float(error / largest) if largest else float(error)
+
+
+def random_values(shape: Sequence[int], dtype: tf.DType, rng: np.random.Generator) -> np.ndarray | None:
+    """Numbers to feed; None for a type of which none can be made up."""
+    if dtype.is_floating:
+        return rng.normal(size=shape).astype(dtype.as_numpy_dtype)
+    if dtype == tf.bool:
+        return rng.integers(2, size=shape).astype(bool)
+    if dtype.is_integer:
+        return rng.integers(256 if dtype == tf.uint8 else 4, size=shape).astype(dtype.as_numpy_dtype)
+    return None
+
+
+@dataclass
+class Runnable:
+    """A graph in a session, and what to feed to it besides inputs."""
+
+    session: tf.compat.v1.Session
+    constants: Mapping[str, np.ndarray] = field(default_factory=dict)
+
+    def run(self, fetches: Sequence[str], feeds: Mapping[str, np.ndarray]) -> list[np.ndarray]:
+        """The values of tensors."""
+        return self.session.run(list(fetches), {**feeds, **self.constants})
+
+
+class Models:
+    """The original, the original with training parts removed, and the folded model, to be fed alike.
+
+    Attributes:
+        inputs: The tensors that are fed.
+        outputs: Those that are compared.
+        sites: Tensors of the second and of the third that must be equal, the outputs among the latter.
+        result_sites: Those of `sites` that the outputs are.
+    """
+
+    def __init__(
+        self, original: Runnable, before: Runnable, folded: Runnable, inputs: Sequence[str], outputs: Sequence[str],
+        sites: Mapping[str, str],
+    ) -> None:  # fmt: skip
+        self._original, self._before, self._folded = original, before, folded
+        self.inputs, self.outputs, self.sites = list(inputs), list(outputs), dict(sites)
+        by_result = {after: before for before, after in self.sites.items()}
+        self.result_sites = [by_result[output] for output in self.outputs]
+
+    def feeds(self, rng: np.random.Generator, batch: int, size: int) -> dict[str, np.ndarray] | None:
+        """Random inputs, unknown sizes being `batch` along the first axis and `size` elsewhere."""
+        made = {}
+        for name in self.inputs:
+            tensor = self._folded.session.graph.get_tensor_by_name(name)
+            shape = tensor.shape.as_list() if tensor.shape.rank is not None else [None, None, None, 3]
+            sizes = [batch if i == 0 else size for i in range(len(shape))]
+            value = random_values([s if d is None else d for s, d in zip(sizes, shape)], tensor.dtype, rng)
+            if value is None:
+                return None
+            made[name] = value
+        return made
+
+    def original(self, feeds: Mapping[str, np.ndarray]) -> list[np.ndarray]:
+        """The original's outputs."""
+        return self._original.run(self.outputs, feeds)
+
+    def folded(self, feeds: Mapping[str, np.ndarray]) -> list[np.ndarray]:
+        """The folded model's outputs."""
+        return self._folded.run(self.outputs, feeds)
+
+    def before(self, feeds: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
+        """The values at the sites in the original, its training parts removed."""
+        return dict(zip(self.sites, self._before.run(list(self.sites), feeds)))
+
+    def disturbed(self, feeds: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
+        """The values at the sites in the original, its weights rounded once more."""
+        other = Runnable(self._before.session, disturbed(self._before.constants))
+        return dict(zip(self.sites, other.run(list(self.sites), feeds)))
+
+    def after(self, feeds: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
+        """The values at the sites in the folded model."""
+        return dict(zip(self.sites, self._folded.run(list(self.sites.values()), feeds)))
+
+    def close(self) -> None:
+        """Ends the sessions."""
+        for model in (self._original, self._before, self._folded):
+            model.session.close()
+
+
+def compare(
+    models: Models, *, tolerance: float | None = None, given: Mapping[str, np.ndarray] | None = None
+) -> Comparison:
+    """Compares two models on random inputs, or on those `given`.
+
+    Raises:
+        VerificationError: The original does not run on such inputs.
+    """
+    feeds, other = _two_inputs(models, given)
+    if feeds is None:
+        return Comparison("inconclusive", notes=["inputs of this type cannot be made up: give some by verify="])
+    expected, again = models.original(feeds), models.original(feeds)
+    before, after = models.before(feeds), models.after(feeds)
+    limit = _tolerance([*expected, *before.values()]) if tolerance is None else tolerance
+    limits = {
+        name: max(limit, _ROUNDINGS * difference(before[name], value))
+        for name, value in models.disturbed(disturbed(feeds)).items()
+    }
+    result = Comparison("ok", limit, sites={name: difference(before[name], after[name]) for name in before})
+    if any(difference(a, b) > limit for a, b in zip(expected, again)):
+        result.notes.append("the original drops at random: compared with it without that")
+        expected, elsewhere = ([run[name] for name in models.result_sites] for run in (before, models.before(other)))
+    else:
+        elsewhere = models.original(other)
+    folded = [after[name] for name in models.result_sites]
+    result.outputs = dict(zip(models.outputs, map(difference, expected, folded)))
+    at_outputs = [limits[name] for name in models.result_sites]
+    ends = zip(models.outputs, expected, elsewhere, at_outputs)
+    blind = [name for name, a, b, most in ends if difference(a, b) < _DEPENDS * most]
+    wrong = [n for n, most in zip(models.outputs, at_outputs) if result.outputs[n] > most]
+    wrong += [name for name, most in limits.items() if result.sites[name] > most]
+    if blind:
+        result.notes.append(f"hardly depends on the input: {', '.join(blind)}")
+    if wrong:
+        result.notes.append(f"differs at {', '.join(dict.fromkeys(wrong[:5]))}")
+    result.verdict = "failed" if wrong else "inconclusive" if blind else "ok"
+    return result
+
+
+def disturbed(values: Mapping[Any, np.ndarray]) -> dict[Any, np.ndarray]:
+    """Values that differ by as much as rounding would make them: what that does to a tensor, rounding may do to it."""
+    rng = np.random.default_rng(7)
+    found = dict(values)
+    for name, value in values.items():
+        if value.dtype.kind in "fV":
+            step = float(ml_dtypes.finfo(value.dtype).eps)
+            found[name] = (value.astype(np.float64) * (1 + step * rng.uniform(-1, 1, value.shape))).astype(value.dtype)
+    return found
+
+
+def _two_inputs(
+    models: Models, given: Mapping[str, np.ndarray] | None
+) -> tuple[dict[str, np.ndarray] | None, dict[str, np.ndarray] | None]:
+    """Two feeds that the original runs on; of given inputs the second is the first in another order, or random."""
+    rng = np.random.default_rng(20171101)
+    failure: Exception | None = None
+    for size in _UNKNOWN_SIZES:
+        feeds = dict(given) if given is not None else models.feeds(rng, _BATCH, size)
+        if feeds is None:
+            return None, None
+        other = {name: rng.permuted(value.reshape(-1)).reshape(value.shape) if given is not None else None
+                 for name, value in feeds.items()}  # fmt: skip
+        if given is None:
+            other = models.feeds(rng, _BATCH, size)
+        try:
+            models.original(feeds)
+        except tf.errors.OpError as error:
+            failure = error
+        else:
+            return feeds, other
+    shapes = {name: value.shape for name, value in feeds.items()}
+    raise VerificationError(
+        f"the original does not run on random inputs of shapes {shapes}; give shapes by inputs=, data by verify=, or "
+        f"verify=False: {failure}"
+    ) from failure
+
+
+def _tolerance(values: Sequence[np.ndarray]) -> float:
+    return max((TOLERANCES.get(value.dtype.name, 0.0) for value in values), default=0.0) or TOLERANCES["float32"]
+
+
+def milliseconds(models: Models, *, rounds: int = 7, seconds: float = 3.0) -> tuple[float, float] | None:
+    """Medians of one example's inference, original and folded, in turn; None if there are no inputs to feed."""
+    rng = np.random.default_rng(3)
+    feeds = models.feeds(rng, 1, _UNKNOWN_SIZES[0])
+    if feeds is None:
+        return None
+    try:
+        models.original(feeds), models.folded(feeds)
+    except tf.errors.OpError:
+        return None
+    times: list[tuple[float, float]] = []
+    start = time.perf_counter()
+    while len(times) < rounds and (len(times) < 3 or time.perf_counter() - start < seconds):
+        times.append((_seconds(models.original, feeds), _seconds(models.folded, feeds)))
+    return tuple(float(1e3 * np.median(column)) for column in zip(*times))
+
+
+def _seconds(run: object, feeds: Mapping[str, np.ndarray]) -> float:
+    start = time.perf_counter()
+    run(feeds)
+    return time.perf_counter() - start
