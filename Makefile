@@ -21,11 +21,12 @@ build: $(READY)
 
 venv: $(VENV)/.ready
 
-$(VENV)/.ready: pyproject.toml setup.py
+$(VENV)/.ready: pyproject.toml setup.py tests/models.txt
 	@echo "Installing into .venv (TensorFlow and tools, then this package in place)"
 	@$(BOOTSTRAP) -m venv $(VENV)
 	@$(PIP) $$($(PYTHON) tools/requirements.py)
 	@$(PIP) --no-build-isolation --editable '.[cpu,dev]'
+	@$(PIP) --no-deps --requirement tests/models.txt
 	@touch $@
 
 demo: build

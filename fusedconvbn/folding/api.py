@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import os
+import tempfile
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +17,7 @@ from fusedconvbn.folding import keras_models, verifying, writers
 from fusedconvbn.folding.checkpoint import open_checkpoint, prefix_of
 from fusedconvbn.folding.frozen import of_graph_def, open_frozen
 from fusedconvbn.folding.keras_verifying import KerasModels
-from fusedconvbn.folding.nodes import GraphDef, canonical
+from fusedconvbn.folding.nodes import GraphDef, canonical, op_def
 from fusedconvbn.folding.pipeline import Outcome, fold_graph
 from fusedconvbn.folding.planning import Folded, Kept
 from fusedconvbn.folding.report import Report
@@ -79,24 +81,45 @@ def fold(
         >>> result, report = fusedconvbn.fold("saved_model", "folded")
         >>> print(report)
     """
-    path = None if destination is None else os.fspath(destination)
-    if path is not None:
-        refuse_existing(path, overwrite)
+    options = _Options(destination, to, freeze, verify, tolerance, overwrite)
     wishes = _wishes(inputs, outputs, values)
     model = keras_models.load(source)
     if model is not None:
-        return _fold_keras(source, model, path, wishes, to, freeze, verify, tolerance, overwrite)
-    opened = open_source(source, wishes, tags)
-    writers.check_kind(to, writers.GRAPHS)
-    outcome = fold_graph(opened.frozen)
-    report = _report(source, path, opened, outcome)
-    if verify is not False:
-        _verify(opened, outcome, report, None if verify is True else verify, tolerance)
-    if path is None:
-        return outcome.frozen.graph.graph_def(), report
-    size = writers.write_graph(outcome.frozen, path, to or opened.kind, opened.meta, freeze=freeze, overwrite=overwrite)
-    report.bytes = (opened.bytes, size)
-    return path, report
+        return _fold_keras(source, model, wishes, options)
+    with tempfile.TemporaryDirectory() as scratch:
+        opened = open_source(keras_models.export_legacy(source, scratch) or source, wishes, tags)
+        return _fold_graph(source, opened, options)
+
+
+@dataclass(frozen=True)
+class _Options:
+    """Arguments of `fold`."""
+
+    destination: str | os.PathLike[str] | None
+    to: str | None
+    freeze: bool
+    verify: bool | Mapping[str, np.ndarray]
+    tolerance: float | None
+    overwrite: bool
+
+    def __post_init__(self) -> None:
+        if not isinstance(self.verify, (bool, Mapping)):
+            refuse(TypeError, "verify", "True, False or a dict of arrays by the names of inputs", self.verify)
+        if self.tolerance is not None and not self.tolerance > 0:
+            refuse(ValueError, "tolerance", "a positive number or None", self.tolerance)
+        writers.check_kind(self.to, writers.KINDS)
+        if self.path is not None:
+            refuse_existing(self.path, self.overwrite)
+
+    @property
+    def path(self) -> str | None:
+        """Where to write."""
+        return None if self.destination is None else os.fspath(self.destination)
+
+    @property
+    def given(self) -> Mapping[str, np.ndarray] | None:
+        """What to run the models on, if it is not to be made up."""
+        return self.verify if isinstance(self.verify, Mapping) else None
 
 
 def inspect(
@@ -112,8 +135,9 @@ def inspect(
     model = keras_models.load(source)
     if model is not None:
         return _keras_report(source, None, keras_models.fold_model(model))
-    opened = open_source(source, wishes, tags)
-    return _report(source, None, opened, fold_graph(opened.frozen))
+    with tempfile.TemporaryDirectory() as scratch:
+        opened = open_source(keras_models.export_legacy(source, scratch) or source, wishes, tags)
+        return _report(source, None, opened, fold_graph(opened.frozen))
 
 
 def open_source(source: Any, wishes: Wishes, tags: Sequence[str] | None = None) -> Source:
@@ -159,20 +183,37 @@ def _report(source: Any, destination: str | None, opened: Source, outcome: Outco
     )
 
 
-def _verify(
-    opened: Source, outcome: Outcome, report: Report, given: Mapping[str, np.ndarray] | None, tolerance: float | None
-) -> None:
+def _fold_graph(source: Any, opened: Source, options: _Options) -> tuple[Any, Report]:
+    writers.check_kind(options.to, writers.GRAPHS)
+    outcome = fold_graph(opened.frozen)
+    report = _report(source, options.path, opened, outcome)
+    if options.verify is not False:
+        _verify(opened, outcome, report, options)
+    if options.path is None:
+        return outcome.frozen.graph.graph_def(), report
+    size = writers.write_graph(
+        outcome.frozen, options.path, options.to or opened.kind, opened.meta,
+        freeze=options.freeze, overwrite=options.overwrite,
+    )  # fmt: skip
+    report.bytes = (opened.bytes, size)
+    return options.path, report
+
+
+def _verify(opened: Source, outcome: Outcome, report: Report, options: _Options) -> None:
     frozen, before = outcome.frozen, outcome.before
+    foreign = sorted({node.op for node in before.nodes.values() if op_def(node.op) is None})
+    if foreign:
+        accepted = "False for a model with ops that TensorFlow does not know, or their library be loaded first"
+        refuse(ValueError, "verify", accepted, f"{options.verify!r}, and ops {', '.join(foreign)}")
     models = verifying.Models(
         Runnable(opened.start(), {f"{name}:0": value for name, value in opened.bound.items()}),
         Runnable(session_of(before.graph_def(with_values=False), as_written=True), before.feeds(set(before.nodes))),
         Runnable(session_of(frozen.graph.graph_def())),
         [canonical(name) for name in frozen.inputs], frozen.results, outcome.sites,
     )  # fmt: skip
-    if given is not None:
-        given = {canonical(name): np.asarray(value) for name, value in given.items()}
+    given = options.given and {canonical(name): np.asarray(value) for name, value in options.given.items()}
     try:
-        _judge(report, verifying.compare(models, tolerance=tolerance, given=given))
+        _judge(report, verifying.compare(models, tolerance=options.tolerance, given=given))
         report.milliseconds = verifying.milliseconds(models)
     finally:
         models.close()
@@ -184,25 +225,20 @@ def _judge(report: Report, comparison: Comparison) -> None:
         raise VerificationError(f"the folded model differs from the original, so nothing was written.\n{report}")
 
 
-def _fold_keras(
-    source: Any, model: keras.Model, path: str | None, wishes: Wishes, to: str | None, freeze: bool,
-    verify: bool | Mapping[str, np.ndarray], tolerance: float | None, overwrite: bool,
-) -> tuple[Any, Report]:  # fmt: skip
-    writers.check_kind(to)
+def _fold_keras(source: Any, model: keras.Model, wishes: Wishes, options: _Options) -> tuple[Any, Report]:
     if wishes != Wishes():
         refuse(ValueError, "inputs, outputs and values", "left out for a Keras model, which says them itself", wishes)
     outcome = keras_models.fold_model(model)
-    report = _keras_report(source, path, outcome)
-    if verify is not False:
-        given = None if verify is True else verify
+    report = _keras_report(source, options.path, outcome)
+    if options.verify is not False:
         models = KerasModels(outcome)
-        _judge(report, verifying.compare(models, tolerance=tolerance, given=given))
+        _judge(report, verifying.compare(models, tolerance=options.tolerance, given=options.given))
         report.milliseconds = verifying.milliseconds(models)
-    if path is None:
+    if options.path is None:
         return outcome.model, report
-    size = keras_models.write(outcome, path, to, freeze=freeze, overwrite=overwrite)
+    size = keras_models.write(outcome, options.path, options.to, freeze=options.freeze, overwrite=options.overwrite)
     report.bytes = (os.path.getsize(source) if _name(source) else 4 * model.count_params(), size)
-    return path, report
+    return options.path, report
 
 
 def _keras_report(source: Any, destination: str | None, outcome: keras_models.Outcome) -> Report:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import contextlib
+import io
 import os
 import tempfile
 from collections.abc import Callable, Mapping
@@ -66,8 +68,18 @@ def load(source: Any) -> keras.Model | None:
         refuse(FileNotFoundError, "source", "a file that exists", name)
     try:
         return keras.models.load_model(name, compile=False)
-    except (ValueError, TypeError, OSError, KeyError) as error:
+    except Exception as error:  # of a zip file, of h5py, of JSON, of a layer's own
         raise ValueError(f"`source` must be a whole Keras model. Received: {name!r} ({error})") from error
+
+
+def export_legacy(source: Any, folder: str) -> str | None:
+    """Where in `folder` the SavedModel of a model of tf_keras (Keras 2) is now; None for what is none."""
+    if type(source).__module__.partition(".")[0] != "tf_keras" or not hasattr(source, "export"):
+        return None
+    path = os.path.join(folder, "exported")
+    with contextlib.redirect_stdout(io.StringIO()):
+        source.export(path)
+    return path
 
 
 def fold_model(model: keras.Model) -> Outcome:
