@@ -82,6 +82,8 @@ def fold(
         >>> print(report)
     """
     options = _Options(destination, to, freeze, verify, tolerance, overwrite)
+    if options.path is not None and _name(source) and os.path.realpath(options.path) == os.path.realpath(source):
+        refuse(ValueError, "destination", "another path than the source, which is never changed", options.path)
     wishes = _wishes(inputs, outputs, values)
     model = keras_models.load(source)
     if model is not None:

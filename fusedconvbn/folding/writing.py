@@ -107,7 +107,7 @@ class _Writer:
 
     def _share(self, name: str, values: np.ndarray, is_variable: bool) -> str:
         """A new parameter, or the one that is its like: signatures may hold the same layer several times."""
-        key = (values.shape, values.dtype.name, hashlib.sha256(np.ascontiguousarray(values).data).digest())
+        key = (values.shape, values.dtype.name, hashlib.sha256(values.tobytes()).digest())
         if key not in self._parameters:
             self._parameters[key] = self._add_parameter(name, values, is_variable)
         return self._parameters[key]
