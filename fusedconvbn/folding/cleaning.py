@@ -12,7 +12,9 @@ from fusedconvbn.folding.nodes import NodeDef, Nodes, canonical, node_of, port_o
 
 _PASS_ON = ("Identity", "StopGradient", "CheckNumerics", "CheckNumericsV2", "PreventGradient", "Snapshot",
             "DebugGradientIdentity", "IdentityN", "ReadVariableOp")  # fmt: skip
-_RANDOM = ("RandomUniform", "StatelessRandomUniform", "StatelessRandomUniformV2", "RandomStandardNormal")
+_UNIFORM = ("RandomUniform", "StatelessRandomUniform", "StatelessRandomUniformV2")
+_DECISIONS = ("Floor", "GreaterEqual", "Greater", "Less", "LessEqual")  # which make a mask of random numbers
+_ARITHMETIC = ("Mul", "AddV2", "Add", "Sub", "Cast", "Identity")
 _LARGEST_FOLDED = 1 << 20  # elements: a computed constant that is larger would make the file larger
 
 
@@ -24,7 +26,7 @@ def remove_dropout(graph: Nodes) -> list[str]:
     """
     readers = graph.readers()
     found = []
-    for node in [node for node in graph.nodes.values() if node.op in _RANDOM]:
+    for node in [node for node in graph.nodes.values() if node.op in _UNIFORM]:
         for name in _masked(graph, readers, node.name):
             data = _dropped_from(graph, graph.nodes[name])
             if data is not None:
@@ -34,30 +36,19 @@ def remove_dropout(graph: Nodes) -> list[str]:
 
 
 def _masked(graph: Nodes, readers: dict[str, list[tuple[str, int]]], random: str) -> list[str]:
-    """The nodes that apply the mask that is made from `random`."""
-    through = {
-        "Mul",
-        "AddV2",
-        "Add",
-        "Sub",
-        "Floor",
-        "Cast",
-        "GreaterEqual",
-        "Identity",
-        "Less",
-        "LessEqual",
-        "Greater",
-    }
-    pending, made, found = [random], {random}, []
+    """The nodes that apply the mask that is made from `random`: by a decision, and arithmetic with scalars."""
+    pending, found = [(random, False)], []
+    made = {random}
     while pending:
-        for name, _ in readers[f"{pending.pop()}:0"]:
+        current, decided = pending.pop()
+        for name, _ in readers[f"{current}:0"]:
             node = graph.nodes[name]
             apart = [t for t in graph.inputs(node) if node_of(t) not in made and not _is_scalar(graph, t)]
-            if node.op in ("Mul", "Select", "SelectV2") and apart:
+            if decided and node.op in ("Mul", "Select", "SelectV2") and apart:
                 found.append(name)
-            elif node.op in through and name not in made:
+            elif node.op in _DECISIONS + _ARITHMETIC and name not in made and not apart:
                 made.add(name)
-                pending.append(name)
+                pending.append((name, decided or node.op in _DECISIONS))
     return found
 
 
@@ -98,7 +89,7 @@ def _has_random(graph: Nodes, tensor: str) -> bool:
             continue
         seen.add(name)
         kind = graph.nodes[name].op
-        if kind in _RANDOM:
+        if kind in _UNIFORM:
             found = True
         elif kind != "Shape":
             pending += [node_of(t) for t in graph.inputs(name)]

@@ -146,7 +146,7 @@ class Affine(Op):
         """m(a x + b) = a (s x) + (s b + t): the shift stays here, the scale moves on."""
         own = self._own(axis)
         shift = m(own.shift)
-        return Answer({0: (m.scaling(), axis)}, lambda: self._set(AffineMap(own.scale, shift)))
+        return Answer({0: (m.scaling(), axis)}, lambda: self._set(AffineMap(own.scale, shift), axis))
 
     def push(self, index: int, m: AffineMap, axis: int) -> Answer:
         """a (s x + t) + b = s (a x + b) + (a t + b - s b)."""
@@ -160,8 +160,8 @@ class Affine(Op):
             raise Blocked(f"{self} is in between")
         return self.map
 
-    def _set(self, m: AffineMap) -> None:
-        self.map, self.changed = m, True
+    def _set(self, m: AffineMap, axis: int) -> None:
+        self.map, self.axis, self.changed = m, axis, True
 
     @property
     def is_bias(self) -> bool:

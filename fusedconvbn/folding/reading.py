@@ -18,7 +18,7 @@ from fusedconvbn.folding.shapes import Shapes
 _AS_THEY_ARE = {"Cast", "Identity", "Snapshot", "StopGradient", "CheckNumerics"}
 _AVERAGES = {"AvgPool", "AvgPool3D", "ResizeBilinear", "ResizeNearestNeighbor"}
 _OF_SHAPES = {"Shape", "ShapeN", "Size", "Rank", "ZerosLike", "OnesLike"}  # what they read may have other values
-_MAXIMA = {"MaxPool", "MaxPoolV2", "MaxPool3D"}
+_MAXIMA = {"MaxPool", "MaxPool3D"}
 
 
 @dataclass
@@ -122,6 +122,9 @@ class _Reader:
         """Averages over the elements that are there, TensorFlow's SAME included, and maxima."""
         rank = 5 if node.op.endswith("3D") else 4
         axis = 1 - rank if attribute(node, "data_format").s.startswith(b"NC") else -1
+        sizes = attribute(node, "ksize").list.i
+        if sizes and sizes[axis] != 1:
+            return None
         return Commuting(node.name, node.op, inputs[:1], self._outputs(node), {axis: axis}, node.op in _MAXIMA)
 
     def _reduction(self, node: NodeDef, inputs: list[str]) -> Op | None:

@@ -73,12 +73,13 @@ class _Writer:
     def replace_weights(self, ops: list[Linear]) -> None:
         """Gives ops their weights, in the constant that they come from where nothing else reads that."""
         readers = self._graph.readers()
+        results = {self._graph.resolve(name) for name in self._frozen.results}
         made: dict[str, list[tuple[Linear, np.ndarray]]] = defaultdict(list)
         for op in ops:
             made[self._weights_of(op)].append((op, self._stored(op)))
         for tensor, group in made.items():
             values = group[0][1]
-            alone = {name for name, _ in readers[tensor]} == {op.name for op, _ in group}
+            alone = {name for name, _ in readers[tensor]} == {op.name for op, _ in group} and tensor not in results
             alike = all(np.array_equal(values, other, equal_nan=True) for _, other in group[1:])
             is_variable = self._is_variable(tensor)
             if alone and alike and self._graph.source(tensor).op == "Const":
@@ -209,7 +210,7 @@ def finish(frozen: Frozen, told: set[str]) -> None:
     graph = frozen.graph
     graph.prune([*frozen.results, *frozen.inputs])
     names = [canonical(name) for name in frozen.results]
-    kept = {*told, *frozen.inputs, *(node_of(name) for name in names if graph.resolve(name) == name)}
+    kept = {*told, *frozen.inputs, *frozen.variables, *(node_of(name) for name in names if graph.resolve(name) == name)}
     several = {node for node, count in Counter(map(node_of, names)).items() if count > 1}
     for name in names:
         now = graph.resolve(name)
