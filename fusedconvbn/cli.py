@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import logging
 import os
 import platform
 import re
@@ -94,7 +95,8 @@ def _fold(options: argparse.Namespace) -> int:
     from fusedconvbn.folding.api import fold
     from fusedconvbn.folding.verifying import VerificationError
 
-    print(f"folding {options.source}", file=sys.stderr, flush=True)
+    logging.getLogger("fusedconvbn").addHandler(logging.StreamHandler())
+    logging.getLogger("fusedconvbn").setLevel(logging.INFO)
     try:
         _, report = fold(
             options.source, options.destination, to=options.to, freeze=options.freeze, overwrite=options.overwrite,

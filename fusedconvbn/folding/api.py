@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import os
 import tempfile
 from collections.abc import Mapping, Sequence
@@ -24,6 +25,8 @@ from fusedconvbn.folding.report import Report
 from fusedconvbn.folding.saved_model import open_saved_model
 from fusedconvbn.folding.sources import Source, Wishes, refuse_existing, session_of
 from fusedconvbn.folding.verifying import Comparison, Runnable, VerificationError
+
+_LOG = logging.getLogger("fusedconvbn")  # tells at level INFO what long work is at
 
 
 def fold(
@@ -85,6 +88,7 @@ def fold(
     if options.path is not None and _name(source) and os.path.realpath(options.path) == os.path.realpath(source):
         refuse(ValueError, "destination", "another path than the source, which is never changed", options.path)
     wishes = _wishes(inputs, outputs, values)
+    _LOG.info("reading %s", _name(source) or type(source).__name__)
     model = keras_models.load(source)
     if model is not None:
         return _fold_keras(source, model, wishes, options)
@@ -187,12 +191,15 @@ def _report(source: Any, destination: str | None, opened: Source, outcome: Outco
 
 def _fold_graph(source: Any, opened: Source, options: _Options) -> tuple[Any, Report]:
     writers.check_kind(options.to, writers.GRAPHS)
+    _LOG.info("folding %d nodes", len(opened.frozen.graph.nodes))
     outcome = fold_graph(opened.frozen)
     report = _report(source, options.path, opened, outcome)
     if options.verify is not False:
+        _LOG.info("running the original and the folded model")
         _verify(opened, outcome, report, options)
     if options.path is None:
         return outcome.frozen.graph.graph_def(), report
+    _LOG.info("writing %s", options.path)
     size = writers.write_graph(
         outcome.frozen, options.path, options.to or opened.kind, opened.meta,
         freeze=options.freeze, overwrite=options.overwrite,
@@ -230,14 +237,17 @@ def _judge(report: Report, comparison: Comparison) -> None:
 def _fold_keras(source: Any, model: keras.Model, wishes: Wishes, options: _Options) -> tuple[Any, Report]:
     if wishes != Wishes():
         refuse(ValueError, "inputs, outputs and values", "left out for a Keras model, which says them itself", wishes)
+    _LOG.info("folding %s", model.name)
     outcome = keras_models.fold_model(model)
     report = _keras_report(source, options.path, outcome)
     if options.verify is not False:
+        _LOG.info("running the original and the folded model")
         models = KerasModels(outcome)
         _judge(report, verifying.compare(models, tolerance=options.tolerance, given=options.given))
         report.milliseconds = verifying.milliseconds(models)
     if options.path is None:
         return outcome.model, report
+    _LOG.info("writing %s", options.path)
     size = keras_models.write(outcome, options.path, options.to, freeze=options.freeze, overwrite=options.overwrite)
     report.bytes = (os.path.getsize(source) if _name(source) else 4 * model.count_params(), size)
     return options.path, report
