@@ -176,9 +176,14 @@ class AffineNodes:
             for name, index in self._readers[tensor]:
                 inputs = self._graph.inputs(name)
                 other = by_result.get(inputs[1 - index]) if len(inputs) == 2 else None
-                if other is not None and other.roots & chain.roots and other.why_not is None:
+                if other is not None and other is not chain and self._are_halves(chain, other):
                     chain.steps[0].why_not = "its statistics are not constant"
                     other.is_half = True
+
+    def _are_halves(self, scales: Chain, shifts: Chain) -> bool:
+        """Whether the first, of one square root with the second, only multiplies: the shift is the second's result."""
+        only_multiplies = scales.map is not None and not scales.map.shift.any()
+        return bool(scales.roots & shifts.roots) and only_multiplies and shifts.why_not is None
 
     def _is_read_once(self, tensor: str) -> bool:
         return len(self._readers[tensor]) == 1 and tensor not in self._results

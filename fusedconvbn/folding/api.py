@@ -218,7 +218,7 @@ def _verify(opened: Source, outcome: Outcome, report: Report, options: _Options)
         Runnable(opened.start(), {f"{name}:0": value for name, value in opened.bound.items()}),
         Runnable(session_of(before.graph_def(with_values=False), as_written=True), before.feeds(set(before.nodes))),
         Runnable(session_of(frozen.graph.graph_def())),
-        [canonical(name) for name in frozen.inputs], frozen.results, outcome.sites,
+        [canonical(name) for name in frozen.inputs], outcome.results, outcome.sites,
     )  # fmt: skip
     given = options.given and {canonical(name): np.asarray(value) for name, value in options.given.items()}
     try:

@@ -52,6 +52,16 @@ def tensor_name(tensor: keras.KerasTensor) -> str:
     return f"{tensor.name}@{id(tensor)}"
 
 
+def passes_on(call: Call) -> bool:
+    """Whether a call of one of DROPOUTS returns what it reads: not in training, nor with another type."""
+    training = call.arguments().get("training")
+    return type(call.layer) in DROPOUTS and not training and not _casts(call)
+
+
+def _casts(call: Call) -> bool:
+    return call.inputs[0].dtype != call.results[0].dtype
+
+
 def _is_special(layer: keras.layers.Layer) -> bool:
     """Whether a layer computes otherwise than its class says: with quantized or adapted weights."""
     return bool(getattr(layer, "quantization_mode", None) or getattr(layer, "lora_enabled", False))
@@ -122,6 +132,9 @@ def _batch_norm(call: Call, name: str, inputs: list[str], outputs: list[str]) ->
     if training is not None and training is not False:
         op.why_not = f"it is called with training={training!r}"
         return op
+    if _casts(call):
+        op.why_not = f"it makes {call.results[0].dtype} of {call.inputs[0].dtype}"
+        return op
     gamma, beta = (None if v is None else v.numpy() for v in (layer.gamma, layer.beta))
     try:
         op.map = AffineMap.of_batch_norm(
@@ -133,11 +146,15 @@ def _batch_norm(call: Call, name: str, inputs: list[str], outputs: list[str]) ->
 
 
 def _same(call: Call, name: str, inputs: list[str], outputs: list[str]) -> Op | None:
+    if not passes_on(call):
+        return None
     return Commuting(name, type(call.layer).__name__, inputs[:1], outputs)
 
 
 def _activation(call: Call, name: str, inputs: list[str], outputs: list[str]) -> Op | None:
-    return _same(call, name, inputs, outputs) if call.layer.activation is keras.activations.linear else None
+    if call.layer.activation is not keras.activations.linear or _casts(call):
+        return None
+    return Commuting(name, "Activation", inputs[:1], outputs)
 
 
 def _pooling(call: Call, name: str, inputs: list[str], outputs: list[str]) -> Op | None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import io
+import itertools
 import os
 import tempfile
 from collections.abc import Callable, Mapping
@@ -17,7 +18,7 @@ import numpy as np
 from fusedconvbn._arguments import refuse
 from fusedconvbn._keras_graph import Builder, Call, Graph, Network, Substitute, is_graph
 from fusedconvbn.folding import writers
-from fusedconvbn.folding.keras_layers import DROPOUTS, changed_layer, pad_with, read_call, tensor_name
+from fusedconvbn.folding.keras_layers import DROPOUTS, changed_layer, pad_with, passes_on, read_call, tensor_name
 from fusedconvbn.folding.ops import Affine, Linear, Op
 from fusedconvbn.folding.pipeline import fold_graph
 from fusedconvbn.folding.planning import Folded, Kept, fold_batch_norms
@@ -132,19 +133,22 @@ class _Folding:
             layer_id = id(calls[id(op)].layer)
             if not isinstance(entries.get(layer_id), Kept):
                 entries[layer_id] = entry
+        gone = [call for call, op in ops.items() if passes_on(call) or (isinstance(op, Affine) and op.removed)]
+        if is_list and len(gone) == len(ops):
+            gone.pop()  # Keras runs no Sequential model without layers
+        for call in gone:
+            self._outcome.removed["dropouts"] += type(call.layer) in DROPOUTS
+            self._substitutes[call] = _passing_on(call)
+            self._outcome.replaced[call] = lambda value: value
         for call, op in ops.items():
-            self._replace(call, op)
+            if isinstance(op, Linear) and op.changed:
+                self._replace(call, op)
         self._note_sites(plan, calls)
 
-    def _replace(self, call: Call, op: Op) -> None:
-        if (isinstance(op, Affine) and op.removed) or type(call.layer) in DROPOUTS:
-            self._outcome.removed["dropouts"] += type(call.layer) in DROPOUTS
-            self._substitutes[call] = Substitute(lambda b: b.value(call.inputs[0]))
-            self._outcome.replaced[call] = lambda value: value
-        elif isinstance(op, Linear) and op.changed:
-            new = self._changed(op, call.layer)
-            self._outcome.replaced[call] = _with_padding(op, new)
-            self._substitutes[call] = Substitute(lambda b: _build(b, op, new, call))
+    def _replace(self, call: Call, op: Linear) -> None:
+        new = self._changed(op, call.layer)
+        self._outcome.replaced[call] = _with_padding(op, new)
+        self._substitutes[call] = Substitute(lambda b: _build(b, op, new, call))
 
     def _changed(self, op: Linear, layer: keras.layers.Layer) -> keras.layers.Layer:
         """A new layer, one for all calls of a layer that change alike."""
@@ -153,14 +157,25 @@ class _Folding:
         if key not in self._made:
             copies = sum(known[0] == id(layer) for known in self._made)
             if copies or len(self._network.calls_of(layer)) > 1:
-                new = type(new).from_config({**new.get_config(), "name": f"{layer.name}_folded_{copies}"})
+                new = type(new).from_config({**new.get_config(), "name": self._free_name(f"{layer.name}_folded")})
             self._made[key] = new, weights
         return self._made[key][0]
+
+    def _free_name(self, name: str) -> str:
+        """`name`, or one with a number behind it, that no layer has."""
+        taken = {call.layer.name for graph in self._network.graphs for call in graph.calls}
+        taken |= {layer.name for layer, _ in self._made.values()}
+        numbered = (f"{name}_{i}" if i else name for i in itertools.count())
+        return next(each for each in numbered if each not in taken)
 
     def _note_sites(self, plan: Plan, calls: Mapping[int, Call]) -> None:
         ids = {tensor_name(tensor): id(tensor) for call in calls.values() for tensor in call.results}
         for before in plan.sites():
             self._outcome.sites[ids[before]] = before.partition("@")[0]
+
+
+def _passing_on(call: Call) -> Substitute:
+    return Substitute(lambda b: b.value(call.inputs[0]))
 
 
 def _build(builder: Builder, op: Linear, new: keras.layers.Layer, call: Call) -> Any:

@@ -18,13 +18,13 @@ class KerasModels:
     """What `verifying.compare` compares; inputs are called as the model's tensors are.
 
     Attributes:
-        outputs: Names of the outputs, and of the sites that they are.
+        outputs: Names of the outputs.
     """
 
     def __init__(self, outcome: Outcome) -> None:
         self._outcome = outcome
         self._functions = [_function(model) for model in (outcome.original, outcome.model)]
-        self.outputs = self.result_sites = [f"output {i}" for i in range(len(outcome.original.outputs))]
+        self.outputs = [f"output {i}" for i in range(len(outcome.original.outputs))]
 
     def feeds(self, rng: np.random.Generator, batch: int, size: int) -> dict[str, np.ndarray] | None:
         """Random inputs, unknown sizes being `batch` along the first axis and `size` elsewhere."""

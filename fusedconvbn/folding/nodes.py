@@ -196,6 +196,9 @@ class Nodes:
             for index, tensor in enumerate(self.inputs(reader)):
                 if node_of(tensor) == old:
                     self.set_input(reader, index, f"{new}:{port_of(tensor)}")
+        for tensor, by in self._stands_for.items():
+            if node_of(by) == old:
+                self._stands_for[tensor] = f"{new}:{port_of(by)}"
         if f"{old}:0" not in self._stands_for:
             self._stands_for[f"{old}:0"] = f"{new}:0"
 

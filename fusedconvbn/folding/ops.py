@@ -104,14 +104,14 @@ class Linear(Op):
         self._check_axis(axis)
         if m.channels not in (1, self.weights.inputs):
             raise Blocked(f"{self} has {self.weights.inputs} input channels, not {m.channels}")
+        if m.shift.any() and not self.uniform:
+            raise Blocked(f"{self} overlaps its results unevenly, so a shift before it is no bias behind it")
         pad_value = self.pad_value
-        if m.shift.any():
-            if not self.uniform:
-                raise Blocked(f"{self} overlaps its results unevenly, so a shift before it is no bias behind it")
+        if not (m(pad_value) == pad_value).all():
             if self.pads is None:
                 raise Blocked(f"the zeros that {self} pads with cannot be written out, and the batch norm shifts")
             if any(sum(pad) for pad in self.pads):
-                pad_value = m.preimage(self.pad_value)
+                pad_value = m.preimage(pad_value)
         return Answer(change=lambda: self._replace(self.weights.preceded_by(m), pad_value), absorbs=True)
 
     def _replace(self, weights: Weights, pad_value: float) -> None:
@@ -144,9 +144,8 @@ class Affine(Op):
 
     def pull(self, output: int, m: AffineMap, axis: int) -> Answer:
         """m(a x + b) = a (s x) + (s b + t): the shift stays here, the scale moves on."""
-        own = self._own(axis)
-        shift = m(own.shift)
-        return Answer({0: (m.scaling(), axis)}, lambda: self._set(AffineMap(own.scale, shift), axis))
+        self._own(axis)
+        return Answer({0: (m.scaling(), axis)}, lambda: self._shift(m, axis))
 
     def push(self, index: int, m: AffineMap, axis: int) -> Answer:
         """a (s x + t) + b = s (a x + b) + (a t + b - s b)."""
@@ -160,8 +159,10 @@ class Affine(Op):
             raise Blocked(f"{self} is in between")
         return self.map
 
-    def _set(self, m: AffineMap, axis: int) -> None:
-        self.map, self.axis, self.changed = m, axis, True
+    def _shift(self, m: AffineMap, axis: int) -> None:
+        """Maps the shift as it is by now: one search may come here by several ways."""
+        self.map = AffineMap(self.map.scale, m(self.map.shift))
+        self.axis, self.changed = axis, True
 
     @property
     def is_bias(self) -> bool:

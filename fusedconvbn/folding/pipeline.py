@@ -26,6 +26,7 @@ class Outcome:
         before: The graph as it was, its training parts apart; what `sites` names is in it.
         entries: One for each batch norm.
         sites: Tensors of `before` and those of the folded graph that must equal them.
+        results: For each tensor that the folded graph returns, that of `before`.
         removed: How many nodes of which sort are gone.
     """
 
@@ -33,6 +34,7 @@ class Outcome:
     before: Nodes
     entries: list[Folded | Kept]
     sites: dict[str, str]
+    results: dict[str, str]
     removed: dict[str, int] = field(default_factory=dict)
 
 
@@ -53,7 +55,7 @@ def fold_graph(frozen: Frozen) -> Outcome:
     """Folds `frozen`, which changes, and of which only what inference needs is left."""
     removed = for_inference(frozen)
     before = frozen.graph.copy()
-    results = dict(zip(map(frozen.graph.resolve, frozen.results), map(canonical, frozen.results)))
+    results = {canonical(name): frozen.graph.resolve(name) for name in frozen.results}
     fused, kept = expand_fused(frozen.graph)
     frozen.graph.prune([*frozen.results, *frozen.inputs])
     reading = read(frozen.graph, frozen.results, fused)
@@ -66,7 +68,7 @@ def fold_graph(frozen: Frozen) -> Outcome:
     frozen.variables = {name: v for name, v in frozen.variables.items() if name in frozen.graph}
     sites = {old: frozen.graph.resolve(new) for old, new in reading.graph.sites().items() if node_of(old) in before}
     sites = {old: new for old, new in sites.items() if node_of(new) in frozen.graph}
-    return Outcome(frozen, before, [*entries, *reading.kept, *kept], {**sites, **results}, removed)
+    return Outcome(frozen, before, [*entries, *reading.kept, *kept], sites, results, removed)
 
 
 def _told(reading: Reading) -> set[str]:

@@ -49,9 +49,9 @@ class Comparison:
 
 
 def difference(expected: np.ndarray, found: np.ndarray) -> float:
-    """The largest difference relative to the maximum of `expected`; infinite for other shapes or non-finite values."""
+    """The largest difference relative to the maximum of `expected`; infinite for other shapes or types."""
     expected, found = np.asarray(expected), np.asarray(found)
-    if expected.shape != found.shape:
+    if expected.shape != found.shape or expected.dtype != found.dtype:
         return np.inf
     if expected.dtype.kind not in "fV":
         return 0.0 if np.array_equal(expected, found) else np.inf
@@ -94,19 +94,17 @@ class Models:
 
     Attributes:
         inputs: The tensors that are fed.
-        outputs: Those that are compared.
-        sites: Tensors of the second and of the third that must be equal, the outputs among the latter.
-        result_sites: Those of `sites` that the outputs are.
+        outputs: Those that are returned.
     """
 
     def __init__(
-        self, original: Runnable, before: Runnable, folded: Runnable, inputs: Sequence[str], outputs: Sequence[str],
+        self, original: Runnable, before: Runnable, folded: Runnable, inputs: Sequence[str], results: Mapping[str, str],
         sites: Mapping[str, str],
     ) -> None:  # fmt: skip
+        """`results` and `sites` are (after, before) and (before, after): tensors of the third and of the second."""
         self._original, self._before, self._folded = original, before, folded
-        self.inputs, self.outputs, self.sites = list(inputs), list(outputs), dict(sites)
-        by_result = {after: before for before, after in self.sites.items()}
-        self.result_sites = [by_result[output] for output in self.outputs]
+        self.inputs, self.outputs = list(inputs), list(results)
+        self._results, self._sites = dict(results), dict(sites)
 
     def feeds(self, rng: np.random.Generator, batch: int, size: int) -> dict[str, np.ndarray] | None:
         """Random inputs, unknown sizes being `batch` along the first axis and `size` elsewhere."""
@@ -130,17 +128,21 @@ class Models:
         return self._folded.run(self.outputs, feeds)
 
     def before(self, feeds: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
-        """The values at the sites in the original, its training parts removed."""
-        return dict(zip(self.sites, self._before.run(list(self.sites), feeds)))
+        """The values at the sites and of the outputs in the original, its training parts removed."""
+        return self._all_before(self._before, feeds)
 
     def disturbed(self, feeds: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
-        """The values at the sites in the original, its weights rounded once more."""
-        other = Runnable(self._before.session, disturbed(self._before.constants))
-        return dict(zip(self.sites, other.run(list(self.sites), feeds)))
+        """The same, its weights rounded once more."""
+        return self._all_before(Runnable(self._before.session, disturbed(self._before.constants)), feeds)
 
     def after(self, feeds: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
-        """The values at the sites in the folded model."""
-        return dict(zip(self.sites, self._folded.run(list(self.sites.values()), feeds)))
+        """The same in the folded model."""
+        fetched = [*self._sites.values(), *self.outputs]
+        return dict(zip([*self._sites, *self.outputs], self._folded.run(fetched, feeds)))
+
+    def _all_before(self, model: Runnable, feeds: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
+        fetched = [*self._sites, *self._results.values()]
+        return dict(zip([*self._sites, *self.outputs], model.run(fetched, feeds)))
 
     def close(self) -> None:
         """Ends the sessions."""
@@ -169,12 +171,12 @@ def compare(
     result = Comparison("ok", limit, sites={name: difference(before[name], after[name]) for name in before})
     if any(difference(a, b) > limit for a, b in zip(expected, again)):
         result.notes.append("the original drops at random: compared with it without that")
-        expected, elsewhere = ([run[name] for name in models.result_sites] for run in (before, models.before(other)))
+        expected, elsewhere = ([run[name] for name in models.outputs] for run in (before, models.before(other)))
     else:
         elsewhere = models.original(other)
-    folded = [after[name] for name in models.result_sites]
+    folded = [after[name] for name in models.outputs]
     result.outputs = dict(zip(models.outputs, map(difference, expected, folded)))
-    at_outputs = [limits[name] for name in models.result_sites]
+    at_outputs = [limits[name] for name in models.outputs]
     ends = zip(models.outputs, expected, elsewhere, at_outputs)
     blind = [name for name, a, b, most in ends if difference(a, b) < _DEPENDS * most]
     wrong = [n for n, most in zip(models.outputs, at_outputs) if result.outputs[n] > most]

@@ -12,7 +12,17 @@ import tensorflow as tf
 
 from fusedconvbn.folding.constants import evaluate
 from fusedconvbn.folding.linear_nodes import layout_of
-from fusedconvbn.folding.nodes import NodeDef, Nodes, attribute, canonical, node_of, port_of, set_attribute
+from fusedconvbn.folding.nodes import (
+    NodeDef,
+    Nodes,
+    attribute,
+    canonical,
+    node_of,
+    op_def,
+    output_counts,
+    port_of,
+    set_attribute,
+)
 from fusedconvbn.folding.ops import Affine, Linear, Op, Pad
 from fusedconvbn.folding.reading import Reading
 from fusedconvbn.folding.shapes import Shapes
@@ -215,8 +225,8 @@ def finish(frozen: Frozen, told: set[str]) -> None:
     for name in names:
         now = graph.resolve(name)
         source = node_of(now)
-        is_free = node_of(name) not in graph and node_of(name) not in several
-        if now != name and port_of(name) == port_of(now) == 0 and source not in kept and is_free:
+        is_free = node_of(name) not in graph and node_of(name) not in several and port_of(name) == 0
+        if now != name and is_free and source not in kept and _has_one_output(graph[source]):
             graph.rename(source, node_of(name))
             kept.add(node_of(name))
     current = {name: graph.resolve(name) for name in names}
@@ -225,6 +235,11 @@ def finish(frozen: Frozen, told: set[str]) -> None:
     for node in dict.fromkeys(map(node_of, moved)):
         _pass_on(graph, node, {name: now for name, now in current.items() if node_of(name) == node}, dtypes)
     frozen.results = names
+
+
+def _has_one_output(node: NodeDef) -> bool:
+    signature = op_def(node.op)
+    return signature is not None and sum(count for _, count in output_counts(node, signature)) == 1
 
 
 def _pass_on(graph: Nodes, name: str, wanted: dict[str, str], dtypes: Shapes) -> None:
