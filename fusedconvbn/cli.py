@@ -19,7 +19,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "2")  # TensorFlow's own messages would drown the report
     try:
         return options.run(options)
-    except (OSError, ValueError, TypeError, ImportError) as error:
+    except (OSError, ValueError, TypeError, ImportError, RuntimeError) as error:
         print(f"fusedconvbn: {error}", file=sys.stderr)
         return 1
 
@@ -27,7 +27,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(prog="fusedconvbn", description="Convolution and batch normalization as one op.")
     commands = parser.add_subparsers(required=True, metavar="COMMAND")
-    fold = commands.add_parser("fold", help="merge a model's batch norms into its convolutions")
+    fold = commands.add_parser(
+        "fold", help="merge a model's batch norms into its convolutions", epilog="Lists of names go behind SRC and DST."
+    )
     _add_source(fold)
     fold.add_argument(
         "destination", metavar="DST", help="what to write: of the source's kind, unless --to says another"
@@ -88,10 +90,13 @@ def _value(text: str) -> tuple[str, Any]:
 
 def _ends(options: argparse.Namespace) -> dict[str, Any]:
     inputs = None if options.inputs is None else dict(options.inputs)
-    return {"inputs": inputs, "outputs": options.outputs, "values": dict(options.set), "tags": options.tags}
+    outputs = None if options.outputs is None else [name for text in options.outputs for name in text.split(",")]
+    return {"inputs": inputs, "outputs": outputs, "values": dict(options.set), "tags": options.tags}
 
 
 def _fold(options: argparse.Namespace) -> int:
+    import tensorflow as tf
+
     from fusedconvbn.folding.api import fold
     from fusedconvbn.folding.verifying import VerificationError
 
@@ -102,7 +107,7 @@ def _fold(options: argparse.Namespace) -> int:
             options.source, options.destination, to=options.to, freeze=options.freeze, overwrite=options.overwrite,
             verify=not options.no_verify, tolerance=options.tolerance, **_ends(options),
         )  # fmt: skip
-    except VerificationError as error:
+    except (VerificationError, tf.errors.OpError) as error:
         print(f"fusedconvbn: {error}", file=sys.stderr)
         return 1
     return _tell(report, options.report)

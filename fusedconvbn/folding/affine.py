@@ -130,6 +130,8 @@ class AffineMap:
         """
         if self.channels == 1:
             return self, -1
+        if -axis > len(before) or int(np.prod(before)) != int(np.prod(after)):
+            raise Blocked("a reshape in between mixes its channels")
         tensors = []
         for vector in (self.scale, self.shift):
             shape = [1] * len(before)

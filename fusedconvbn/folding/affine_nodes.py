@@ -16,7 +16,7 @@ import numpy as np
 
 from fusedconvbn.folding.affine import AffineMap, Blocked
 from fusedconvbn.folding.constants import Constants
-from fusedconvbn.folding.nodes import NodeDef, Nodes, attribute, node_of
+from fusedconvbn.folding.nodes import NodeDef, Nodes, attribute, is_float, node_of
 from fusedconvbn.folding.shapes import Shapes
 
 _ELEMENTWISE = {"Mul", "Add", "AddV2", "Sub", "RealDiv", "Div", "BiasAdd", "BiasAddV1"}
@@ -227,7 +227,7 @@ class AffineNodes:
     def _vector(self, node: NodeDef, data: str, value: np.ndarray) -> tuple[np.ndarray, int] | None:
         """A constant as a vector along one axis of `data`; None if it is none, or makes `data` larger."""
         shape = self._shapes.of(data)
-        if value.dtype.kind not in "fV" and value.dtype.name != "bfloat16":
+        if not is_float(value.dtype):
             return None
         if node.op.startswith("BiasAdd"):
             channels_first = attribute(node, "data_format").s == b"NCHW"

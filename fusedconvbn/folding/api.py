@@ -23,7 +23,7 @@ from fusedconvbn.folding.pipeline import Outcome, fold_graph
 from fusedconvbn.folding.planning import Folded, Kept
 from fusedconvbn.folding.report import Report
 from fusedconvbn.folding.saved_model import open_saved_model
-from fusedconvbn.folding.sources import Source, Wishes, refuse_existing, session_of
+from fusedconvbn.folding.sources import Source, Wishes, refuse_existing, refuse_source, session_of
 from fusedconvbn.folding.verifying import Comparison, Runnable, VerificationError
 
 _LOG = logging.getLogger("fusedconvbn")  # tells at level INFO what long work is at
@@ -69,7 +69,7 @@ def fold(
             tensor, or of the Keras model's input), and to compare all outputs and every place where something was
             folded.
         tolerance: Of the differences, relative to each tensor's maximum; None: 1e-4, for 16-bit types 1e-2 (float16)
-            and 8e-2 (bfloat16). Where rounding of the inputs alone makes larger differences, three times those.
+            and 8e-2 (bfloat16). Where rounding weights and inputs once more makes larger differences, four times those.
         overwrite: Whether the destination may exist.
 
     Returns: (result, report). The result is the destination's path; without a destination, a Keras model for Keras
@@ -85,8 +85,6 @@ def fold(
         >>> print(report)
     """
     options = _Options(destination, to, freeze, verify, tolerance, overwrite)
-    if options.path is not None and _name(source) and os.path.realpath(options.path) == os.path.realpath(source):
-        refuse(ValueError, "destination", "another path than the source, which is never changed", options.path)
     wishes = _wishes(inputs, outputs, values)
     _LOG.info("reading %s", _name(source) or type(source).__name__)
     model = keras_models.load(source)
@@ -111,9 +109,11 @@ class _Options:
     def __post_init__(self) -> None:
         if not isinstance(self.verify, (bool, Mapping)):
             refuse(TypeError, "verify", "True, False or a dict of arrays by the names of inputs", self.verify)
-        if self.tolerance is not None and not self.tolerance > 0:
+        if self.tolerance is not None and not (isinstance(self.tolerance, (int, float)) and self.tolerance > 0):
             refuse(ValueError, "tolerance", "a positive number or None", self.tolerance)
         writers.check_kind(self.to, writers.KINDS)
+        if self.path is None and (self.to is not None or self.freeze):
+            refuse(ValueError, "destination", "given where `to` or `freeze` says what to write", None)
         if self.path is not None:
             refuse_existing(self.path, self.overwrite)
 
@@ -149,7 +149,7 @@ def inspect(
 def open_source(source: Any, wishes: Wishes, tags: Sequence[str] | None = None) -> Source:
     """Reads a graph, whatever it was saved as."""
     if isinstance(source, GraphDef):
-        return of_graph_def(source, wishes, source.ByteSize(), "a GraphDef")
+        return of_graph_def(source, wishes, source.ByteSize())
     if not isinstance(source, (str, os.PathLike)):
         refuse(TypeError, "source", "a path, a Keras model or a GraphDef", source)
     name = os.fspath(source)
@@ -165,12 +165,23 @@ def open_source(source: Any, wishes: Wishes, tags: Sequence[str] | None = None) 
 
 
 def _wishes(inputs: Any, outputs: Any, values: Any) -> Wishes:
-    if isinstance(inputs, str) or isinstance(outputs, str):
-        refuse(TypeError, "inputs and outputs", "lists of names", inputs if isinstance(inputs, str) else outputs)
+    """Checked, inputs as a dict from names to shapes."""
+    names = [*(inputs or ()), *(() if outputs is None else outputs), *(values or ())]
+    if isinstance(inputs, str) or isinstance(outputs, str) or not all(isinstance(name, str) for name in names):
+        refuse(TypeError, "inputs and outputs", "lists of names", (inputs, outputs))
+    if outputs is not None and not outputs:
+        refuse(ValueError, "outputs", "at least one name, or None", outputs)
     if inputs is not None and not isinstance(inputs, Mapping):
         inputs = dict.fromkeys(inputs)
-    shapes = None if inputs is None else {n: None if s is None else tuple(s) for n, s in inputs.items()}
-    return Wishes(shapes, outputs, dict(values or {}))
+    if inputs is not None:
+        inputs = {name: None if shape is None else _shape(name, shape) for name, shape in inputs.items()}
+    return Wishes(inputs, outputs, dict(values or {}))
+
+
+def _shape(name: str, shape: Any) -> tuple[int | None, ...]:
+    if isinstance(shape, str) or not all(size is None or isinstance(size, (int, np.integer)) for size in shape):
+        refuse(TypeError, f"inputs[{name!r}]", "None or a sequence of sizes, None where they may vary", shape)
+    return tuple(shape)
 
 
 def _name(source: Any) -> str | None:
@@ -186,11 +197,14 @@ def _report(source: Any, destination: str | None, opened: Source, outcome: Outco
         [entry for entry in outcome.entries if isinstance(entry, Kept)],
         outcome.removed,
         (len(outcome.before.nodes), len(outcome.frozen.graph.nodes)),
+        bound={name: value.tolist() for name, value in opened.bound.items()},
     )
 
 
 def _fold_graph(source: Any, opened: Source, options: _Options) -> tuple[Any, Report]:
     writers.check_kind(options.to, writers.GRAPHS)
+    if options.path is not None and _name(source):
+        refuse_source(options.path, _name(source), opened.files)
     _LOG.info("folding %d nodes", len(opened.frozen.graph.nodes))
     outcome = fold_graph(opened.frozen)
     report = _report(source, options.path, opened, outcome)
@@ -222,7 +236,8 @@ def _verify(opened: Source, outcome: Outcome, report: Report, options: _Options)
     )  # fmt: skip
     given = options.given and {canonical(name): np.asarray(value) for name, value in options.given.items()}
     try:
-        _judge(report, verifying.compare(models, tolerance=options.tolerance, given=given))
+        dropped = bool(outcome.removed["dropouts"])
+        _judge(report, verifying.compare(models, tolerance=options.tolerance, given=given, dropped=dropped))
         report.milliseconds = verifying.milliseconds(models)
     finally:
         models.close()
@@ -237,6 +252,10 @@ def _judge(report: Report, comparison: Comparison) -> None:
 def _fold_keras(source: Any, model: keras.Model, wishes: Wishes, options: _Options) -> tuple[Any, Report]:
     if wishes != Wishes():
         refuse(ValueError, "inputs, outputs and values", "left out for a Keras model, which says them itself", wishes)
+    if options.path is not None:
+        keras_models.check_destination(options.path, options.to)
+        if _name(source):
+            refuse_source(options.path, _name(source), [_name(source)])
     _LOG.info("folding %s", model.name)
     outcome = keras_models.fold_model(model)
     report = _keras_report(source, options.path, outcome)

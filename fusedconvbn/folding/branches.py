@@ -10,7 +10,7 @@ import numpy as np
 
 from fusedconvbn.folding.constants import Constants
 from fusedconvbn.folding.inlining import inline_calls
-from fusedconvbn.folding.nodes import NodeDef, Nodes, attribute
+from fusedconvbn.folding.nodes import NodeDef, Nodes, attribute, node_of
 
 _IFS = ("If", "StatelessIf")
 _CASES = ("Case", "StatelessCase")
@@ -74,6 +74,9 @@ def _pass_on(graph: Nodes, node: NodeDef, taken: dict[str, bool], dead: set[str]
     inputs = graph.inputs(node)
     alive = [tensor for tensor in inputs if not _is_dead(tensor, dead)]
     if node.op in ("Merge", "RefMerge"):
+        loops = any(graph.nodes[node_of(t)].op in ("NextIteration", "RefNextIteration") for t in inputs)
+        if loops and len(alive) < len(inputs):
+            alive = []  # what enters the loop is dead, so what goes round in it is
         if len(alive) == 1 < len(inputs):
             index = graph.add_constant(f"{node.name}/index", np.int32(inputs.index(alive[0])))
             graph.replace(f"{node.name}:0", alive[0])

@@ -49,8 +49,9 @@ def open_checkpoint(prefix: str, wishes: Wishes) -> Source:
     results = _results(meta, graph, wishes, prefix)
     inputs, bound = settle_ends(graph, results, wishes)
     frozen = freeze_meta_graph(graph, results, inputs, prefix)
-    size = sum(os.path.getsize(file) for file in files_of(prefix))
-    return Source("checkpoint", frozen, lambda: start(meta, prefix), size, bound, meta)
+    files = files_of(prefix)
+    size = sum(map(os.path.getsize, files))
+    return Source("checkpoint", frozen, lambda: start(meta, prefix), files, size, bound, meta)
 
 
 def read_meta(path: str) -> MetaGraphDef:

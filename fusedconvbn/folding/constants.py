@@ -34,7 +34,7 @@ class Constants:
                 pending.pop()
                 continue
             node = self._graph.nodes.get(name)
-            if node is None or not _is_function(node.op):
+            if node is None or not _is_function(node.op) or self._graph.control(node):
                 self._known[name] = False
                 continue
             below = [node_of(t) for t in self._graph.inputs(node)]

@@ -2,16 +2,19 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
 
+import tensorflow as tf
 from google.protobuf import message, text_format
 
 from fusedconvbn._arguments import refuse
 from fusedconvbn.folding.nodes import GraphDef, Nodes, canonical, node_of
+from fusedconvbn.folding.shapes import Shapes
 from fusedconvbn.folding.sources import Source, Wishes, session_of, settle_ends, size_of
+from fusedconvbn.folding.variables import is_variable
 from fusedconvbn.folding.writing import Frozen
 
-_VARIABLES = ("VarHandleOp", "VariableV2", "Variable")
 _OF_NO_RESULT = ("NoOp", "Assert", "Const", "Placeholder", "SaveV2", "Save", "MergeV2Checkpoints")
 
 
@@ -21,20 +24,19 @@ def open_frozen(path: Path, wishes: Wishes) -> Source:
     Raises:
         ValueError: It holds no GraphDef, or one with variables, or the user's wishes do not fit.
     """
-    return of_graph_def(read_graph_def(path), wishes, size_of(path), str(path))
+    return of_graph_def(read_graph_def(path), wishes, size_of(path), [str(path)])
 
 
-def of_graph_def(graph_def: GraphDef, wishes: Wishes, size: int, name: str) -> Source:
+def of_graph_def(graph_def: GraphDef, wishes: Wishes, size: int, files: Sequence[str] = ()) -> Source:
     """The same of a GraphDef."""
     graph = Nodes(graph_def)
-    if any(node.op in _VARIABLES for node in graph.nodes.values()):
-        refuse(
-            ValueError, "source", "a frozen graph: variables' values are in a checkpoint, whose prefix to give", name
-        )
+    if any(is_variable(node.op) for node in graph.nodes.values()):
+        accepted = "a frozen graph: variables' values are in a checkpoint, whose prefix to give"
+        refuse(ValueError, "source", accepted, files[0] if files else "a GraphDef with variables")
     results = outputs_of(graph, wishes)
     inputs, bound = settle_ends(graph, results, wishes)
     frozen = Frozen(graph, results, {}, inputs)
-    return Source("frozen", frozen, lambda: session_of(graph_def), size, bound)
+    return Source("frozen", frozen, lambda: session_of(graph_def), files, size, bound)
 
 
 def read_graph_def(path: Path) -> GraphDef:
@@ -74,9 +76,21 @@ def outputs_of(graph: Nodes, wishes: Wishes) -> list[str]:
     read = {node_of(tensor) for node in graph.nodes.values() for tensor in graph.inputs(node)}
     ends = [n.name for n in graph.nodes.values() if n.name not in read and n.op not in _OF_NO_RESULT]
     ends = [name for name in ends if _depends_on_input(graph, name)]
+    ends = [name for name in ends if not _is_of_flow(graph, name)] or ends
+    if len(ends) > 1:
+        shapes = Shapes(graph)
+        ends = [name for name in ends if shapes.dtype(f"{name}:0") not in (tf.variant, tf.resource)]
     if not ends:
         refuse(ValueError, "outputs", "given: the graph has no result that depends on an input", None)
     return [f"{name}:0" for name in ends]
+
+
+def _is_of_flow(graph: Nodes, name: str) -> bool:
+    """Whether a node only belongs to a loop or condition, such as a loop's counter that nobody asks for."""
+    if graph[name].op in ("Merge", "RefMerge"):
+        return False
+    source = graph.source(graph.inputs(name)[0]) if graph[name].op == "Identity" else None
+    return graph.is_flow(name) or (source is not None and source.op in ("While", "StatelessWhile"))
 
 
 def _depends_on_input(graph: Nodes, name: str) -> bool:

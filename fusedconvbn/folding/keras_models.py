@@ -187,12 +187,16 @@ def _with_padding(op: Linear, new: keras.layers.Layer) -> Callable[[Any], Any]:
     return lambda value: new(pad_with(op, value) if op.pad_value else value)
 
 
+def check_destination(path: str, to: str | None) -> None:
+    """Raises a `ValueError` for a path that no Keras model can be saved to."""
+    if to not in writers.GRAPHS and not path.endswith(_FILES):
+        refuse(ValueError, "destination", f"a path that ends with one of {', '.join(_FILES)}, or `to` be given", path)
+
+
 def write(outcome: Outcome, path: str, to: str | None, *, freeze: bool, overwrite: bool) -> int:
     """Writes the folded model as a Keras file or as a graph; the bytes of its files."""
     if to in writers.GRAPHS:
         return _write_graph(outcome.model, path, to, freeze=freeze, overwrite=overwrite)
-    if not path.endswith(_FILES):
-        refuse(ValueError, "destination", f"a path that ends with one of {', '.join(_FILES)}, or `to` be given", path)
     with whole(path, overwrite=overwrite) as made:
         outcome.model.save(made)
         return size_of(Path(made))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -9,7 +10,7 @@ import keras
 import numpy as np
 import tensorflow as tf
 
-from fusedconvbn._keras_graph import Graph
+from fusedconvbn._keras_graph import Call, Graph
 from fusedconvbn.folding.keras_models import Outcome
 from fusedconvbn.folding.verifying import disturbed, random_values
 
@@ -18,12 +19,13 @@ class KerasModels:
     """What `verifying.compare` compares; inputs are called as the model's tensors are.
 
     Attributes:
-        outputs: Names of the outputs.
+        inputs, outputs: Names.
     """
 
     def __init__(self, outcome: Outcome) -> None:
         self._outcome = outcome
         self._functions = [_function(model) for model in (outcome.original, outcome.model)]
+        self.inputs = [tensor.name for tensor in outcome.original.inputs]
         self.outputs = [f"output {i}" for i in range(len(outcome.original.outputs))]
 
     def feeds(self, rng: np.random.Generator, batch: int, size: int) -> dict[str, np.ndarray] | None:
@@ -68,7 +70,8 @@ class KerasModels:
 
     def _at_sites(self, feeds: Mapping[str, np.ndarray], *, folded: bool) -> dict[str, np.ndarray]:
         run = _Run(self._outcome, folded)
-        run.graph(self._outcome.network.graphs[0], self._flat(feeds))
+        with keras.StatelessScope():  # what a layer assigns is lost
+            run.graph(self._outcome.network.graphs[0], self._flat(feeds))
         return self._named(run)
 
     def _named(self, run: _Run) -> dict[str, np.ndarray]:
@@ -97,12 +100,18 @@ class _Run:
             elif id(call.layer) in self._graphs:
                 results = self.graph(self._graphs[id(call.layer)], fill(call.inputs))
             else:
-                results = keras.tree.flatten(call.layer(*fill(call.args), **fill(call.kwargs)))
+                results = keras.tree.flatten(_infer(call, fill(call.args), fill(call.kwargs)))
             for tensor, value in zip(call.results, results):
                 values[id(tensor)] = value
                 if id(tensor) in self._sites:
                     self.found[id(tensor)] = np.asarray(value)
         return [values[id(tensor)] for tensor in graph.outputs]
+
+
+def _infer(call: Call, args: Any, kwargs: Any) -> Any:
+    """As in a model that is called for inference, which overrides what a call says of training."""
+    takes_training = "training" in inspect.signature(call.layer.call).parameters
+    return call.layer(*args, **{**kwargs, "training": False} if takes_training else kwargs)
 
 
 def _function(model: keras.Model) -> Any:

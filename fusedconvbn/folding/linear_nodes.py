@@ -8,7 +8,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from fusedconvbn.folding.affine import Weights
-from fusedconvbn.folding.nodes import NodeDef, attribute
+from fusedconvbn.folding.nodes import NodeDef, attribute, is_float
 from fusedconvbn.folding.ops import Linear
 from fusedconvbn.folding.shapes import Shapes
 
@@ -84,7 +84,7 @@ def read_linear(node: NodeDef, inputs: Sequence[str], values: np.ndarray, shapes
     """
     layout = layout_of(node)
     product = node.op in _PRODUCTS
-    if values.dtype.kind not in "fV" or values.ndim < 2 or (product and values.ndim != 2):
+    if not is_float(values.dtype) or values.ndim < 2 or (product and values.ndim != 2):
         return None
     channels_first = not product and attribute(node, "data_format").s.startswith(b"NC")
     common = layout.common(values.astype(np.float64))

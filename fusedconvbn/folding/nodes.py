@@ -1,6 +1,7 @@
 """A GraphDef that can be changed: nodes by name, tensors by "name:port", and names that stand for other tensors.
 
-Control inputs are kept apart from data: inference needs none of them once its variables are constants.
+Control inputs are dropped, as inference needs none of them once its variables are constants; but for those that say in
+which branch or frame of TensorFlow 1's control flow a node is.
 """
 
 from __future__ import annotations
@@ -17,6 +18,8 @@ AttrValue = tf.compat.v1.AttrValue
 
 _OPS = tf.Graph()
 _SMALL = 64  # elements: shapes and axes, which shape inference has to know, are fewer
+_FLOW = {"Switch", "RefSwitch", "Merge", "RefMerge", "Enter", "RefEnter", "Exit", "RefExit", "NextIteration",
+         "RefNextIteration", "LoopCond"}  # fmt: skip
 _EXACTLY = "="  # before an input: this tensor itself, whatever stands for it
 
 
@@ -50,6 +53,11 @@ def attribute(node: NodeDef, key: str) -> AttrValue:
     signature = op_def(node.op)
     declared = () if signature is None else signature.attr
     return next((each.default_value for each in declared if each.name == key), AttrValue())
+
+
+def is_float(dtype: np.dtype) -> bool:
+    """Whether a type is one of floating-point numbers, bfloat16 among them."""
+    return dtype.kind == "f" or dtype == tf.bfloat16.as_numpy_dtype
 
 
 def output_counts(node: NodeDef, signature: object) -> list[tuple[str, int]]:
@@ -94,6 +102,7 @@ class Nodes:
         """Adds a copy of a node, or puts it in the place of the one of its name."""
         if node.op == "Const" and node.attr["value"].tensor.dtype != tf.string.as_datatype_enum:
             self.set_value(node.name, tf.make_ndarray(node.attr["value"].tensor))
+            self.nodes[node.name].input.extend(node.input)
             return
         copy = NodeDef()
         copy.CopyFrom(node)
@@ -145,6 +154,23 @@ class Nodes:
             for tensor in node.input
             if not tensor.startswith("^")
         ]
+
+    def control(self, node: NodeDef | str) -> list[str]:
+        """The nodes that say in which branch or frame of TensorFlow 1's control flow a node is."""
+        node = self.nodes[node] if isinstance(node, str) else node
+        return [name[1:] for name in node.input if name.startswith("^") and self.is_flow(name[1:])]
+
+    def is_flow(self, name: str) -> bool:
+        """Whether a node is one of TensorFlow 1's control flow, or tells of which branch it is."""
+        node = self.nodes.get(name)
+        if node is not None and node.op == "Identity":
+            source = self.source(self.inputs(node)[0])
+            return source is not None and source.op in ("Switch", "RefSwitch")
+        return node is not None and node.op in _FLOW
+
+    def pivots(self) -> set[str]:
+        """The nodes that others name as `control`."""
+        return {name for node in self.nodes.values() for name in self.control(node)}
 
     def source(self, tensor: str) -> NodeDef | None:
         """The node that makes a tensor."""
@@ -220,8 +246,8 @@ class Nodes:
                 continue
             found.add(name)
             pending += [node_of(tensor) for tensor in self.inputs(name)]
-            if control:
-                pending += [tensor[1:] for tensor in self.nodes[name].input if tensor.startswith("^")]
+            named = [tensor[1:] for tensor in self.nodes[name].input if tensor.startswith("^")]
+            pending += named if control else self.control(name) if named else []
         return found
 
     def prune(self, tensors: Iterable[str], *, control: bool = False) -> None:
@@ -249,12 +275,11 @@ class Nodes:
         return order
 
     def _before(self, name: str) -> Iterator[str]:
-        names = (node_of(tensor) for tensor in self.inputs(name))
+        names = [*(node_of(tensor) for tensor in self.inputs(name)), *self.control(name)]
         if self.nodes[name].op in ("Merge", "RefMerge"):
-            return (
-                n for n in names if n in self.nodes and self.nodes[n].op not in ("NextIteration", "RefNextIteration")
-            )
-        return names
+            backward = ("NextIteration", "RefNextIteration")
+            names = [n for n in names if n in self.nodes and self.nodes[n].op not in backward]
+        return iter(names)
 
     def graph_def(self, only: set[str] | None = None, *, with_values: bool = True) -> GraphDef:
         """As a GraphDef, without control inputs.
@@ -270,10 +295,12 @@ class Nodes:
             copy = result.node.add()
             if name in self._arrays:
                 copy.CopyFrom(self._constant(name, with_values))
+                copy.input.extend(f"^{each}" for each in self.control(node))
                 continue
             copy.CopyFrom(node)
             del copy.input[:]
             copy.input.extend(_short(tensor) for tensor in self.inputs(node))
+            copy.input.extend(f"^{each}" for each in self.control(node))
         return result
 
     def _constant(self, name: str, with_value: bool) -> NodeDef:

@@ -7,8 +7,9 @@ from dataclasses import dataclass, field, replace
 
 from fusedconvbn.folding.affine_nodes import Chain
 from fusedconvbn.folding.branches import take_branches
-from fusedconvbn.folding.cleaning import fold_constants, remove_dropout, remove_identities
+from fusedconvbn.folding.cleaning import fold_constants, remove_identities
 from fusedconvbn.folding.constants import Constants
+from fusedconvbn.folding.dropout import remove_dropout
 from fusedconvbn.folding.expanding import expand_fused
 from fusedconvbn.folding.nodes import Nodes, canonical, node_of
 from fusedconvbn.folding.ops import Affine, Linear

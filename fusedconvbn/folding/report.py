@@ -20,6 +20,7 @@ class Report:
         removed: How many nodes of which sort are gone.
         nodes, bytes, milliseconds: (before, after): ops of the graph, files, one example's inference; None where there
             is nothing to tell.
+        bound: Inputs of the source that the result has no more, with the values that they have in inference.
         verification: The comparison of the two models.
     """
 
@@ -32,6 +33,7 @@ class Report:
     nodes: tuple[int, int] | None = None
     bytes: tuple[int, int] | None = None
     milliseconds: tuple[float, float] | None = None
+    bound: dict[str, Any] = field(default_factory=dict)
     verification: Comparison = field(default_factory=lambda: Comparison("not run"))
 
     def to_dict(self) -> dict[str, Any]:
@@ -47,6 +49,7 @@ class Report:
             "nodes": pair(self.nodes),
             "bytes": pair(self.bytes),
             "milliseconds": pair(self.milliseconds),
+            "bound": self.bound,
             "verification": {
                 "verdict": self.verification.verdict,
                 "tolerance": self.verification.tolerance,
@@ -73,6 +76,8 @@ class Report:
 
     def _figures(self) -> list[str]:
         lines = []
+        if self.bound:
+            lines.append(f"set for inference: {', '.join(f'{name}={value}' for name, value in self.bound.items())}")
         gone = [f"{count} {what}" for what, count in self.removed.items() if count]
         if gone:
             lines.append(f"removed: {', '.join(gone)}")

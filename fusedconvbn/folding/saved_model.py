@@ -14,7 +14,7 @@ from tensorflow.core.protobuf.meta_graph_pb2 import SignatureDef
 from fusedconvbn._arguments import refuse
 from fusedconvbn.folding.branches import take_branches
 from fusedconvbn.folding.inlining import inline_calls
-from fusedconvbn.folding.nodes import Nodes, canonical, node_of, strip
+from fusedconvbn.folding.nodes import Nodes, canonical, node_of, port_of, strip
 from fusedconvbn.folding.sources import MetaGraphDef, Source, Wishes, settle_ends, size_of
 from fusedconvbn.folding.variables import freeze, keys_of, refuse_writes, with_variables
 from fusedconvbn.folding.writing import Frozen
@@ -37,7 +37,7 @@ def open_saved_model(folder: Path, wishes: Wishes, tags: Sequence[str] | None) -
     prefix = str(folder / "variables" / "variables")
     frozen = freeze_meta_graph(graph, results, inputs, prefix)
     _refuse_tables(frozen, folder)
-    return Source("saved_model", frozen, lambda: start(meta, prefix), size_of(folder), bound, meta)
+    return Source("saved_model", frozen, lambda: start(meta, prefix), [str(folder)], size_of(folder), bound, meta)
 
 
 def read_meta_graph(folder: Path, tags: Sequence[str] | None) -> MetaGraphDef:
@@ -127,10 +127,15 @@ def write_saved_model(frozen: Frozen, path: Path, meta: MetaGraphDef) -> None:
 def _signature(frozen: Frozen, graph: tf.Graph) -> SignatureDef:
     """Of all inputs and outputs, by the names of their nodes."""
     inputs, outputs = (
-        {node_of(name): graph.get_tensor_by_name(canonical(name)) for name in names}
+        {_plain(name): graph.get_tensor_by_name(canonical(name)) for name in names}
         for names in (frozen.inputs, frozen.results)
     )
     return tf.compat.v1.saved_model.predict_signature_def(inputs, outputs)
+
+
+def _plain(tensor: str) -> str:
+    """A tensor's name without a colon: "split", "split_1"."""
+    return f"{node_of(canonical(tensor))}_{port_of(tensor)}" if port_of(tensor) else node_of(canonical(tensor))
 
 
 def _is_there(graph: tf.Graph, signature: SignatureDef) -> bool:

@@ -6,7 +6,7 @@ import os
 import re
 import shutil
 import tempfile
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -17,18 +17,19 @@ import tensorflow as tf
 
 from fusedconvbn._arguments import refuse
 from fusedconvbn.folding.cleaning import bind
-from fusedconvbn.folding.nodes import GraphDef, Nodes, attribute, canonical, node_of
+from fusedconvbn.folding.constants import Constants
+from fusedconvbn.folding.nodes import GraphDef, Nodes, attribute, canonical, node_of, port_of
 from fusedconvbn.folding.shapes import Shapes, with_input_shapes
-from fusedconvbn.folding.training import inference_value
+from fusedconvbn.folding.training import inference_value, is_switch
 from fusedconvbn.folding.writing import Frozen
 
 MetaGraphDef = tf.compat.v1.MetaGraphDef
 Shape = tuple[int | None, ...]
 
-_TRAINING_IS_ON = re.compile(r"train|phase|dropout", re.IGNORECASE)
-_TRAINING_IS_OFF = re.compile(r"infer|test|eval|predict", re.IGNORECASE)
-_KEPT_PART = re.compile(r"keep", re.IGNORECASE)
-_DROPPED_PART = re.compile(r"drop|rate", re.IGNORECASE)
+_TRAINING_IS_ON = {"train", "training", "istraining", "trainable", "phase", "dropout"}
+_TRAINING_IS_OFF = {"inference", "infer", "test", "testing", "eval", "evaluation", "predict", "prediction"}
+_KEPT_PART = {"keep"}
+_DROPPED_PART = {"dropout", "drop"}
 
 
 @dataclass(frozen=True)
@@ -54,7 +55,8 @@ class Source:
         kind: One of `KINDS`.
         frozen: Its graph with constants for variables.
         start: Makes a session that runs the source as TensorFlow itself does.
-        bytes: Size of its files.
+        files: Its files, or the folder that is all its own.
+        bytes: Their size.
         bound: Inputs of the source that have this value in inference.
         meta: What else it holds: signatures, tags, collections.
     """
@@ -62,6 +64,7 @@ class Source:
     kind: str
     frozen: Frozen
     start: Callable[[], tf.compat.v1.Session]
+    files: Sequence[str]
     bytes: int
     bound: dict[str, np.ndarray] = field(default_factory=dict)
     meta: MetaGraphDef = field(default_factory=MetaGraphDef)
@@ -81,8 +84,9 @@ def settle_ends(graph: Nodes, results: Sequence[str], wishes: Wishes) -> tuple[l
     if wishes.inputs is not None:
         _cut(graph, wishes.inputs)
     needed = graph.ancestors(results)
-    placeholders = [n.name for n in graph.nodes.values() if n.op.startswith("Placeholder") and n.name in needed]
     wanted = [node_of(canonical(name)) for name in wishes.inputs or ()]
+    needed = {*needed, *wanted}  # a signature may take what none of its results needs
+    placeholders = [n.name for n in graph.nodes.values() if n.op.startswith("Placeholder") and n.name in needed]
     values = {node_of(canonical(name)): value for name, value in wishes.values.items()}
     bound: dict[str, np.ndarray] = {}
     inputs: list[str] = []
@@ -111,6 +115,8 @@ def _cut(graph: Nodes, inputs: Mapping[str, Shape | None]) -> None:
         node = graph[node_of(canonical(name))]
         if node.op == "PlaceholderWithDefault":
             continue
+        if port_of(name):
+            refuse(ValueError, "inputs", "placeholders, or first outputs of other nodes", name)
         dtype = shapes.dtype(name)
         shape = tf.TensorShape(shapes.of(name)).as_proto()
         del graph.nodes[node.name]
@@ -130,21 +136,24 @@ def _dtype(graph: Nodes, name: str) -> tf.DType:
 
 
 def _in_inference(graph: Nodes, name: str, results: Sequence[str]) -> np.ndarray | None:
-    """The value of an input that tells training from inference, or how much dropout keeps; None of any other."""
+    """The value of a scalar that tells training from inference, or how much dropout keeps; None of any other input.
+
+    By the words of its name, or, for predicates, by which branch has no training in it.
+    """
     node, dtype = graph[name], _dtype(graph, name)
     shape = attribute(node, "shape").shape
     if shape.dim and not shape.unknown_rank:
         return None
-    last = name.rpartition("/")[2]
-    if dtype == tf.bool:
-        by_name = False if _TRAINING_IS_ON.search(last) else True if _TRAINING_IS_OFF.search(last) else None
+    words = {word.lower() for word in re.findall(r"[A-Z]?[a-z]+|[A-Z]+", name.rpartition("/")[2])}
+    if dtype == tf.bool and is_switch(graph, name):
+        by_name = False if words & _TRAINING_IS_ON else True if words & _TRAINING_IS_OFF else None
         value = inference_value(graph, name, results) if by_name is None else by_name
         if value is None and node.op == "PlaceholderWithDefault":
-            return graph.value(graph.source(node.input[0]).name)
+            return Constants(graph).value(node.input[0])
         return None if value is None else np.asarray(value)
-    if dtype.is_floating and _KEPT_PART.search(last):
+    if dtype.is_floating and words & _KEPT_PART:
         return np.asarray(1, dtype.as_numpy_dtype)
-    if dtype.is_floating and _DROPPED_PART.search(last):
+    if dtype.is_floating and words & _DROPPED_PART:
         return np.asarray(0, dtype.as_numpy_dtype)
     return None
 
@@ -167,17 +176,18 @@ def size_of(*paths: Path) -> int:
 
 
 @contextmanager
-def whole(destination: str, *, overwrite: bool) -> Iterator[str]:
+def whole(destination: str, *, overwrite: bool, is_prefix: bool = False) -> Iterator[str]:
     """A path to write to, beside `destination`; its files become the latter's at the end, or go if something fails.
 
-    What is written may be a file, a folder, or files whose names begin as `destination` does.
+    What is written is a file or a folder or, if `is_prefix`, files whose names begin as `destination` does.
 
     Raises:
         FileExistsError: There is something, and it is not to be overwritten.
     """
     parent, name = _split(destination)
-    refuse_existing(destination, overwrite)
-    existing = _named(parent, name)
+    existing = _named(parent, name, is_prefix)
+    if existing and not overwrite:
+        refuse_existing(destination, overwrite)
     os.makedirs(parent, exist_ok=True)
     folder = tempfile.mkdtemp(prefix=".fold-", dir=parent)
     try:
@@ -194,8 +204,19 @@ def whole(destination: str, *, overwrite: bool) -> Iterator[str]:
 
 def refuse_existing(destination: str, overwrite: bool) -> None:
     """Raises a `FileExistsError` if there is something, unless it may be overwritten."""
-    if not overwrite and _named(*_split(destination)):
+    parent, name = _split(destination)
+    if not overwrite and (_named(parent, name, False) or _named(parent, name, True)):
         raise FileExistsError(f"`destination` must not exist, or overwrite=True be given. Received: {destination!r}")
+
+
+def refuse_source(destination: str, source: str, files: Iterable[str]) -> None:
+    """Raises a `ValueError` if writing would touch the source, which consists of `files` and is called `source`."""
+    target = os.path.realpath(destination)
+    replaced = {target, *map(os.path.realpath, _named(*_split(destination), True))}
+    held = {os.path.realpath(file) for file in files}
+    inside = target.startswith(os.path.realpath(source) + os.sep) and os.path.realpath(source) in held
+    if inside or replaced & held or any(file.startswith(target + os.sep) for file in held):
+        refuse(ValueError, "destination", "another path than the source's, which is never changed", destination)
 
 
 def _split(destination: str) -> tuple[str, str]:
@@ -204,8 +225,11 @@ def _split(destination: str) -> tuple[str, str]:
     return parent or ".", name
 
 
-def _named(parent: str, name: str) -> list[str]:
+def _named(parent: str, name: str, is_prefix: bool) -> list[str]:
     """What a result of that name consists of: itself, or the files of a checkpoint."""
-    ends = re.compile(re.escape(name) + r"(\.meta|\.index|\.data-\d+-of-\d+)?$")
+    if not is_prefix:
+        path = os.path.join(parent, name)
+        return [path] if name and os.path.exists(path) else []
+    ends = re.compile(re.escape(name) + r"(\.meta|\.index|\.data-\d+-of-\d+)")
     present = os.listdir(parent) if os.path.isdir(parent) else []
     return [os.path.join(parent, found) for found in present if ends.fullmatch(found)]

@@ -24,6 +24,7 @@ _SCOPES = re.compile(
 
 
 _BY_PRODUCTS = re.compile(r"(^|/)moments(_[^/]*)?/")  # a variance, where only the mean is of use
+_CHOOSES = {"Switch", "RefSwitch", "If", "StatelessIf", "Select", "SelectV2"}
 _RANDOM = re.compile(r"^(Stateless)?Random|^Multinomial")
 
 
@@ -90,3 +91,19 @@ def _training_signs(graph: Nodes, switch: str, value: bool, results: Sequence[st
         bool(_RANDOM.search(n.op)) or (n.op.startswith("FusedBatchNorm") and attribute(n, "is_training").b)
         for n in copy.nodes.values()
     )
+
+
+def is_switch(graph: Nodes, name: str) -> bool:
+    """Whether all that reads a predicate chooses by it: conditions and selections, and logic before them."""
+    readers = graph.readers()
+    pending, seen = [name], set()
+    while pending:
+        current = pending.pop()
+        for reader, index in readers[f"{current}:0"]:
+            kind = graph[reader].op
+            if kind in ("Identity", "LogicalNot", "LogicalAnd", "LogicalOr", "Squeeze", "Reshape"):
+                pending += [reader] if reader not in seen else []
+                seen.add(reader)
+            elif kind not in _CHOOSES and not (kind == "FusedConvBN" and index > 5):
+                return False
+    return True

@@ -8,13 +8,16 @@ import numpy as np
 import tensorflow as tf
 
 from fusedconvbn.folding.constants import Constants
-from fusedconvbn.folding.nodes import Nodes, attribute, node_of, set_attribute
+from fusedconvbn.folding.nodes import Nodes, attribute, is_float, node_of, op_def, set_attribute
 from fusedconvbn.folding.writing import Frozen, Variable
 
 _REFERENCES = ("Variable", "VariableV2", "TemporaryVariable")
+_RESTORES = ("RestoreV2", "Restore", "RestoreSlice")
 _ASSIGNMENTS = ("AssignVariableOp", "Assign")
-_WRITES = (*_ASSIGNMENTS, "AssignAddVariableOp", "AssignSubVariableOp", "AssignAdd", "AssignSub", "ScatterUpdate",
-           "ResourceScatterUpdate")  # fmt: skip
+_REFERENCE_READS = {"RefSwitch", "RefIdentity", "RefEnter", "IsVariableInitialized"}
+_READS = {"ReadVariableOp", "ResourceGather", "ResourceGatherNd", "VariableShape", "VarIsInitializedOp", "Identity"}
+_CALLS = {"If", "StatelessIf", "While", "StatelessWhile", "Case", "StatelessCase", "PartitionedCall",
+          "StatefulPartitionedCall"}  # fmt: skip
 
 
 def is_variable(kind: str) -> bool:
@@ -28,7 +31,7 @@ def keys_of(graph: Nodes) -> dict[str, tuple[str, str]]:
     A saver reads RestoreV2's outputs into variables by Assign or AssignVariableOp; function calls have been inlined.
     """
     constants = Constants(graph)
-    restores = [node for node in graph.nodes.values() if node.op in ("RestoreV2", "Restore", "RestoreSlice")]
+    restores = [node for node in graph.nodes.values() if node.op in _RESTORES]
     constants.load(tensor for node in restores for tensor in graph.inputs(node)[1:])
     found: dict[str, tuple[str, str]] = {}
     for node in graph.nodes.values():
@@ -37,7 +40,7 @@ def keys_of(graph: Nodes) -> dict[str, tuple[str, str]]:
         variable, value = graph.inputs(node)[:2]
         source = _through_identities(graph, value)
         restore = graph.nodes.get(node_of(source))
-        if restore is None or restore not in restores:
+        if restore is None or restore.op not in _RESTORES:
             continue
         keys, *slices = (constants.value(tensor) for tensor in graph.inputs(restore)[1:])
         port = int(source.rpartition(":")[2])
@@ -55,15 +58,26 @@ def _through_identities(graph: Nodes, tensor: str) -> str:
 
 def refuse_writes(graph: Nodes, results: Iterable[str]) -> None:
     """Raises a `ValueError` if inference changes a variable that it also reads: it would be no constant."""
-    needed = graph.ancestors(results, control=True)
-    written = {node_of(graph.inputs(name)[0]): name for name in needed if graph[name].op in _WRITES}
     read = graph.ancestors(results)
-    for variable, name in written.items():
-        if variable in read:
-            raise ValueError(
-                "`source` must be a model whose inference changes none of its variables, so that they are constants. "
-                f"Received: one in which {name!r} writes to {variable!r}"
-            )
+    for name in graph.ancestors(results, control=True):
+        for index, tensor in enumerate(graph.inputs(name)):
+            variable = node_of(tensor)
+            if variable in read and is_variable(graph[variable].op) and _writes(graph, name, index):
+                raise ValueError(
+                    "`source` must be a model whose inference changes none of its variables, or they are no constants. "
+                    f"Received: one in which {name!r} writes to {variable!r}"
+                )
+
+
+def _writes(graph: Nodes, name: str, index: int) -> bool:
+    """Whether a node may write to the variable that is its input of that index."""
+    node = graph[name]
+    signature = op_def(node.op)
+    if node.op in _READS | _CALLS or signature is None:
+        return False
+    if any(graph[node_of(tensor)].op == "VarHandleOp" for tensor in graph.inputs(node)[index : index + 1]):
+        return True
+    return index < len(signature.input_arg) and signature.input_arg[index].is_ref and node.op not in _REFERENCE_READS
 
 
 def freeze(graph: Nodes, results: Sequence[str], prefix: str, keys: dict[str, tuple[str, str]]) -> dict[str, Variable]:
@@ -113,7 +127,7 @@ def _read_constant(graph: Nodes, name: str) -> None:
         graph.replace(f"{name}:0", f"{gathered.name}:0")
     else:
         raise ValueError(
-            "`source` must read its variables by ReadVariableOp or ResourceGather. "
+            "`source` must read its variables by ReadVariableOp or ResourceGather, not in loops and conditions. "
             f"Received: one with {node.op} {name!r}"
         )
 
@@ -154,7 +168,7 @@ def _slice(written: str) -> tuple[slice, ...]:
 def weights_of(frozen: Frozen) -> dict[str, Variable]:
     """The constants of a graph without variables that would be some: numbers with axes."""
     nodes = [node for node in frozen.graph.nodes.values() if node.op == "Const"]
-    is_weight = lambda value: value.dtype.kind in "fV" and value.ndim > 0  # noqa: E731
+    is_weight = lambda value: is_float(value.dtype) and value.ndim > 0  # noqa: E731
     return {node.name: Variable(node.name, True) for node in nodes if is_weight(frozen.graph.value(node.name))}
 
 

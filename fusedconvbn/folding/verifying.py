@@ -11,11 +11,15 @@ import ml_dtypes
 import numpy as np
 import tensorflow as tf
 
+from fusedconvbn._arguments import refuse
+from fusedconvbn.folding.nodes import is_float
+
 TOLERANCES = {"float64": 1e-4, "float32": 1e-4, "float16": 1e-2, "bfloat16": 8e-2}
 """Of the largest difference, relative to a tensor's own maximum, by the least exact type that is compared."""
 
 _DEPENDS = 10  # times its limit: an output that changes by less with another input would pass whatever is wrong
 _ROUNDINGS = 4  # how many times what one rounding of all weights does to a tensor all roundings may do to it
+_LARGEST_LIMIT = 0.05  # relative: what may differ by more is not compared at all
 _BATCH = 2
 _UNKNOWN_SIZES = (96, 224)  # pixels, tried in turn
 
@@ -49,12 +53,15 @@ class Comparison:
 
 
 def difference(expected: np.ndarray, found: np.ndarray) -> float:
-    """The largest difference relative to the maximum of `expected`; infinite for other shapes or types."""
+    """The largest difference relative to the maximum of `expected`; of other types than floats the part that differs.
+
+    Infinite for other shapes, types or non-finite values.
+    """
     expected, found = np.asarray(expected), np.asarray(found)
     if expected.shape != found.shape or expected.dtype != found.dtype:
         return np.inf
-    if expected.dtype.kind not in "fV":
-        return 0.0 if np.array_equal(expected, found) else np.inf
+    if not is_float(expected.dtype):
+        return float(np.mean(expected != found)) if expected.size else 0.0
     expected, found = expected.astype(np.float64), found.astype(np.float64)
     finite = np.isfinite(expected)
     if not np.array_equal(expected[~finite], found[~finite], equal_nan=True) or not np.isfinite(found[finite]).all():
@@ -111,7 +118,9 @@ class Models:
         made = {}
         for name in self.inputs:
             tensor = self._folded.session.graph.get_tensor_by_name(name)
-            shape = tensor.shape.as_list() if tensor.shape.rank is not None else [None, None, None, 3]
+            if tensor.shape.rank is None:
+                return None
+            shape = tensor.shape.as_list()
             sizes = [batch if i == 0 else size for i in range(len(shape))]
             value = random_values([s if d is None else d for s, d in zip(sizes, shape)], tensor.dtype, rng)
             if value is None:
@@ -151,42 +160,69 @@ class Models:
 
 
 def compare(
-    models: Models, *, tolerance: float | None = None, given: Mapping[str, np.ndarray] | None = None
+    models: Any, *, tolerance: float | None = None, given: Mapping[str, np.ndarray] | None = None, dropped: bool = False
 ) -> Comparison:
     """Compares two models on random inputs, or on those `given`.
 
+    Args:
+        models: `Models`, or what has its methods.
+        tolerance: None: of `TOLERANCES`, by type.
+        given: By names of inputs.
+        dropped: Whether dropout was removed that the original may still do.
+
     Raises:
         VerificationError: The original does not run on such inputs.
+        ValueError: `given` does not name the inputs.
     """
     feeds, other = _two_inputs(models, given)
     if feeds is None:
-        return Comparison("inconclusive", notes=["inputs of this type cannot be made up: give some by verify="])
+        note = "inputs of this type, or of no known rank, cannot be made up: give some by verify="
+        return Comparison("inconclusive", notes=[note])
     expected, again = models.original(feeds), models.original(feeds)
     before, after = models.before(feeds), models.after(feeds)
-    limit = _tolerance([*expected, *before.values()]) if tolerance is None else tolerance
-    limits = {
-        name: max(limit, _ROUNDINGS * difference(before[name], value))
-        for name, value in models.disturbed(disturbed(feeds)).items()
-    }
-    result = Comparison("ok", limit, sites={name: difference(before[name], after[name]) for name in before})
-    if any(difference(a, b) > limit for a, b in zip(expected, again)):
-        result.notes.append("the original drops at random: compared with it without that")
+    limits = _limits(before, models.disturbed(disturbed(feeds)), tolerance)
+    result = Comparison("ok", max(_tolerance(v, tolerance) for v in before.values()))
+    sites = [name for name in before if name not in models.outputs]
+    result.sites = {name: difference(before[name], after[name]) for name in sites}
+    is_random = any(difference(a, b) > limits[n] for n, a, b in zip(models.outputs, expected, again))
+    drops = dropped and any(difference(before[n], a) > limits[n] for n, a in zip(models.outputs, expected))
+    if is_random or drops:
         expected, elsewhere = ([run[name] for name in models.outputs] for run in (before, models.before(other)))
+        note = "drops in inference too: compared with it without that" if dropped else "is random: not compared with it"
+        result.notes.append(f"the original {note}")
     else:
         elsewhere = models.original(other)
-    folded = [after[name] for name in models.outputs]
-    result.outputs = dict(zip(models.outputs, map(difference, expected, folded)))
-    at_outputs = [limits[name] for name in models.outputs]
-    ends = zip(models.outputs, expected, elsewhere, at_outputs)
-    blind = [name for name, a, b, most in ends if difference(a, b) < _DEPENDS * most]
-    wrong = [n for n, most in zip(models.outputs, at_outputs) if result.outputs[n] > most]
-    wrong += [name for name, most in limits.items() if result.sites[name] > most]
+    result.outputs = {n: difference(a, after[n]) for n, a in zip(models.outputs, expected)}
+    blind = [n for n, a, b in zip(models.outputs, expected, elsewhere) if difference(a, b) < _DEPENDS * limits[n]]
     if blind:
         result.notes.append(f"hardly depends on the input: {', '.join(blind)}")
-    if wrong:
-        result.notes.append(f"differs at {', '.join(dict.fromkeys(wrong[:5]))}")
-    result.verdict = "failed" if wrong else "inconclusive" if blind else "ok"
+    _judge(result, limits, inconclusive=bool(blind) or (is_random and not dropped))
     return result
+
+
+def _judge(result: Comparison, limits: Mapping[str, float], *, inconclusive: bool) -> None:
+    """Sets the verdict."""
+    found = {**result.sites, **result.outputs}
+    wrong = [name for name, difference in found.items() if difference > min(limits[name], _LARGEST_LIMIT)]
+    vague = [name for name, limit in limits.items() if limit > _LARGEST_LIMIT]
+    if vague:
+        result.notes.append(f"rounding alone changes it much: {', '.join(vague[:5])}")
+        wrong = [name for name in wrong if name not in vague]
+    if wrong:
+        result.notes.append(f"differs at {', '.join(wrong[:5])}")
+    result.verdict = "failed" if wrong else "inconclusive" if inconclusive or vague else "ok"
+
+
+def _limits(
+    values: Mapping[str, np.ndarray], others: Mapping[str, np.ndarray], tolerance: float | None
+) -> dict[str, float]:
+    """What each tensor may differ by: the tolerance, or some times what rounding once more does to it."""
+    noise = {name: difference(value, others[name]) for name, value in values.items()}
+    return {name: max(_tolerance(value, tolerance), _ROUNDINGS * noise[name]) for name, value in values.items()}
+
+
+def _tolerance(value: np.ndarray, tolerance: float | None) -> float:
+    return TOLERANCES.get(value.dtype.name, TOLERANCES["float32"]) if tolerance is None else tolerance
 
 
 def disturbed(values: Mapping[Any, np.ndarray]) -> dict[Any, np.ndarray]:
@@ -194,7 +230,7 @@ def disturbed(values: Mapping[Any, np.ndarray]) -> dict[Any, np.ndarray]:
     rng = np.random.default_rng(7)
     found = dict(values)
     for name, value in values.items():
-        if value.dtype.kind in "fV":
+        if is_float(value.dtype):
             step = float(ml_dtypes.finfo(value.dtype).eps)
             found[name] = (value.astype(np.float64) * (1 + step * rng.uniform(-1, 1, value.shape))).astype(value.dtype)
     return found
@@ -204,6 +240,8 @@ def _two_inputs(
     models: Models, given: Mapping[str, np.ndarray] | None
 ) -> tuple[dict[str, np.ndarray] | None, dict[str, np.ndarray] | None]:
     """Two feeds that the original runs on; of given inputs the second is the first in another order, or random."""
+    if given is not None and set(given) != set(models.inputs):
+        refuse(ValueError, "verify", f"arrays for the inputs {', '.join(models.inputs)}", list(given))
     rng = np.random.default_rng(20171101)
     failure: Exception | None = None
     for size in _UNKNOWN_SIZES:
@@ -216,7 +254,7 @@ def _two_inputs(
             other = models.feeds(rng, _BATCH, size)
         try:
             models.original(feeds)
-        except tf.errors.OpError as error:
+        except (tf.errors.OpError, ValueError, TypeError) as error:
             failure = error
         else:
             return feeds, other
@@ -225,10 +263,6 @@ def _two_inputs(
         f"the original does not run on random inputs of shapes {shapes}; give shapes by inputs=, data by verify=, or "
         f"verify=False: {failure}"
     ) from failure
-
-
-def _tolerance(values: Sequence[np.ndarray]) -> float:
-    return max((TOLERANCES.get(value.dtype.name, 0.0) for value in values), default=0.0) or TOLERANCES["float32"]
 
 
 def milliseconds(models: Models, *, rounds: int = 7, seconds: float = 3.0) -> tuple[float, float] | None:

@@ -34,7 +34,7 @@ def write_graph(
     """
     if freeze:
         frozen.variables = {}
-    with whole(destination, overwrite=overwrite) as made:
+    with whole(destination, overwrite=overwrite, is_prefix=kind == "checkpoint") as made:
         if kind == "frozen":
             write_frozen(frozen, Path(made))
         elif kind == "saved_model":
