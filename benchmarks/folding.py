@@ -1,6 +1,11 @@
-"""Batch norm merged into the convolution before it, as one does by hand for inference."""
+"""Batch norm merged into the convolution before it, as one does by hand for inference.
+
+`python -m benchmarks.folding` measures what does so in whole models: see folding_command.
+"""
 
 from __future__ import annotations
+
+import sys
 
 import numpy as np
 
@@ -17,3 +22,9 @@ def fold(weights: Weights) -> tuple[np.ndarray, np.ndarray]:
     scale = gamma / np.sqrt(variance + EPSILON)
     dtype = weights.filters.dtype
     return (weights.filters.astype(np.float64) * scale).astype(dtype), (beta - mean * scale).astype(dtype)
+
+
+if __name__ == "__main__":
+    from benchmarks.folding_command import main
+
+    sys.exit(main())
