@@ -2,8 +2,12 @@
 
 import os
 import pathlib
+import tempfile
 
 import pytest
+
+# Hypothesis would keep what it learns of the code in this folder, among the files that the rules are about.
+os.environ.setdefault("HYPOTHESIS_STORAGE_DIRECTORY", os.path.join(tempfile.gettempdir(), "hypothesis"))
 
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:

@@ -171,7 +171,7 @@ def refused(folder: Path) -> ModelFile:
     saved = saved_model_pb2.SavedModel.FromString(path.read_bytes())
     add_optimizer(saved.meta_graphs[0].object_graph_def)
     path.write_bytes(saved.SerializeToString())
-    with pytest.raises((AttributeError, AssertionError), match="add_slot|momentum"):  # the latter with tf_keras
+    with pytest.raises((AttributeError, AssertionError), match=r"add_slot|momentum"):  # the latter with tf_keras
         tf.saved_model.load(file.path)
     for one in (file, *file.others):
         confirm_session(one)

@@ -11,6 +11,7 @@ from collections.abc import Iterable, Iterator
 
 import numpy as np
 import tensorflow as tf
+from tensorflow.core.framework.function_pb2 import FunctionDef
 
 NodeDef = tf.compat.v1.NodeDef
 GraphDef = tf.compat.v1.GraphDef
@@ -87,7 +88,7 @@ class Nodes:
         self.functions = {function.signature.name: function for function in graph_def.library.function}
         self.origins: dict[str, tuple[str, str]] = {}
         self._arrays: dict[str, np.ndarray] = {}  # the values of constants: as protos they would be copied all the time
-        self._library, self._versions = graph_def.library, graph_def.versions
+        self._versions = graph_def.versions
         self._stands_for: dict[str, str] = {}
         for node in graph_def.node:
             self.insert(node)
@@ -288,7 +289,7 @@ class Nodes:
             only: Names of the nodes that are wanted; None: all.
             with_values: Whether constants are such; else they are Placeholders of their shapes.
         """
-        result = GraphDef(versions=self._versions, library=self._library)
+        result = GraphDef(versions=self._versions)
         for name, node in self.nodes.items():
             if only is not None and name not in only:
                 continue
@@ -301,7 +302,21 @@ class Nodes:
             del copy.input[:]
             copy.input.extend(_short(tensor) for tensor in self.inputs(node))
             copy.input.extend(f"^{each}" for each in self.control(node))
+        result.library.function.extend(self._called(result.node))
         return result
+
+    def _called(self, nodes: Iterable[NodeDef]) -> list[FunctionDef]:
+        """The functions that nodes call, and those that these call."""
+        pending, found = [*nodes], {}
+        while pending:
+            node = pending.pop()
+            held = node.attr.values()
+            names = [f.name for value in held for f in (value.func, *value.list.func) if f.name] + [node.op]
+            for name in names:
+                if name in self.functions and name not in found:
+                    found[name] = self.functions[name]
+                    pending += found[name].node_def
+        return list(found.values())
 
     def _constant(self, name: str, with_value: bool) -> NodeDef:
         value = self._arrays[name]
