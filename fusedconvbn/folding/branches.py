@@ -63,13 +63,13 @@ def _take_switches(graph: Nodes) -> bool:
         return False
     dead: set[str] = set()
     for node in graph.topological():
-        _pass_on(graph, node, taken, dead)
+        _propagate(graph, node, taken, dead)
     for name in taken:
         del graph.nodes[name]
     return True
 
 
-def _pass_on(graph: Nodes, node: NodeDef, taken: dict[str, bool], dead: set[str]) -> None:
+def _propagate(graph: Nodes, node: NodeDef, taken: dict[str, bool], dead: set[str]) -> None:
     """Notes in `dead` what is dead of the outputs of `node`, a "name:port" or, for all, a name."""
     inputs = graph.inputs(node)
     alive = [tensor for tensor in inputs if not _is_dead(tensor, dead)]

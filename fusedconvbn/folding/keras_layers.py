@@ -21,11 +21,11 @@ _TRANSPOSED = (layers.Conv1DTranspose, layers.Conv2DTranspose, layers.Conv3DTran
 _SEPARABLE = (layers.SeparableConv1D, layers.SeparableConv2D)
 _LINEAR = (*_CONVOLUTIONS, *_DEPTHWISE, *_TRANSPOSED, *_SEPARABLE, layers.Dense)
 
-DROPOUTS = (
+# These pass their input on in inference.
+_DROPOUTS = (
     layers.Dropout, layers.SpatialDropout1D, layers.SpatialDropout2D, layers.SpatialDropout3D, layers.GaussianDropout,
     layers.GaussianNoise, layers.AlphaDropout, layers.ActivityRegularization, layers.Identity,
 )  # fmt: skip
-"""Layers that pass their input on in inference."""
 
 _MAXIMA = (layers.MaxPooling1D, layers.MaxPooling2D, layers.MaxPooling3D)
 _AVERAGES = (
@@ -53,9 +53,9 @@ def tensor_name(tensor: keras.KerasTensor) -> str:
 
 
 def passes_on(call: Call) -> bool:
-    """Whether a call of one of DROPOUTS returns what it reads: not in training, nor with another type."""
+    """Whether a call of a dropout or the like returns what it reads: not in training, nor with another type."""
     training = call.arguments().get("training")
-    return type(call.layer) in DROPOUTS and not training and not _casts(call)
+    return type(call.layer) in _DROPOUTS and not training and not _casts(call)
 
 
 def _casts(call: Call) -> bool:
@@ -206,7 +206,7 @@ def _sum(call: Call, name: str, inputs: list[str], outputs: list[str]) -> Op | N
 _RULES: list[tuple[tuple[type, ...], Callable[[Call, str, list[str], list[str]], Op | None]]] = [
     (_LINEAR, _linear),
     ((layers.BatchNormalization,), _batch_norm),
-    (DROPOUTS, _same),
+    (_DROPOUTS, _same),
     ((layers.Activation,), _activation),
     (_MAXIMA + _AVERAGES, _pooling),
     (_GLOBAL_MAXIMA + _GLOBAL_AVERAGES, _global_pooling),

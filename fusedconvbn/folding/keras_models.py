@@ -18,7 +18,7 @@ import numpy as np
 from fusedconvbn._arguments import refuse
 from fusedconvbn._keras_graph import Builder, Call, Graph, Network, Substitute, is_graph
 from fusedconvbn.folding import writers
-from fusedconvbn.folding.keras_layers import DROPOUTS, changed_layer, pad_with, passes_on, read_call, tensor_name
+from fusedconvbn.folding.keras_layers import changed_layer, pad_with, passes_on, read_call, tensor_name
 from fusedconvbn.folding.ops import Affine, Linear, Op
 from fusedconvbn.folding.pipeline import fold_graph
 from fusedconvbn.folding.planning import Folded, Kept, fold_batch_norms
@@ -137,7 +137,7 @@ class _Folding:
         if is_list and len(gone) == len(ops):
             gone.pop()  # Keras runs no Sequential model without layers
         for call in gone:
-            self._outcome.removed["dropouts"] += type(call.layer) in DROPOUTS
+            self._outcome.removed["dropouts"] += passes_on(call)
             self._substitutes[call] = _passing_on(call)
             self._outcome.replaced[call] = lambda value: value
         for call, op in ops.items():

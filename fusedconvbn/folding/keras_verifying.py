@@ -119,7 +119,7 @@ def _function(model: keras.Model) -> Any:
 
     structure = model.inputs[0] if isinstance(model, keras.Sequential) else model.input
 
-    @tf.function
+    @tf.function(reduce_retracing=True)
     def run(flat: list[tf.Tensor]) -> list[tf.Tensor]:
         return keras.tree.flatten(model(keras.tree.pack_sequence_as(structure, flat), training=False))
 

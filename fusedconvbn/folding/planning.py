@@ -1,6 +1,7 @@
 """Finds for each batch norm the ops that can take it up, and lets them: behind first, then before.
 
-Every edge is looked at a bounded number of times, so the time is linear in the graph's size.
+A search follows the ways from one batch norm to what can take it up, and stops at the first op that cannot: short ways,
+so that the time is linear in the size of the graphs that people have.
 """
 
 from __future__ import annotations
