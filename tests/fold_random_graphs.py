@@ -16,7 +16,6 @@ v1 = tf.compat.v1
 
 Draw = Callable[[st.SearchStrategy], Any]
 
-LINEAR = ("Conv2D", "DepthwiseConv2dNative", "Conv2DBackpropInput", "MatMul")
 _FUSED = ("fused_v1", "fused_v2", "fused_v3", "caffe_fused")
 _ANY_SHAPE = ("standard", "standard_no_gamma", "standard_no_beta", "standard_neither", "spread", "swapped", "division",
               "division_only", "power", "caffe_add")  # fmt: skip

@@ -10,20 +10,17 @@ from fusedconvbn.folding.constants import Constants
 from fusedconvbn.folding.nodes import Nodes, canonical, node_of, port_of
 
 _PASS_ON = ("Identity", "StopGradient", "CheckNumerics", "CheckNumericsV2", "PreventGradient", "Snapshot",
-            "DebugGradientIdentity", "IdentityN", "ReadVariableOp")  # fmt: skip
+            "DebugGradientIdentity", "IdentityN")  # fmt: skip
 _LARGEST_FOLDED = 1 << 20  # elements: a computed constant that is larger would make the file larger
 
 
-def remove_identities(graph: Nodes) -> int:
-    """Lets the inputs of nodes that pass them on take their place; how many there were."""
-    count = 0
+def remove_identities(graph: Nodes) -> None:
+    """Lets the inputs of nodes that pass them on take their place."""
     pivots = graph.pivots()
     for node in graph.nodes.values():
         if node.op in _PASS_ON and node.name not in pivots:
             for port, tensor in enumerate(graph.inputs(node)):
                 graph.replace(f"{node.name}:{port}", tensor)
-            count += 1
-    return count
 
 
 def fold_constants(graph: Nodes, results: Iterable[str], *, apart: set[str]) -> int:

@@ -21,7 +21,7 @@ from fusedconvbn.folding import writers
 from fusedconvbn.folding.keras_layers import changed_layer, pad_with, passes_on, read_call, tensor_name
 from fusedconvbn.folding.ops import Affine, Linear, Op
 from fusedconvbn.folding.pipeline import fold_graph
-from fusedconvbn.folding.planning import Folded, Kept, fold_batch_norms
+from fusedconvbn.folding.planning import Folded, Kept, fold_batch_norms, merged
 from fusedconvbn.folding.planning import Graph as Plan
 from fusedconvbn.folding.saved_model import open_saved_model
 from fusedconvbn.folding.sources import Wishes, size_of, whole
@@ -99,7 +99,6 @@ class _Folding:
     """One fold: what its graphs' calls become."""
 
     def __init__(self, model: keras.Model) -> None:
-        self._original = model
         network = Network(model)
         has_fused = any(isinstance(call.layer, FusedConvBN) for graph in network.graphs for call in graph.calls)
         self._network = Network(unfuse(model)) if has_fused else network
@@ -131,8 +130,7 @@ class _Folding:
         norms = [op for op in plan.ops if isinstance(op, Affine)]
         for op, entry in zip(norms, fold_batch_norms(plan)):
             layer_id = id(calls[id(op)].layer)
-            if not isinstance(entries.get(layer_id), Kept):
-                entries[layer_id] = entry
+            entries[layer_id] = merged(entries.get(layer_id), entry)
         gone = [call for call, op in ops.items() if passes_on(call) or (isinstance(op, Affine) and op.removed)]
         if is_list and len(gone) == len(ops):
             gone.pop()  # Keras runs no Sequential model without layers

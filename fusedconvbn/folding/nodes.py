@@ -74,6 +74,12 @@ def output_counts(node: NodeDef, signature: object) -> list[tuple[str, int]]:
     return counts
 
 
+def output_count(node: NodeDef) -> int | None:
+    """How many tensors a node makes; None for an op that is not registered."""
+    signature = op_def(node.op)
+    return None if signature is None else sum(count for _, count in output_counts(node, signature))
+
+
 class Nodes:
     """The nodes of a graph, and its function library.
 

@@ -276,64 +276,61 @@ class Pad(Op):
 
 
 @dataclass
-class Concat(Op):
-    """Tensors one after the other along an axis.
+class _Parts(Op):
+    """What has parts along an axis: the tensors that it joins, or that it makes.
 
     Attributes:
         axis: Along which.
-        sizes: Of the inputs along it, None where unknown.
+        sizes: Of the parts along it, None where unknown.
     """
 
     axis: int = -1
     sizes: Sequence[int | None] = ()
 
-    def pull(self, output: int, m: AffineMap, axis: int) -> Answer:
-        """To each input its channels' part."""
+    def _each(self, m: AffineMap, axis: int) -> Answer:
+        """To each part that of its channels."""
         if axis != self.axis or m.channels == 1:
-            return Answer(dict.fromkeys(range(len(self.inputs)), (m, axis)))
+            return Answer(dict.fromkeys(range(len(self.sizes)), (m, axis)))
         return Answer({i: (m.part(b, e), axis) for i, (b, e) in enumerate(pairwise(self._ends()))})
 
-    def push(self, index: int, m: AffineMap, axis: int) -> Answer:
-        """To the output, where the other inputs stay as they are."""
+    def _whole(self, part: int, m: AffineMap, axis: int) -> Answer:
+        """To all parts together, of which the others stay as they are."""
         if axis != self.axis and m.channels > 1:
-            raise Blocked(f"{self} joins it with others along another axis")
+            raise Blocked(f"{self} has other parts along another axis")
         ends = self._ends()
-        return Answer({0: (m.over(ends[index], ends[index + 1], ends[-1]), self.axis)})
+        return Answer({0: (m.over(ends[part], ends[part + 1], ends[-1]), self.axis)})
 
     def _ends(self) -> list[int]:
+        """Where parts begin and end: one number more than there are parts."""
         if None in self.sizes:
-            raise Blocked(f"{self} has inputs whose sizes are not known")
-        return _ends(self.sizes)
+            raise Blocked(f"{self} has parts whose sizes are not known")
+        return [0, *accumulate(self.sizes)]
 
 
 @dataclass
-class Split(Op):
-    """Parts of a tensor along an axis.
-
-    Attributes:
-        axis: Along which.
-        sizes: Of the outputs along it, None where unknown.
-    """
-
-    axis: int = -1
-    sizes: Sequence[int | None] = ()
+class Concat(_Parts):
+    """Tensors one after the other along an axis."""
 
     def pull(self, output: int, m: AffineMap, axis: int) -> Answer:
-        """To the input, of which the other parts stay as they are."""
-        ends = self._ends(axis, m)
-        return Answer({0: (m.over(ends[output], ends[output + 1], ends[-1]), self.axis)})
+        """To each input its channels' part."""
+        return self._each(m, axis)
+
+    def push(self, index: int, m: AffineMap, axis: int) -> Answer:
+        """To the output."""
+        return self._whole(index, m, axis)
+
+
+@dataclass
+class Split(_Parts):
+    """Parts of a tensor along an axis."""
+
+    def pull(self, output: int, m: AffineMap, axis: int) -> Answer:
+        """To the input."""
+        return self._whole(output, m, axis)
 
     def push(self, index: int, m: AffineMap, axis: int) -> Answer:
         """To each output its channels' part."""
-        if axis != self.axis or m.channels == 1:
-            return Answer(dict.fromkeys(range(len(self.outputs)), (m, axis)))
-        ends = self._ends(axis, m)
-        return Answer({i: (m.part(b, e), axis) for i, (b, e) in enumerate(pairwise(ends))})
-
-    def _ends(self, axis: int, m: AffineMap) -> list[int]:
-        if (axis != self.axis and m.channels > 1) or None in self.sizes:
-            raise Blocked(f"{self} takes parts of it along another axis, or of sizes that are not known")
-        return _ends(self.sizes)
+        return self._each(m, axis)
 
 
 @dataclass
@@ -343,8 +340,3 @@ class Sum(Op):
     def pull(self, output: int, m: AffineMap, axis: int) -> Answer:
         """s (x + y) + t = (s x + t) + s y."""
         return Answer({i: (m if i == 0 else m.scaling(), axis) for i in range(len(self.inputs))})
-
-
-def _ends(sizes: Sequence[int]) -> list[int]:
-    """Where parts of those sizes begin and end: one number more than there are parts."""
-    return [0, *accumulate(sizes)]

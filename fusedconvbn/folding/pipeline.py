@@ -13,7 +13,7 @@ from fusedconvbn.folding.dropout import remove_dropout
 from fusedconvbn.folding.expanding import expand_fused
 from fusedconvbn.folding.nodes import Nodes, canonical, node_of
 from fusedconvbn.folding.ops import Affine, Linear
-from fusedconvbn.folding.planning import Folded, Kept, fold_batch_norms
+from fusedconvbn.folding.planning import Folded, Kept, fold_batch_norms, merged
 from fusedconvbn.folding.reading import Reading, read
 from fusedconvbn.folding.writing import Frozen, finish, write
 
@@ -94,12 +94,10 @@ def _by_batch_norm(frozen: Frozen, reading: Reading, entries: list[Folded | Kept
         chain = reading.chains[node_of(op.outputs[0])]
         key = _variables_of(frozen, chain) or chain.identity(graph.origins)
         nodes.setdefault(key, chain.fused or chain.last)
-        if isinstance(found.get(key), Kept):
-            continue
         if isinstance(entry, Folded):
             into = dict.fromkeys(graph.origins.get(name, ("", name))[1] for name in entry.into)
             entry = Folded(entry.name, tuple(into))
-        found[key] = entry
+        found[key] = merged(found.get(key), entry)
     names = Counter(entry.name for entry in found.values())
     return [replace(e, name=nodes[key]) if names[e.name] > 1 else e for key, e in found.items()]
 
@@ -118,6 +116,5 @@ def _parameters_of_kept(graph: Nodes, reading: Reading) -> set[str]:
         for step in chain.steps if step.node in graph
     ]  # fmt: skip
     constants = Constants(graph)
-    names = {name for node in kept for tensor in graph.inputs(node) if constants.is_constant(tensor)
-             for name in graph.ancestors([tensor])}  # fmt: skip
-    return names
+    return {name for node in kept for tensor in graph.inputs(node) if constants.is_constant(tensor)
+            for name in graph.ancestors([tensor])}  # fmt: skip

@@ -30,6 +30,13 @@ class Kept:
     reason: str
 
 
+def merged(former: Folded | Kept | None, entry: Folded | Kept) -> Folded | Kept:
+    """The entry of a batch norm that is computed in several places: it is gone only if it is so from all."""
+    if former is None or isinstance(entry, Kept):
+        return entry
+    return former if isinstance(former, Kept) else Folded(former.name, tuple(dict.fromkeys(former.into + entry.into)))
+
+
 @dataclass
 class Graph:
     """Ops in topological order, and who reads what.

@@ -10,7 +10,7 @@ import numpy as np
 from fusedconvbn.folding.affine_nodes import AffineNodes, Chain, scope_of
 from fusedconvbn.folding.constants import Constants
 from fusedconvbn.folding.linear_nodes import layout_of, read_linear
-from fusedconvbn.folding.nodes import NodeDef, Nodes, attribute, node_of, op_def, output_counts
+from fusedconvbn.folding.nodes import NodeDef, Nodes, attribute, node_of, output_count
 from fusedconvbn.folding.ops import Affine, Commuting, Concat, Op, Pad, Reshape, Split, Sum
 from fusedconvbn.folding.planning import Graph, Kept
 from fusedconvbn.folding.shapes import Shapes
@@ -94,9 +94,7 @@ class _Reader:
             return found
         read = [] if node.op in _OF_SHAPES else inputs
         variable = [tensor for tensor in read if not self._constants.is_constant(tensor)]
-        signature = op_def(node.op)
-        count = 1 if signature is None else sum(count for _, count in output_counts(node, signature))
-        return Op(node.name, node.op, variable, self._outputs(node, count))
+        return Op(node.name, node.op, variable, self._outputs(node, output_count(node) or 1))
 
     def _outputs(self, node: NodeDef, count: int = 1) -> list[str]:
         return [f"{node.name}:{port}" for port in range(count)]

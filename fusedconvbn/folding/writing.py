@@ -18,8 +18,7 @@ from fusedconvbn.folding.nodes import (
     attribute,
     canonical,
     node_of,
-    op_def,
-    output_counts,
+    output_count,
     port_of,
     set_attribute,
 )
@@ -47,7 +46,7 @@ class Frozen:
 
     Attributes:
         graph: The nodes.
-        results: For each name of a tensor that the model returns, what it is now.
+        results: The names of the tensors that the model returns.
         variables: The constants that were variables, by name of their nodes.
         inputs: The tensors that the model is fed.
     """
@@ -226,7 +225,7 @@ def finish(frozen: Frozen, told: set[str]) -> None:
         now = graph.resolve(name)
         source = node_of(now)
         is_free = node_of(name) not in graph and node_of(name) not in several and port_of(name) == 0
-        if now != name and is_free and source not in kept and _has_one_output(graph[source]):
+        if now != name and is_free and source not in kept and output_count(graph[source]) == 1:
             graph.rename(source, node_of(name))
             kept.add(node_of(name))
     current = {name: graph.resolve(name) for name in names}
@@ -235,11 +234,6 @@ def finish(frozen: Frozen, told: set[str]) -> None:
     for node in dict.fromkeys(map(node_of, moved)):
         _pass_on(graph, node, {name: now for name, now in current.items() if node_of(name) == node}, dtypes)
     frozen.results = names
-
-
-def _has_one_output(node: NodeDef) -> bool:
-    signature = op_def(node.op)
-    return signature is not None and sum(count for _, count in output_counts(node, signature)) == 1
 
 
 def _pass_on(graph: Nodes, name: str, wanted: dict[str, str], dtypes: Shapes) -> None:
