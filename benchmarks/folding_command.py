@@ -20,9 +20,10 @@ from rich.progress import track
 
 from benchmarks import machine
 from benchmarks.folding_speed import speed_tables
-from benchmarks.folding_tables import case_tables, model_table, speed_table
+from benchmarks.folding_tables import case_tables, model_table
 from benchmarks.folding_tools import OURS, PEERS, Frozen, Tool
 from benchmarks.options import positive
+from benchmarks.paired import pair_table
 from benchmarks.process import Worker, WorkerError, library_environment
 
 EXIT_OK, EXIT_WRONG = 0, 1
@@ -86,16 +87,14 @@ def _versions() -> dict[str, str]:
 
 def _text(report: dict[str, Any]) -> Iterable[str]:
     if "speed" in report:
-        yield from speed_table(report["speed"])
+        yield from pair_table(report["speed"])
     if report.get("models"):
         yield from model_table(report["models"])
     if report.get("cases"):
         yield from case_tables(report["cases"])
     for name, packages in report.get("not_installed", {}).items():
         yield f"{name} was not measured. Not installed: {', '.join(packages)}."
-    found = report["machine"]
-    versions = ", ".join(f"{name} {version}" for name, version in found["versions"].items())
-    yield f"{found['cpu']}, {found['cores']} cores, {' '.join(found['isa'])}; {versions}."
+    yield machine.in_a_line(report["machine"])
 
 
 def _succeeded(report: dict[str, Any]) -> bool:

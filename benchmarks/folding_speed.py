@@ -3,16 +3,13 @@
 from __future__ import annotations
 
 import pathlib
-import time
 from collections.abc import Callable, Sequence
 from typing import Any
 
 import numpy as np
 
+from benchmarks.paired import measure_pair
 from benchmarks.process import Worker, library_environment
-from benchmarks.statistics import bootstrap_interval, median, round_ratios
-
-_SAMPLE_SECONDS = 0.3
 
 
 def speed_tables(
@@ -59,22 +56,19 @@ class Speed:
     def measure(self, folder: str, batch: int, rounds: int) -> dict[str, Any]:
         import tensorflow as tf
 
+        from benchmarks.folding_worker import distance
+
         loaded = [tf.saved_model.load(path) for path in _paths(folder)]
         calls = [_call(each.signatures["serving_default"], batch) for each in loaded]
         before, after = (call() for call in calls)
-        samples = _interleaved(calls, rounds)
-        ratios = round_ratios(*samples)
         image = loaded[0].signatures["serving_default"].structured_input_signature[1].popitem()[1].shape[1]
         return {
             "model": "ResNet-50",
+            "call": "serving_default",
             "image": image,
             "batch": batch,
-            "original_ms": median(samples[0]) * 1e3,
-            "folded_ms": median(samples[1]) * 1e3,
-            "ratio": median(ratios),
-            "interval": bootstrap_interval(ratios),
-            "error": float(np.max(np.abs(after - before)) / np.max(np.abs(before))),
-            "samples_ms": [[1e3 * seconds for seconds in taken] for taken in samples],
+            "error": distance(after, before),
+            **measure_pair(*calls, rounds),
         }
 
 
@@ -92,20 +86,3 @@ def _call(signature: Any, batch: int) -> Callable[[], np.ndarray]:
     feeds = {name: tf.constant(images)}
     (output,) = signature.structured_outputs
     return lambda: signature(**feeds)[output].numpy()
-
-
-def _interleaved(calls: Sequence[Callable[[], Any]], rounds: int) -> list[list[float]]:
-    """Seconds a call, of each in every round."""
-    samples: list[list[float]] = [[] for _ in calls]
-    repeats = [max(1, round(_SAMPLE_SECONDS / _seconds(call, 1))) for call in calls]
-    for _ in range(rounds):
-        for call, taken, times in zip(calls, samples, repeats):
-            taken.append(_seconds(call, times))
-    return samples
-
-
-def _seconds(call: Callable[[], Any], times: int) -> float:
-    began = time.perf_counter()
-    for _ in range(times):
-        call()
-    return (time.perf_counter() - began) / times

@@ -5,6 +5,8 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from typing import Any
 
+from benchmarks.tables import table
+
 _NAMES = {
     "fusedconvbn": "`fold(verify=False)`",
     "verified": "`fold`, verified",
@@ -15,19 +17,10 @@ _NAMES = {
 _FAILURES = ("wrong", "does not run", "refused", "crashed")
 
 
-def _table(heading: Sequence[str], rows: Iterator[Sequence[str]]) -> Iterator[str]:
-    """Names at the left, numbers at the right; an empty line at the end."""
-    yield f"| {' | '.join(heading)} |"
-    yield f"| {' | '.join(['---'] * 2 + ['---:'] * (len(heading) - 2))} |"
-    for row in rows:
-        yield f"| {' | '.join(row)} |"
-    yield ""
-
-
 def model_table(rows: Sequence[dict[str, Any]]) -> Iterator[str]:
     """One line a model and tool."""
     heading = ("model", "tool", "batch norms left", "once loaded", "seconds", "largest error", "ms before", "ms after")
-    return _table(heading, (_model_row(row, tool, found) for row in rows for tool, found in row["results"].items()))
+    return table(heading, (_model_row(row, tool, found) for row in rows for tool, found in row["results"].items()))
 
 
 def _model_row(row: dict[str, Any], tool: str, found: dict[str, Any]) -> tuple[str, ...]:
@@ -56,7 +49,7 @@ def case_tables(rows: Sequence[dict[str, Any]]) -> Iterator[str]:
     total, foldable = (sum(row[key] for row in rows) for key in ("batch_norms", "foldable"))
     tools = [tool for tool in rows[0]["results"] if tool != "verified"]
     heading = ("tool", "graphs", f"left of {total} ({total - foldable} must stay)", "once loaded", *_FAILURES)
-    yield from _table(heading, (_case_row(rows, tool) for tool in tools))
+    yield from table(heading, (_case_row(rows, tool) for tool in tools))
     for tool in tools:
         for status in _FAILURES:
             if names := [row["name"] for row in rows if row["results"][tool]["status"] == status]:
@@ -76,24 +69,3 @@ def _left(row: dict[str, Any], tool: str, key: str) -> int:
     found = row["results"][tool]
     value = found.get(key)
     return value if found["status"] == "ok" and value is not None else row["batch_norms"]
-
-
-def speed_table(rows: Sequence[dict[str, Any]]) -> Iterator[str]:
-    """One line a batch and number of threads."""
-    heading = ("model", "threads", "batch", "ms before", "ms after", "ratio", "90 % interval", "largest error")
-    return _table(
-        heading,
-        (
-            (
-                f"{row['model']}, {row['image']} x {row['image']}",
-                str(row["threads"]),
-                str(row["batch"]),
-                f"{row['original_ms']:.1f}",
-                f"{row['folded_ms']:.1f}",
-                f"{row['ratio']:.2f}",
-                "{:.2f} to {:.2f}".format(*row["interval"]),
-                f"{row['error']:.1e}",
-            )
-            for row in rows
-        ),
-    )

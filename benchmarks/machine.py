@@ -65,3 +65,9 @@ def describe() -> dict[str, Any]:
         "versions": _versions(),
         "revision": _revision(),
     }
+
+
+def in_a_line(found: dict[str, Any]) -> str:
+    """What `describe` found, without the load."""
+    versions = ", ".join(f"{name} {version}" for name, version in found["versions"].items())
+    return f"{found['cpu']}, {found['cores']} cores, {' '.join(found['isa'])}; {versions}."
