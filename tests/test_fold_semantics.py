@@ -155,6 +155,18 @@ def test_a_loop_in_the_branch_of_training_goes():
     assert not {"Switch", "Merge", "Enter", "Exit"} & {node.op for node in folded.node}
 
 
+def test_a_way_of_a_thousand_ops():
+    def build(x):
+        z = tf.nn.conv2d(x, RNG.normal(size=(3, 3, x.shape[-1], 3)).astype("float32"), 1, "VALID")
+        shape = z.shape.as_list()
+        for _ in range(500):
+            z = tf.reshape(tf.reshape(z, [-1, shape[1] * shape[2], shape[3]]), [-1, *shape[1:]])
+        return tf.nn.batch_normalization(z, *np.full([4, 1], 2, "float32"), 1e-3)
+
+    _, report = fusedconvbn.fold(graph_def(build), verify=False)
+    assert (len(report.folded), report.kept) == (1, [])
+
+
 def test_a_counter_is_no_constant(tmp_path):
     class Model(tf.Module):
         def __init__(self):

@@ -16,6 +16,8 @@ _NOT_FUNCTIONS = {
     "Variable", "VariableV2",
 }  # fmt: skip
 
+_NO_ARRAYS = (tf.variant.as_datatype_enum, tf.resource.as_datatype_enum)
+
 
 class Constants:
     """Of one graph, which may change as long as no constant does."""
@@ -77,6 +79,8 @@ def evaluate(graph: Nodes, tensors: Iterable[str]) -> list[np.ndarray]:
 
 
 def _is_function(kind: str) -> bool:
-    """Whether an op of that type is a function of its inputs."""
+    """Whether an op of that type is a function of its inputs, which returns arrays."""
     signature = op_def(kind)
-    return signature is not None and not signature.is_stateful and kind not in _NOT_FUNCTIONS
+    if signature is None or signature.is_stateful or kind in _NOT_FUNCTIONS:
+        return False
+    return all(output.type not in _NO_ARRAYS for output in signature.output_arg)

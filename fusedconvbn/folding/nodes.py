@@ -7,7 +7,7 @@ which branch or frame of TensorFlow 1's control flow a node is.
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Iterable, Iterator
+from collections.abc import Container, Iterable, Iterator
 
 import numpy as np
 import tensorflow as tf
@@ -78,6 +78,15 @@ def output_count(node: NodeDef) -> int | None:
     """How many tensors a node makes; None for an op that is not registered."""
     signature = op_def(node.op)
     return None if signature is None else sum(count for _, count in output_counts(node, signature))
+
+
+def unique(name: str, taken: Container[str]) -> str:
+    """`name`, or `name_1` and so on where it is taken."""
+    found, count = name, 0
+    while found in taken:
+        count += 1
+        found = f"{name}_{count}"
+    return found
 
 
 class Nodes:
@@ -193,11 +202,7 @@ class Nodes:
 
     def unique(self, name: str) -> str:
         """`name`, or `name_1` and so on where there is such a node."""
-        found, count = name, 0
-        while found in self.nodes:
-            count += 1
-            found = f"{name}_{count}"
-        return found
+        return unique(name, self.nodes)
 
     def add(self, kind: str, name: str, inputs: Iterable[str], **attributes: object) -> NodeDef:
         """A new node with `name` or one like it; attributes are AttrValues, or what they hold: types, ints, strings."""

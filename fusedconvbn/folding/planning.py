@@ -11,7 +11,7 @@ from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 
 from fusedconvbn.folding.affine import AffineMap, Blocked
-from fusedconvbn.folding.ops import Affine, Linear, Op
+from fusedconvbn.folding.ops import Affine, Answer, Linear, Op
 
 
 @dataclass(frozen=True)
@@ -96,37 +96,45 @@ class _Search:
 
     def pull(self, tensor: str, m: AffineMap, axis: int, who: Op) -> None:
         """Makes `tensor`, which `who` alone may read, carry `m` of what it carried."""
-        if m.is_identity:
-            return
+        pending = [(tensor, m, axis, who)]
+        while pending:
+            tensor, m, axis, who = pending.pop()
+            if m.is_identity:
+                continue
+            op, output = self._source(tensor, who)
+            answer = op.pull(output, m, axis)
+            self._note(op, answer)
+            pending += [(op.inputs[index], *channels, op) for index, channels in reversed(answer.maps.items())]
+
+    def _source(self, tensor: str, who: Op) -> tuple[Op, int]:
+        """What makes a tensor, which may be changed for `who`."""
         if tensor in self.graph.results:
             raise Blocked(f"the model returns what {who} reads")
         others = [str(reader) for reader, _ in self.graph.readers[tensor] if reader is not who]
         if others or len(self.graph.readers[tensor]) > 1:
             raise Blocked(f"what {who} reads is also read by {', '.join(others[:3]) or 'the same op once more'}")
         self.altered.append(tensor)
-        op, output = self.graph.producers[tensor]
-        answer = op.pull(output, m, axis)
-        self._note(op, answer.change, answer.absorbs)
-        for index, channels in answer.maps.items():
-            self.pull(op.inputs[index], *channels, op)
+        return self.graph.producers[tensor]
 
     def push(self, tensor: str, m: AffineMap, axis: int) -> None:
         """Lets all readers of `tensor` get along without `m`, which it carried."""
-        if m.is_identity:
-            return
-        if tensor in self.graph.results:
-            raise Blocked(f"the model returns {tensor!r}")
-        self.altered.append(tensor)
-        for op, index in self.graph.readers[tensor]:
-            answer = op.push(index, m, axis)
-            self._note(op, answer.change, answer.absorbs)
-            for output, channels in answer.maps.items():
-                self.push(op.outputs[output], *channels)
+        pending = [(tensor, m, axis)]
+        while pending:
+            tensor, m, axis = pending.pop()
+            if m.is_identity:
+                continue
+            if tensor in self.graph.results:
+                raise Blocked(f"the model returns {tensor!r}")
+            self.altered.append(tensor)
+            for op, index in self.graph.readers[tensor]:
+                answer = op.push(index, m, axis)
+                self._note(op, answer)
+                pending += [(op.outputs[output], *channels) for output, channels in answer.maps.items()]
 
-    def _note(self, op: Op, change: Callable[[], None] | None, absorbs: bool) -> None:
-        if change is not None:
-            self.changes.append(change)
-        if absorbs:
+    def _note(self, op: Op, answer: Answer) -> None:
+        if answer.change is not None:
+            self.changes.append(answer.change)
+        if answer.absorbs:
             self.into[op.name] = op
 
     def commit(self, op: Affine) -> Folded:

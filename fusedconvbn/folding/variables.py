@@ -7,6 +7,7 @@ from collections.abc import Iterable, Sequence
 import numpy as np
 import tensorflow as tf
 
+from fusedconvbn.folding.captures import kind_of, take_values
 from fusedconvbn.folding.constants import Constants
 from fusedconvbn.folding.nodes import Nodes, attribute, is_float, node_of, op_def, set_attribute
 from fusedconvbn.folding.writing import Frozen, Variable
@@ -109,11 +110,11 @@ def freeze(graph: Nodes, results: Sequence[str], prefix: str, keys: dict[str, tu
     resources = {name for name, variable in found.items() if variable.resource}
     readers = [n for n in needed if n not in found and any(node_of(t) in resources for t in graph.inputs(n))]
     for name in readers:
-        _read_constant(graph, name)
+        _read_constant(graph, name, resources)
     return found
 
 
-def _read_constant(graph: Nodes, name: str) -> None:
+def _read_constant(graph: Nodes, name: str, resources: set[str]) -> None:
     """Lets a node that reads a resource read a constant."""
     node = graph[name]
     inputs = graph.inputs(node)
@@ -126,10 +127,8 @@ def _read_constant(graph: Nodes, name: str) -> None:
             set_attribute(gathered, key, value)
         graph.replace(f"{name}:0", f"{gathered.name}:0")
     else:
-        raise ValueError(
-            "`source` must read its variables by ReadVariableOp or ResourceGather, not in loops and conditions. "
-            f"Received: one with {node.op} {name!r}"
-        )
+        given = {i: kind_of(graph.value(n)) for i, t in enumerate(inputs) if (n := node_of(t)) in resources}
+        take_values(graph, node, given)
 
 
 class _Values:
