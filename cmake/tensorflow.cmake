@@ -3,7 +3,7 @@
 set(tensorflow_version None)
 file(GLOB tensorflow_sources CONFIGURE_DEPENDS csrc/tf/*.cc)
 if(FUSEDCONVBN_TF STREQUAL OFF OR NOT tensorflow_sources)
-  file(REMOVE "${FUSEDCONVBN_OUTPUT}/_ops.so")  # an earlier build's
+  file(REMOVE "${FUSEDCONVBN_OUTPUT}/_ops.so" "${FUSEDCONVBN_OUTPUT}/_xla.so")  # an earlier build's
   return()
 endif()
 
@@ -14,7 +14,7 @@ if(key STREQUAL "" AND FUSEDCONVBN_TF STREQUAL ON)
   message(FATAL_ERROR "FUSEDCONVBN_TF=ON, but TensorFlow is not installed for ${Python_EXECUTABLE}")
 elseif(key STREQUAL "")
   message(NOTICE "TensorFlow is not installed for ${Python_EXECUTABLE}: its ops are not built")
-  file(REMOVE "${FUSEDCONVBN_OUTPUT}/_ops.so")
+  file(REMOVE "${FUSEDCONVBN_OUTPUT}/_ops.so" "${FUSEDCONVBN_OUTPUT}/_xla.so")
   return()
 endif()
 if(NOT key STREQUAL "${FUSEDCONVBN_TF_KEY}")
@@ -43,6 +43,17 @@ target_compile_options(_ops PRIVATE ${compile_flags} "-ffile-prefix-map=${includ
 target_link_libraries(_ops PRIVATE core ${link_flags})
 target_link_options(_ops PRIVATE -Wl,-z,defs)  # what TensorFlow lacks is an error here, not when it is loaded
 finish_module(_ops "")
+
+# fusedconvbn/_xla.so: the ops in programs that XLA compiles. A library of its own: TensorFlow promises nothing of what
+# it uses, and where it does not load, the ops still do.
+file(GLOB xla_sources CONFIGURE_DEPENDS csrc/xla/*.cc)
+add_library(_xla MODULE ${xla_sources})
+set_target_properties(_xla PROPERTIES PREFIX "")
+target_include_directories(_xla SYSTEM PRIVATE "${include}" "${include}/external/highwayhash"
+                           "${include}/external/farmhash_archive/src")
+target_compile_options(_xla PRIVATE ${compile_flags} "-ffile-prefix-map=${include}/=")
+target_link_libraries(_xla PRIVATE core ${link_flags})  # the rest is in libtensorflow_cc, which TensorFlow has loaded
+finish_module(_xla "")
 
 # What tests run registered kernels with; built when asked for by name.
 add_library(kernel_harness MODULE EXCLUDE_FROM_ALL csrc/harness/kernel_harness.cc)

@@ -15,6 +15,7 @@ from types import ModuleType
 from typing import Any
 
 LIBRARY = Path(__file__).with_name("_ops.so")
+XLA_LIBRARY = Path(__file__).with_name("_xla.so")
 CUDA_LIBRARY = Path(__file__).with_name("_cuda.so")
 
 _REBUILD = "`pip install --no-build-isolation --force-reinstall --no-deps PATH`, PATH being a clone of fusedconvbn"
@@ -39,6 +40,27 @@ def ops() -> ModuleType:
             "clone: `make build`)."
         )
     return tf.load_op_library(str(LIBRARY))
+
+
+@functools.cache
+def xla() -> str | None:
+    """Registers what XLA compiles the ops to; None, or why XLA cannot compile them.
+
+    It uses what TensorFlow promises nothing of, so the ops do without where it fails.
+
+    Raises:
+        ImportError: As `ops`.
+    """
+    import tensorflow as tf
+
+    ops()
+    if not XLA_LIBRARY.exists():
+        return "not built"
+    try:
+        tf.load_op_library(str(XLA_LIBRARY))
+    except (tf.errors.OpError, OSError) as error:
+        return str(error).splitlines()[0]
+    return "on GPUs it cannot yet" if tf.config.list_physical_devices("GPU") else None
 
 
 @functools.cache

@@ -152,5 +152,7 @@ def _print_tensorflow() -> None:
         print(f"tensorflow {tf.__version__}, keras {keras.__version__}")
         _load.ops()
         print(f"op: registered; devices: {', '.join(d.device_type for d in tf.config.list_physical_devices())}")
+        why_not = _load.xla()
+        print("XLA: compiles the op" if why_not is None else f"XLA: stock ops in the op's place: {why_not}")
     except ImportError as error:
         print(f"op: not available: {error}")

@@ -8,7 +8,7 @@ from typing import Any, NamedTuple
 import keras
 import tensorflow as tf
 
-from fusedconvbn import _arguments, _layer_config
+from fusedconvbn import _arguments, _layer_config, _load
 from fusedconvbn._arguments import refuse
 from fusedconvbn._synchronized import conv_bn_over_replicas, spans_replicas
 from fusedconvbn.ops import fused_conv_bn
@@ -120,7 +120,7 @@ class FusedConvBN(keras.layers.Layer):
         layout = _layer_config.data_format(data_format)
         _layer_config.take_unsupported(kwargs, layout)
         super().__init__(**kwargs)
-        self.supports_jit = False
+        self.supports_jit = _load.xla() is None
         self.data_format = layout
         self._read_convolution(filters, kernel_size, strides, padding, dilation_rate, groups, use_bias)
         self.activation = keras.activations.get(activation)

@@ -17,12 +17,15 @@ _DATA_TYPES = (tf.float32, tf.float64, tf.float16, tf.bfloat16)
 
 
 def register() -> None:
-    """Registers `FusedConvBN` and `FusedConvBNGrad` with TensorFlow; their gradients are since this module is there.
+    """Registers `FusedConvBN` and `FusedConvBNGrad` with TensorFlow and XLA.
+
+    Their gradients are registered since this module is there.
 
     Raises:
         ImportError: The library is not built, or built for another TensorFlow.
     """
     _load.ops()
+    _load.xla()
 
 
 @tf.autograph.experimental.do_not_convert
@@ -59,8 +62,8 @@ def fused_conv_bn(
     the returned ones. It has gradients with respect to every tensor argument but `training`, also through the returned
     moving statistics. Arguments may be tensors, variables, or whatever converts to a tensor.
 
-    Where XLA compiles (`jit_compile=True`), stock ops that compute the same take the op's place. A function that was
-    traced before, elsewhere, contains the op, and XLA refuses it: "Detected unsupported operations".
+    XLA (`jit_compile=True`) compiles it to calls of the same kernels. Where it cannot (`fusedconvbn info` says why),
+    stock ops that compute the same take the op's place in functions that are traced for XLA.
 
     Args:
         inputs: `[N, H, W, C]`, or `[N, C, H, W]` for "NCHW"; float16, bfloat16, float32 or float64.
@@ -126,7 +129,7 @@ def fused_conv_bn(
         tensors[key] = _tensor(key, value, stat)
     residual = None if residual is None else _tensor("residual", residual, inputs.dtype)
     training = _switch(training)
-    if stock.in_xla_context():
+    if _load.xla() is not None and stock.in_xla_context():
         return stock.fused_conv_bn(
             **tensors, residual=residual, strides=strides, dilations=dilations, padding=padding,
             data_format=data_format, epsilon=epsilon, momentum=momentum,

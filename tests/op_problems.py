@@ -7,8 +7,12 @@ from dataclasses import replace
 from typing import Any
 
 import cases
+import compare
 import numpy as np
+import reference
 import tensorflow as tf
+
+import fusedconvbn
 
 NAMES = ("inputs", "filters", "gamma", "beta", "moving_mean", "moving_variance", "residual")
 
@@ -46,6 +50,29 @@ def results_and_gradients(
         tape.watch(tensors)
         results = list(function(*tensors))
     return results + tape.gradient(results, list(tensors), output_gradients=list(cotangents))
+
+
+def assert_as_the_oracle(run: Callable[..., Sequence[Any]], case: cases.Case) -> None:
+    """What the op returns, and its gradients, are those of the float64 oracle.
+
+    `run` is `results_and_gradients`, or what does the same elsewhere.
+    """
+    arrays = list(cases.arrays(case))
+    expected = reference.forward(*arrays, **case.attributes)
+    output_gradient, *moving_gradients = (c.numpy() for c in upstream(case))
+    output_gradient = np.where(expected.near_kink, 0, output_gradient).astype(case.numpy_dtype)
+    gradients = reference.backward(
+        output_gradient, *arrays, moving_mean_gradient=moving_gradients[0],
+        moving_variance_gradient=moving_gradients[1], **case.attributes,
+    )  # fmt: skip
+    names = fusedconvbn.FusedConvBNOutput._fields + tuple(f"gradient of {name}" for name in NAMES)
+    cotangents = [tf.constant(g) for g in (output_gradient, *moving_gradients)]
+    actual = run(function_of(fusedconvbn.fused_conv_bn, case), arguments(case), cotangents)
+    wanted = [*expected[:3], *(g for g in gradients if g is not None)]
+    assert len(actual) == len(wanted)
+    for name, a, e in zip(names, actual, wanted):
+        is_data = name.split()[-1] in ("output", "inputs", "filters", "residual")
+        compare.assert_close(a.numpy(), e, name, case.numpy_dtype if is_data else case.stat_dtype)
 
 
 def assert_same_bits(actual: Sequence[Any], expected: Sequence[Any]) -> None:

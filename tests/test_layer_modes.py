@@ -102,27 +102,12 @@ def test_whatever_training_keeps(save):
     assert_weights_close(peers.fused, peers.stock, 1e-6)
 
 
-def test_keras_does_not_jit_the_model():
-    peers = make_peers()
-    peers.fused.compile("sgd", "mse")
-    assert peers.fused.jit_compile is False
-
-
 def test_in_a_jitted_function():
     peers = make_peers(activation="silu", residual=True)
     layer = peers.fused.layers[-1]
     output = tf.function(lambda x, r: layer(x, r, training=True), jit_compile=True)(*peers.images)
     assert_close(output, peers.stock(peers.images, training=True), 1e-5)
     assert_weights_close(peers.fused, peers.stock, 1e-6)
-
-
-def test_a_jitted_function_that_calls_one_traced_before_gets_tensorflows_error():
-    layer = FusedConvBN(4, 3)
-    traced = tf.function(layer)
-    images = tf.ones([1, 5, 5, 3])
-    traced(images)
-    with pytest.raises(tf.errors.InvalidArgumentError, match=r"unsupported operations.*FusedConvBN"):
-        tf.function(lambda x: traced(x), jit_compile=True)(images)
 
 
 def test_trainable_false_freezes_everything():

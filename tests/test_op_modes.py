@@ -181,19 +181,6 @@ def test_vectorized_map():
     assert_same_bits(list(mapped), [call(x, *tensors[1:]).output for x in batches])
 
 
-@pytest.mark.parametrize("save", ["conv", "bfloat16"])
-@pytest.mark.parametrize("case", [TRAINING, NCHW], ids=str)
-def test_compiled_by_xla(case, save):
-    """Stock ops take the op's place where XLA compiles."""
-    tensors, cotangents = arguments(case), op_problems.upstream(case)
-    call = function_of(fusedconvbn.fused_conv_bn, case, save=save)
-    compiled = tf.function(lambda t, c: results_and_gradients(call, t, c), jit_compile=True)
-    op_problems.assert_close(compiled(tensors, cotangents), eager(case), 1e-5)
-    types = {o.type for o in compiled.get_concrete_function(tensors, cotangents).graph.get_operations()}
-    assert "FusedConvBN" not in types
-    assert "Conv2D" in types
-
-
 def test_xla_context_is_seen_where_it_is():
     seen = []
     tf.function(lambda: seen.append(stock.in_xla_context()))()

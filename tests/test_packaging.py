@@ -27,7 +27,7 @@ NOT_SOURCES = (".git", ".venv*", ".*_cache", "build", "dist", "artifacts", "*.eg
 
 
 def libraries() -> list[Path]:
-    return [PACKAGE / "_ops.so", *PACKAGE.glob("_core*.so"), *PACKAGE.glob("_cuda.so")]
+    return [PACKAGE / "_ops.so", PACKAGE / "_xla.so", *PACKAGE.glob("_core*.so"), *PACKAGE.glob("_cuda.so")]
 
 
 def run(*command: object, cwd: Path | None = None) -> str:
@@ -58,7 +58,7 @@ def test_the_version_is_written_once():
 def test_library_exports_nothing_and_is_stripped(library):
     """But what it is opened for."""
     exported = run("nm", "-D", "--defined-only", library).split()[2::3]
-    meant = {"_core": "PyInit__core", "_cuda": r"fcb_cuda_\w+", "_ops.": "none"}[library.name[:5]]
+    meant = {"_core": "PyInit__core", "_cuda": r"fcb_cuda_\w+", "_ops.": "none", "_xla.": "none"}[library.name[:5]]
     assert [name for name in exported if not re.fullmatch(meant, name)] == []
     assert run("nm", library) == ""
 

@@ -34,7 +34,7 @@ def included(path: Path) -> set[str]:
 
 
 def is_core(path: Path) -> bool:
-    return path.suffix in CPP and path.parts[1] not in {"tf", "python", "harness"}
+    return path.suffix in CPP and path.parts[1] not in {"tf", "xla", "python", "harness"}
 
 
 @pytest.mark.parametrize("path", [p for p in files("csrc", "cuda") if is_core(p)], ids=str)

@@ -171,9 +171,9 @@ HELPERS = """
 #include <memory>
 #include <thread>
 
-#include "tf/idle_helpers.h"
+#include "host/idle_helpers.h"
 
-using fusedconvbn::tf::IdleHelpers;
+using fusedconvbn::host::IdleHelpers;
 using Job = IdleHelpers::Job;
 
 thread_local const void* current_pool = nullptr;

@@ -9,6 +9,7 @@
 #include "absl/status/status.h"
 #include "absl/strings/str_cat.h"
 #include "absl/strings/str_join.h"
+#include "tensorflow/core/framework/tensor_shape.h"
 #include "tensorflow/core/framework/types.pb.h"
 #include "xla/tsl/platform/errors.h"
 
@@ -125,6 +126,57 @@ absl::Status read_attributes(Context* context, Problem* problem) {
   TF_RETURN_IF_ERROR(read_choice(context, "activation", kActivations, &p.activation));
   TF_RETURN_IF_ERROR(read_choice(context, "algorithm", kAlgorithms, &p.algorithm));
   return read_choice(context, "save", kSaves, &p.save);
+}
+
+// How many tensors a list holds. One at the most, though there could be more.
+template <class Context>
+absl::Status read_count(Context* context, const char* name, bool needed, bool allowed, int* count) {
+  TF_RETURN_IF_ERROR(context->GetAttr(name, count));
+  if (*count >= (needed ? 1 : 0) && *count <= (allowed ? 1 : 0)) return absl::OkStatus();
+  return invalid(
+      absl::StrCat(name, " must be ", needed || !allowed ? (needed ? "1" : "0") : "0 or 1", ". Received: ", *count));
+}
+
+inline tensorflow::TensorShape saved_shape(const ConvBnParams& params, Saved saved) {
+  tensorflow::TensorShape shape;
+  for (int64_t size : conv_out_shape(params, saved)) shape.AddDim(size);
+  return shape;
+}
+
+// What forward put into a conv_out of that shape: each kind has a rank of its own, or no elements.
+inline Saved saved_in(const tensorflow::TensorShape& conv_out) {
+  if (conv_out.dims() == 2) return Saved::kMoments;
+  if (conv_out.dims() == 1) return Saved::kBFloat16;
+  return conv_out.num_elements() == 0 ? Saved::kNothing : Saved::kConv;
+}
+
+// What FusedConvBN alone has.
+template <class Context>
+absl::Status read_forward_attributes(Context* context, ConvBnParams* params) {
+  int residuals = 0;
+  TF_RETURN_IF_ERROR(read_count(context, "num_residual", false, true, &residuals));
+  params->has_residual = residuals > 0;
+  return absl::OkStatus();
+}
+
+// What FusedConvBNGrad alone has.
+struct Wanted {
+  bool inputs = true, filters = true, residual = false;  // gradients
+};
+
+template <class Context>
+absl::Status read_backward_attributes(Context* context, ConvBnParams* params, Wanted* wanted) {
+  int unused = 0, outputs = 0, residual_gradients = 0;
+  TF_RETURN_IF_ERROR(context->GetAttr("has_residual", &params->has_residual));
+  TF_RETURN_IF_ERROR(context->GetAttr("needs_inputs", &wanted->inputs));
+  TF_RETURN_IF_ERROR(context->GetAttr("needs_filters", &wanted->filters));
+  TF_RETURN_IF_ERROR(read_count(context, "num_residual_gradient", false, true, &residual_gradients));
+  TF_RETURN_IF_ERROR(read_count(context, "num_residual", needs_residual(*params), needs_residual(*params), &unused));
+  const bool may_read_output = derivative_from_output(params->activation);
+  TF_RETURN_IF_ERROR(read_count(context, "num_output", needs_output(*params), may_read_output, &outputs));
+  params->has_output = outputs > 0;
+  wanted->residual = residual_gradients > 0;
+  return absl::OkStatus();
 }
 
 }  // namespace fusedconvbn::tf

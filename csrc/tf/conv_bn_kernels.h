@@ -18,19 +18,6 @@
 
 namespace fusedconvbn::tf {
 
-inline tensorflow::TensorShape saved_shape(const ConvBnParams& params, Saved saved) {
-  tensorflow::TensorShape shape;
-  for (int64_t size : conv_out_shape(params, saved)) shape.AddDim(size);
-  return shape;
-}
-
-// What forward put into this tensor: each kind has a rank of its own, or no elements.
-inline Saved saved_in(const tensorflow::Tensor& conv_out) {
-  if (conv_out.dims() == 2) return Saved::kMoments;
-  if (conv_out.dims() == 1) return Saved::kBFloat16;
-  return conv_out.NumElements() == 0 ? Saved::kNothing : Saved::kConv;
-}
-
 // The attributes, read once, and what every call begins with.
 template <class Device>
 class ConvBnKernel : public tensorflow::OpKernel {
@@ -72,19 +59,13 @@ class ConvBnKernel : public tensorflow::OpKernel {
   std::unique_ptr<Preparation> preparation_;
 };
 
-// There is one residual at the most, though a list input could hold more.
-inline absl::Status at_most_one(tensorflow::OpKernelConstruction* context, const char* name, int* count) {
-  TF_RETURN_IF_ERROR(context->GetAttr(name, count));
-  return *count <= 1 ? absl::OkStatus() : invalid(absl::StrCat(name, " must be 0 or 1. Received: ", *count));
-}
-
 template <class Device>
 class FusedConvBN : public ConvBnKernel<Device> {
  public:
   explicit FusedConvBN(tensorflow::OpKernelConstruction* context)
       : ConvBnKernel<Device>(context, Device::plan_forward) {
-    int residuals = 0;
-    OP_REQUIRES_OK(context, at_most_one(context, "num_residual", &residuals));
+    ConvBnParams unused = this->params();
+    OP_REQUIRES_OK(context, read_forward_attributes(context, &unused));
   }
 
   void Compute(tensorflow::OpKernelContext* context) override {
@@ -135,15 +116,9 @@ class FusedConvBNGrad : public ConvBnKernel<Device> {
  public:
   explicit FusedConvBNGrad(tensorflow::OpKernelConstruction* context)
       : ConvBnKernel<Device>(context, Device::plan_backward) {
-    OP_REQUIRES_OK(context, context->GetAttr("has_residual", &has_residual_));
-    OP_REQUIRES_OK(context, context->GetAttr("needs_inputs", &needs_inputs_));
-    OP_REQUIRES_OK(context, context->GetAttr("needs_filters", &needs_filters_));
-    OP_REQUIRES_OK(context, at_most_one(context, "num_residual_gradient", &residual_gradients_));
     ConvBnParams params = this->params();
-    params.has_residual = has_residual_;
-    OP_REQUIRES_OK(context, check_count(context, "num_residual", needs_residual(params), needs_residual(params)));
-    OP_REQUIRES_OK(context,
-                   check_count(context, "num_output", needs_output(params), derivative_from_output(params.activation)));
+    OP_REQUIRES_OK(context, read_backward_attributes(context, &params, &wanted_));
+    has_residual_ = params.has_residual;
   }
 
   void Compute(tensorflow::OpKernelContext* context) override {
@@ -151,7 +126,7 @@ class FusedConvBNGrad : public ConvBnKernel<Device> {
     Call call;
     call.has_residual = has_residual_;
     call.has_output = tensors.find(output_) != nullptr;
-    if (const tensorflow::Tensor* conv_out = tensors.find(conv_out_)) call.saved = saved_in(*conv_out);
+    if (const tensorflow::Tensor* conv_out = tensors.find(conv_out_)) call.saved = saved_in(conv_out->shape());
     const auto prepared = this->prepare(context, call, &tensors);
     OP_REQUIRES_OK(context, tensors.status());
     BackwardBuffers buffers;
@@ -162,15 +137,6 @@ class FusedConvBNGrad : public ConvBnKernel<Device> {
   }
 
  private:
-  static absl::Status check_count(tensorflow::OpKernelConstruction* context, const char* name, bool needed,
-                                  bool allowed) {
-    int count = 0;
-    TF_RETURN_IF_ERROR(context->GetAttr(name, &count));
-    if (count >= (needed ? 1 : 0) && count <= (allowed ? 1 : 0)) return absl::OkStatus();
-    return invalid(absl::StrCat(name, " must be ", needed || !allowed ? absl::StrCat(needed ? 1 : 0) : "0 or 1",
-                                " for this activation. Received: ", count));
-  }
-
   void gather_inputs(Tensors* t, const ConvBnParams& params, const Shapes& shapes, BackwardBuffers* b) const {
     b->output_gradient = t->input(output_gradient_, shapes.output);
     b->moving_mean_gradient = t->input(moving_mean_gradient_, shapes.channels);
@@ -190,13 +156,13 @@ class FusedConvBNGrad : public ConvBnKernel<Device> {
   }
 
   void gather_outputs(Tensors* t, const Shapes& shapes, BackwardBuffers* b) const {
-    b->d_inputs = needs_inputs_ ? t->output(d_inputs_, shapes.inputs) : t->empty_output(d_inputs_);
-    b->d_filters = needs_filters_ ? t->output(d_filters_, shapes.filters) : t->empty_output(d_filters_);
+    b->d_inputs = wanted_.inputs ? t->output(d_inputs_, shapes.inputs) : t->empty_output(d_inputs_);
+    b->d_filters = wanted_.filters ? t->output(d_filters_, shapes.filters) : t->empty_output(d_filters_);
     b->d_gamma = t->output(d_gamma_, shapes.channels);
     b->d_beta = t->output(d_beta_, shapes.channels);
     b->d_moving_mean = t->output(d_moving_mean_, shapes.channels);
     b->d_moving_variance = t->output(d_moving_variance_, shapes.channels);
-    if (residual_gradients_ > 0) b->d_residual = t->output(d_residual_, shapes.output);
+    if (wanted_.residual) b->d_residual = t->output(d_residual_, shapes.output);
   }
 
   const Port output_gradient_ = input_port(*this, "output_gradient");
@@ -213,8 +179,8 @@ class FusedConvBNGrad : public ConvBnKernel<Device> {
   const Port d_moving_mean_ = output_port(*this, "d_moving_mean");
   const Port d_moving_variance_ = output_port(*this, "d_moving_variance");
   const Port d_residual_ = output_port(*this, "d_residual");
-  bool has_residual_ = false, needs_inputs_ = true, needs_filters_ = true;
-  int residual_gradients_ = 0;
+  bool has_residual_ = false;
+  Wanted wanted_;
 };
 
 template <class Kernel>

@@ -1,12 +1,12 @@
 // The ops on the CPU.
 #include <cstdlib>
 
+#include "../host/workspace_pool.h"
 #include "absl/functional/function_ref.h"
 #include "conv_bn_kernels.h"
 #include "host_tensors.h"
 #include "packed_filters.h"
 #include "thread_pool.h"
-#include "workspace_pool.h"
 
 namespace fusedconvbn::tf {
 namespace {
@@ -51,7 +51,7 @@ class Cpu {
 
   static absl::Status in_workspace(OpKernelContext* context, const Plan& plan, Run run_plan) {
     IntraOpThreads threads(context, plan.device.threads);
-    WorkspacePool::Lease workspace(WorkspacePool::global(), plan.workspace_bytes);
+    host::WorkspacePool::Lease workspace(host::WorkspacePool::global(), plan.workspace_bytes);
     if (workspace.data() == nullptr)
       return absl::ResourceExhaustedError(
           absl::StrCat("out of memory: no ", plan.workspace_bytes, " bytes of workspace for ", plan.describe()));

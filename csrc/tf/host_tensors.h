@@ -3,7 +3,7 @@
 
 #include <optional>
 
-#include "memory.h"
+#include "../host/memory.h"
 #include "output_memory.h"
 #include "tensors.h"
 
@@ -15,7 +15,7 @@ class HostTensors : public Tensors {
 
   void* output(const Port& port, const tensorflow::TensorShape& shape) override {
     void* const data = Tensors::output(port, shape);
-    if (data != nullptr) prefer_huge_pages(data, bytes_of(port, shape));
+    if (data != nullptr) host::prefer_huge_pages(data, bytes_of(port, shape));
     return data;
   }
 

@@ -10,7 +10,7 @@
 #include <memory>
 #include <mutex>
 
-#include "memory.h"
+#include "../host/memory.h"
 
 namespace fusedconvbn::tf {
 
@@ -39,7 +39,7 @@ class PiecePool {
     Gaps::iterator find(size_t bytes) {
       return std::find_if(gaps.begin(), gaps.end(), [bytes](const auto& gap) { return gap.second >= bytes; });
     }
-    Memory memory;
+    host::Memory memory;
     Gaps gaps;
   };
   using Place = std::list<Block>::iterator;
@@ -54,7 +54,7 @@ class PiecePool {
     std::lock_guard<std::mutex> lock(mutex_);
     for (auto block = blocks_.begin(); block != blocks_.end(); ++block)
       if (auto gap = block->find(bytes); gap != block->gaps.end()) return cut(block, gap, bytes);
-    const Memory memory = allocate(std::max(bytes, kBlock));
+    const host::Memory memory = host::allocate(std::max(bytes, kBlock));
     if (memory.data == nullptr) return {};
     blocks_.push_back({memory, {{0, memory.bytes}}});
     return cut(std::prev(blocks_.end()), blocks_.back().gaps.begin(), bytes);

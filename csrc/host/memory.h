@@ -9,7 +9,7 @@
 #include <cstdint>
 #include <cstdlib>
 
-namespace fusedconvbn::tf {
+namespace fusedconvbn::host {
 
 constexpr size_t kHugePage = size_t{2} << 20;
 
@@ -41,4 +41,4 @@ inline Memory allocate(size_t bytes) {
   return {data, size};
 }
 
-}  // namespace fusedconvbn::tf
+}  // namespace fusedconvbn::host

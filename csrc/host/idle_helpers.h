@@ -10,7 +10,7 @@
 #include <utility>
 #include <vector>
 
-namespace fusedconvbn::tf {
+namespace fusedconvbn::host {
 
 // Leaves the core's units to the other thread that may share it.
 inline void relax() {
@@ -89,4 +89,4 @@ class IdleHelpers {
   std::vector<Seat*> idle_;
 };
 
-}  // namespace fusedconvbn::tf
+}  // namespace fusedconvbn::host

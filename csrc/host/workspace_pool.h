@@ -7,7 +7,7 @@
 
 #include "memory.h"
 
-namespace fusedconvbn::tf {
+namespace fusedconvbn::host {
 
 class WorkspacePool {
  public:
@@ -70,4 +70,4 @@ class WorkspacePool {
   std::vector<Memory> idle_;  // the one used last is the last
 };
 
-}  // namespace fusedconvbn::tf
+}  // namespace fusedconvbn::host

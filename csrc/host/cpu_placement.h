@@ -7,7 +7,7 @@
 #include <sched.h>
 #endif
 
-namespace fusedconvbn::tf {
+namespace fusedconvbn::host {
 
 // The processor that this thread runs on; -1 if the system does not tell.
 inline int this_cpu() {
@@ -35,4 +35,4 @@ inline void leave_cpu(int cpu) {
 #endif
 }
 
-}  // namespace fusedconvbn::tf
+}  // namespace fusedconvbn::host

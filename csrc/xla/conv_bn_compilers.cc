@@ -1,0 +1,213 @@
+// What XLA compiles FusedConvBN and FusedConvBNGrad to: calls of our kernels.
+#include <cstdlib>
+#include <string>
+#include <utility>
+#include <vector>
+
+#include "../tf/attributes.h"
+#include "cpu_calls.h"
+#include "custom_call.h"
+#include "tensorflow/compiler/tf2xla/shape_util.h"
+#include "tensorflow/compiler/tf2xla/xla_op_kernel.h"
+#include "tensorflow/core/framework/kernel_def_builder.h"
+#include "xla/hlo/builder/xla_builder.h"
+
+namespace fusedconvbn::xla {
+namespace {
+
+using tensorflow::OpKernelConstruction;
+using tensorflow::TensorShape;
+using tensorflow::XlaOpKernelContext;
+using tf::invalid;
+using tf::to_absl;
+
+// The attributes, read once, and what every compilation begins with.
+class ConvBnCompiler : public tensorflow::XlaOpKernel {
+ public:
+  explicit ConvBnCompiler(OpKernelConstruction* context) : XlaOpKernel(context) {
+    OP_REQUIRES_OK(context, tf::read_attributes(context, &attributes_));
+  }
+
+ protected:
+  tf::Problem& attributes() { return attributes_; }
+
+  // The problem of the inputs' shapes. A `training` that only run time tells counts as true: that needs all results.
+  absl::Status resolve_problem(XlaOpKernelContext* context, ConvBnParams* params) const {
+    ConvArguments arguments = attributes_.arguments;
+    TF_RETURN_IF_ERROR(read_sizes(context, "inputs", &arguments.inputs_shape));
+    TF_RETURN_IF_ERROR(read_sizes(context, "filters", &arguments.filters_shape));
+    TF_RETURN_IF_ERROR(check_shape(context, "training", {}));
+    bool training = true;
+    ::xla::Literal value;
+    if (context->ConstantInput("training", &value).ok()) training = value.Get<bool>({});
+    *params = attributes_.params;
+    params->training = training;
+    return to_absl(resolve(arguments, params));
+  }
+
+  // Of those among the names that the op has.
+  static absl::Status check_shapes(XlaOpKernelContext* context, std::initializer_list<const char*> names,
+                                   const TensorShape& shape) {
+    for (const char* name : names) TF_RETURN_IF_ERROR(check_shape(context, name, shape));
+    return absl::OkStatus();
+  }
+
+  static absl::Status check_shape(XlaOpKernelContext* context, const char* name, const TensorShape& wanted) {
+    int begin = 0, end = 0;  // it may be a list
+    TF_RETURN_IF_ERROR(context->op_kernel().InputRange(name, &begin, &end));
+    for (int i = begin; i < end; ++i) {
+      TensorShape shape;
+      TF_RETURN_IF_ERROR(input_shape(context, i, &shape));
+      if (shape != wanted)
+        return invalid(
+            absl::StrCat(name, " must be of shape ", wanted.DebugString(), ". Received: shape ", shape.DebugString()));
+    }
+    return absl::OkStatus();
+  }
+
+  static absl::Status input_shape(XlaOpKernelContext* context, const char* name, TensorShape* shape) {
+    int begin = 0, end = 0;
+    TF_RETURN_IF_ERROR(context->op_kernel().InputRange(name, &begin, &end));
+    return input_shape(context, begin, shape);
+  }
+
+  static absl::Status read_sizes(XlaOpKernelContext* context, const char* name, std::array<int64_t, 4>* sizes) {
+    TensorShape shape;
+    TF_RETURN_IF_ERROR(input_shape(context, name, &shape));
+    if (shape.dims() != 4)
+      return invalid(absl::StrCat(name, " must be a tensor of rank 4. Received: shape ", shape.DebugString()));
+    for (int i = 0; i < 4; ++i) (*sizes)[i] = shape.dim_size(i);
+    return absl::OkStatus();
+  }
+
+  // Sets the outputs to the results, of these shapes, of a call on all inputs. Operands and results are row-major.
+  static absl::Status call(XlaOpKernelContext* context, const char* target, const ConvBnParams& params,
+                           const std::vector<TensorShape>& results) {
+    std::vector<::xla::XlaOp> operands;
+    std::vector<::xla::Shape> operand_shapes, result_shapes;
+    for (int i = 0; i < context->num_inputs(); ++i) {
+      TensorShape shape;
+      TF_RETURN_IF_ERROR(input_shape(context, i, &shape));
+      operands.push_back(context->Input(i));
+      operand_shapes.push_back(row_major(context->input_xla_type(i), shape));
+    }
+    for (int i = 0; i < context->num_outputs(); ++i)
+      result_shapes.push_back(row_major(context->output_xla_type(i), results[i]));
+    const ::xla::XlaOp tuple = ::xla::CustomCallWithLayout(
+        context->builder(), target, operands, ::xla::ShapeUtil::MakeTupleShape(result_shapes), operand_shapes,
+        attributes_of(params), /*has_side_effect=*/false, /*output_operand_aliasing=*/{}, /*literal=*/nullptr,
+        ::xla::CustomCallSchedule::SCHEDULE_NONE, ::xla::CustomCallApiVersion::API_VERSION_TYPED_FFI);
+    for (int i = 0; i < context->num_outputs(); ++i) context->SetOutput(i, ::xla::GetTupleElement(tuple, i));
+    return absl::OkStatus();
+  }
+
+ private:
+  static absl::Status input_shape(XlaOpKernelContext* context, int index, TensorShape* shape) {
+    const absl::StatusOr<::xla::Shape> found = context->InputXlaShape(index);
+    if (!found.ok()) return found.status();
+    if (!found->is_static())
+      return absl::UnimplementedError(absl::StrCat("inputs whose sizes XLA learns at run time only. Received: ",
+                                                   ::xla::ShapeUtil::HumanString(*found)));
+    return tensorflow::XLAShapeToTensorShape(*found, shape);
+  }
+
+  static ::xla::Shape row_major(::xla::PrimitiveType type, const TensorShape& shape) {
+    const auto sizes = shape.dim_sizes();
+    return ::xla::ShapeUtil::MakeShapeWithDescendingLayout(type, absl::MakeConstSpan(sizes.data(), sizes.size()));
+  }
+
+  tf::Problem attributes_;
+};
+
+TensorShape vector_of(const ConvBnParams& params) { return TensorShape({params.out_channels}); }
+TensorShape nothing() { return TensorShape({0, 0, 0, 0}); }
+
+class Forward : public ConvBnCompiler {
+ public:
+  explicit Forward(OpKernelConstruction* context) : ConvBnCompiler(context) {
+    OP_REQUIRES_OK(context, tf::read_forward_attributes(context, &attributes().params));
+  }
+
+  void Compile(XlaOpKernelContext* context) override {
+    ConvBnParams params;
+    OP_REQUIRES_OK(context, resolve_problem(context, &params));
+    const TensorShape channels = vector_of(params), output(output_shape(params));
+    OP_REQUIRES_OK(context, check_shapes(context, {"gamma", "beta", "moving_mean", "moving_variance"}, channels));
+    OP_REQUIRES_OK(context, check_shapes(context, {"residual"}, output));
+    TensorShape conv_out = nothing();
+    OP_REQUIRES_OK(context, plan_conv_out(params, &conv_out));
+    OP_REQUIRES_OK(context,
+                   call(context, kForward, params, {output, channels, channels, channels, channels, conv_out}));
+  }
+
+ private:
+  // What the plan saves, which does not depend on the number of threads.
+  static absl::Status plan_conv_out(const ConvBnParams& params, TensorShape* shape) {
+    DeviceInfo device;
+    TF_RETURN_IF_ERROR(to_absl(detect_device(1, &device)));
+    const char* const kernel = std::getenv("FUSEDCONVBN_KERNEL");
+    Plan plan;
+    TF_RETURN_IF_ERROR(to_absl(plan_forward(params, device, kernel == nullptr ? "" : kernel, &plan)));
+    if (plan.saved != Saved::kNothing) *shape = tf::saved_shape(plan.params, plan.saved);
+    return absl::OkStatus();
+  }
+};
+
+class Backward : public ConvBnCompiler {
+ public:
+  explicit Backward(OpKernelConstruction* context) : ConvBnCompiler(context) {
+    OP_REQUIRES_OK(context, tf::read_backward_attributes(context, &attributes().params, &wanted_));
+  }
+
+  void Compile(XlaOpKernelContext* context) override {
+    ConvBnParams params;
+    OP_REQUIRES_OK(context, resolve_problem(context, &params));
+    TensorShape inputs, filters, conv_out;
+    OP_REQUIRES_OK(context, input_shape(context, "inputs", &inputs));
+    OP_REQUIRES_OK(context, input_shape(context, "filters", &filters));
+    OP_REQUIRES_OK(context, input_shape(context, "conv_out", &conv_out));
+    params.saved = tf::saved_in(conv_out);
+    const TensorShape channels = vector_of(params), output(output_shape(params));
+    OP_REQUIRES_OK(context, check_shapes(context,
+                                         {"moving_mean_gradient", "moving_variance_gradient", "gamma", "beta",
+                                          "moving_mean", "moving_variance", "batch_mean", "inv_std"},
+                                         channels));
+    OP_REQUIRES_OK(context, check_shapes(context, {"output_gradient", "residual", "output"}, output));
+    std::vector<TensorShape> results{wanted_.inputs ? inputs : nothing(),
+                                     wanted_.filters ? filters : nothing(),
+                                     channels,
+                                     channels,
+                                     channels,
+                                     channels};
+    if (wanted_.residual) results.push_back(output);
+    OP_REQUIRES_OK(context, call(context, kBackward, params, results));
+  }
+
+ private:
+  tf::Wanted wanted_;
+};
+
+// As register_kernels() of ../tf/conv_bn_kernels.h. Not by REGISTER_XLA_OP, which does nothing once TensorFlow has
+// made its devices.
+template <class Compiler>
+void register_compiler(const char* name) {
+  for (auto data : {tensorflow::DT_FLOAT, tensorflow::DT_DOUBLE, tensorflow::DT_HALF, tensorflow::DT_BFLOAT16}) {
+    const auto* definition = tensorflow::KernelDefBuilder(name)
+                                 .Device(tensorflow::DEVICE_CPU_XLA_JIT)
+                                 .TypeConstraint("T", data)
+                                 .TypeConstraint("U", data == tensorflow::DT_DOUBLE ? data : tensorflow::DT_FLOAT)
+                                 .Build();
+    tensorflow::kernel_factory::OpKernelRegistrar(
+        definition, name, [](OpKernelConstruction* context) -> tensorflow::OpKernel* { return new Compiler(context); });
+  }
+}
+
+[[maybe_unused]] const bool registered = [] {
+  if (!register_cpu_calls().ok()) return false;  // another copy has
+  register_compiler<Forward>("FusedConvBN");
+  register_compiler<Backward>("FusedConvBNGrad");
+  return true;
+}();
+
+}  // namespace
+}  // namespace fusedconvbn::xla
