@@ -4,6 +4,8 @@ import keras
 import numpy as np
 import pytest
 import tensorflow as tf
+from fold_files import control_flow
+from tensorflow.python.framework.convert_to_constants import convert_variables_to_constants_v2
 
 import fusedconvbn
 
@@ -125,3 +127,52 @@ def test_what_else_is_done_with_them_is_refused(made, message, tmp_path):
     with pytest.raises(ValueError, match=message):
         fusedconvbn.fold(str(tmp_path / "saved"), str(tmp_path / "folded"))
     assert not (tmp_path / "folded").exists()
+
+
+def gru_behind_a_convolution():
+    keras.utils.set_random_seed(1)
+    chain = [layers.Conv2D(4, 3, padding="same"), layers.BatchNormalization(), layers.Reshape((10, 32)), layers.GRU(4)]
+    model = keras.Sequential([keras.Input((10, 8, 3)), *chain])
+    model.layers[1].set_weights([positive([4], seed) for seed in range(4)])
+    return model
+
+
+@pytest.mark.parametrize("lowered", [False, True], ids=["functional", "lowered"])
+def test_frozen_loops(lowered, tmp_path):
+    """Lowered, as by default: constants of the body name its frame by way of a NoOp."""
+    model = gru_behind_a_convolution()
+    call = tf.function(lambda images: model(images, training=False))
+    spec = tf.TensorSpec([None, 10, 8, 3])
+    frozen = convert_variables_to_constants_v2(call.get_concrete_function(spec), lower_control_flow=lowered)
+    graph = frozen.graph.as_graph_def()
+    assert any(node.op == "Enter" for node in graph.node) == lowered
+    x = normal([2, 10, 8, 3])
+    folded, report = fusedconvbn.fold(graph)
+    assert (len(report.folded), report.kept, report.verification.verdict) == (1, [], "ok")
+    with tf.Graph().as_default(), tf.compat.v1.Session() as session:
+        tf.import_graph_def(folded, name="")
+        found = session.run(frozen.outputs[0].name, {frozen.inputs[0].name: x})
+    np.testing.assert_allclose(found, model.predict(x, verbose=0), rtol=0, atol=1e-5)
+
+
+@pytest.mark.parametrize("use_resource", [False, True], ids=["reference", "resource"])
+def test_variables_of_loops_of_tensorflow_1(use_resource, tmp_path):
+    x = normal([2, 8, 6, 3])
+    with tf.Graph().as_default(), tf.compat.v1.Session() as session, control_flow(version_2=False):
+        images = tf.compat.v1.placeholder(tf.float32, [None, 8, 6, 3], "images")
+        args = (tf.constant(positive([4], seed)) for seed in range(4))
+        z = tf.nn.conv2d(images, normal([3, 3, 3, 4]), 1, "SAME")
+        z = tf.compat.v1.nn.fused_batch_norm(z, *args, is_training=False)[0]
+        matrix = tf.compat.v1.get_variable("matrix", initializer=0.3 * normal([4, 4]), use_resource=use_resource)
+        body = lambda i, h: (i + 1, tf.tanh(tf.matmul(h, matrix)))  # noqa: E731
+        _, h = tf.compat.v1.while_loop(lambda i, _: i < 5, body, (0, tf.reduce_mean(z, [1, 2])))
+        output = tf.identity(h, name="output")
+        session.run(tf.compat.v1.global_variables_initializer())
+        tf.compat.v1.train.Saver().save(session, str(tmp_path / "model"))
+        expected = session.run(output, {images: x})
+    prefix, report = fusedconvbn.fold(str(tmp_path / "model"), str(tmp_path / "folded"), outputs=["output"])
+    assert (len(report.folded), report.kept, report.verification.verdict) == (1, [], "ok")
+    with tf.Graph().as_default(), tf.compat.v1.Session() as session:
+        tf.compat.v1.train.import_meta_graph(f"{prefix}.meta").restore(session, prefix)
+        found = session.run("output:0", {"images:0": x})
+    np.testing.assert_allclose(found, expected, rtol=0, atol=1e-5)

@@ -12,7 +12,7 @@ from google.protobuf import message
 from fusedconvbn._arguments import refuse
 from fusedconvbn.folding.frozen import outputs_of
 from fusedconvbn.folding.nodes import Nodes, canonical, node_of
-from fusedconvbn.folding.saved_model import clean, freeze_meta_graph, results_of, start
+from fusedconvbn.folding.saved_model import clean, freeze_meta_graph, results_of, start, what_is_left
 from fusedconvbn.folding.sources import MetaGraphDef, Source, Wishes, settle_ends
 from fusedconvbn.folding.training import results_of_inference
 from fusedconvbn.folding.variables import weights_of, with_variables
@@ -71,7 +71,7 @@ def _results(meta: MetaGraphDef, graph: Nodes, wishes: Wishes, prefix: str) -> l
         return outputs_of(graph, wishes)
     signatures = {key: s for key, s in meta.signature_def.items() if s.outputs}
     if signatures:
-        return results_of(signatures, wishes, prefix)
+        return results_of(signatures, wishes, graph, prefix)
     found = results_of_inference(graph)
     if len(found) != 1:
         refuse(ValueError, "outputs", f"given, where it is not plain: it may be among {found[:12]}", None)
@@ -96,15 +96,15 @@ def write_checkpoint(frozen: Frozen, prefix: str, meta: MetaGraphDef) -> None:
         saver = tf.compat.v1.train.Saver(allow_empty=True)
         saver.save(session, prefix, write_state=False, write_meta_graph=False)
         made = tf.compat.v1.train.export_meta_graph(saver_def=saver.as_saver_def(), strip_default_attrs=True)
-        _keep_names(meta, made, {operation.name for operation in graph.get_operations()})
+        _keep_names(meta, made, frozen, {operation.name for operation in graph.get_operations()})
         Path(f"{prefix}.meta").write_bytes(made.SerializeToString())
 
 
-def _keep_names(meta: MetaGraphDef, made: MetaGraphDef, known: set[str]) -> None:
+def _keep_names(meta: MetaGraphDef, made: MetaGraphDef, frozen: Frozen, known: set[str]) -> None:
     for key, signature in meta.signature_def.items():
-        infos = [*signature.inputs.values(), *signature.outputs.values()]
-        if all(node_of(canonical(info.name)) in known for info in infos):
-            made.signature_def[key].CopyFrom(signature)
+        left = what_is_left(signature, frozen)
+        if left.outputs:
+            made.signature_def[key].CopyFrom(left)
     for key, collection in meta.collection_def.items():
         names = collection.node_list.value
         if names and key not in made.collection_def and all(node_of(canonical(name)) in known for name in names):

@@ -23,6 +23,8 @@ def expand_fused(graph: Nodes) -> tuple[dict[str, str], list[Kept]]:
     if not nodes:
         return {}, []
     constants, shapes = Constants(graph), Shapes(graph)
+    # Before anything changes: of what stands in a node's place no shape is known.
+    depthwise = {node.name: _depthwise_shape(graph, node, shapes) for node in nodes}
     expanded, kept = {}, []
     for node in nodes:
         try:
@@ -30,7 +32,7 @@ def expand_fused(graph: Nodes) -> tuple[dict[str, str], list[Kept]]:
         except Blocked as reason:
             kept.append(Kept(node.name, str(reason)))
         else:
-            expanded[_expand(graph, node, m, shapes)] = node.name
+            expanded[_expand(graph, node, m, depthwise[node.name])] = node.name
     return expanded, kept
 
 
@@ -46,11 +48,23 @@ def _map(graph: Nodes, node: NodeDef, constants: Constants) -> AffineMap:
     return AffineMap.of_batch_norm(*values, attribute(node, "epsilon").f)
 
 
-def _expand(graph: Nodes, node: NodeDef, m: AffineMap, shapes: Shapes) -> str:
+def _depthwise_shape(graph: Nodes, node: NodeDef, shapes: Shapes) -> list[int] | None:
+    """That of the filters of the DepthwiseConv2dNative that a node's convolution is; None where it is none."""
+    nhwc = attribute(node, "data_format").s == b"NHWC"
+    data, filters = graph.inputs(node)[:2]
+    shape, channels = shapes.of(filters), shapes.size(data, -1 if nhwc else -3)
+    steps = [list(attribute(node, key).list.i)[1 if nhwc else 2 :][:2] for key in ("strides", "dilations")]
+    square = all(step[0] == step[1] for step in steps) and not (steps[0][0] > 1 < steps[1][0])
+    if not shape or shape[2] != 1 or channels in (None, 1) or shape[3] % channels or not square:
+        return None
+    return [shape[0], shape[1], channels, shape[3] // channels]
+
+
+def _expand(graph: Nodes, node: NodeDef, m: AffineMap, depthwise: list[int] | None) -> str:
     """Puts stock ops in a node's place; the name of the first that is the batch norm's."""
     data, filters, _, _, mean, variance, *residual, _ = graph.inputs(node)
     builder = _Builder(graph, node)
-    z = builder.convolution(data, filters, shapes)
+    z = builder.convolution(data, filters, depthwise)
     scaled = builder.normalization(z, m)
     if residual:
         builder.add("AddV2", "residual", builder.result, residual[0])
@@ -79,18 +93,13 @@ class _Builder:
     def number(self, name: str, value: float) -> str:
         return self._graph.add_constant(f"{self._node.name}/{name}", np.asarray(value, self._numpy))
 
-    def convolution(self, data: str, filters: str, shapes: Shapes) -> str:
-        """Conv2D, or DepthwiseConv2dNative where each channel is a group and its attributes allow it."""
+    def convolution(self, data: str, filters: str, depthwise: list[int] | None) -> str:
+        """Conv2D, or DepthwiseConv2dNative with filters of that shape."""
         kept = {key: attribute(self._node, key) for key in ("strides", "padding", "explicit_paddings", "data_format")}
         kept["dilations"] = attribute(self._node, "dilations")
-        nhwc = attribute(self._node, "data_format").s == b"NHWC"
-        shape, channels = shapes.of(filters), shapes.size(data, -1 if nhwc else -3)
-        steps = [list(attribute(self._node, key).list.i)[1 if nhwc else 2 :][:2] for key in ("strides", "dilations")]
-        square = all(step[0] == step[1] for step in steps) and not (steps[0][0] > 1 < steps[1][0])
-        if not shape or shape[2] != 1 or channels in (None, 1) or shape[3] % channels or not square:
+        if depthwise is None:
             return self.add("Conv2D", "Conv2D", data, filters, **kept)
-        sizes = [shape[0], shape[1], channels, shape[3] // channels]
-        target = self._graph.add_constant(f"{self._node.name}/shape", np.asarray(sizes, np.int32))
+        target = self._graph.add_constant(f"{self._node.name}/shape", np.asarray(depthwise, np.int32))
         self.add("Reshape", "depthwise_filters", filters, target, Tshape=tf.int32)
         return self.add("DepthwiseConv2dNative", "depthwise", data, self.result, **kept)
 

@@ -131,6 +131,9 @@ class _Folding:
         for op, entry in zip(norms, fold_batch_norms(plan)):
             layer_id = id(calls[id(op)].layer)
             entries[layer_id] = merged(entries.get(layer_id), entry)
+        for call in graph.calls:
+            for layer in _hidden(call.layer):
+                entries.setdefault(id(layer), Kept(f"{graph.path}{layer.name}", _why_hidden(layer, call.layer)))
         gone = [call for call, op in ops.items() if passes_on(call) or (isinstance(op, Affine) and op.removed)]
         if is_list and len(gone) == len(ops):
             gone.pop()  # Keras runs no Sequential model without layers
@@ -170,6 +173,20 @@ class _Folding:
         ids = {tensor_name(tensor): id(tensor) for call in calls.values() for tensor in call.results}
         for before in plan.sites():
             self._outcome.sites[ids[before]] = before.partition("@")[0]
+
+
+def _hidden(layer: keras.layers.Layer) -> list[keras.layers.Layer]:
+    """The batch norms in a layer that is no graph of layers; itself, if it is a kind of its own."""
+    if is_graph(layer) or type(layer) is keras.layers.BatchNormalization:
+        return []
+    return [
+        each for each in layer._flatten_layers() if isinstance(each, (keras.layers.BatchNormalization, FusedConvBN))
+    ]
+
+
+def _why_hidden(layer: keras.layers.Layer, outer: keras.layers.Layer) -> str:
+    where = "a class of its own" if layer is outer else f"inside {type(outer).__name__} {outer.name!r}"
+    return f"it is {where}, and only a graph tells what that computes: export() the model and fold the SavedModel"
 
 
 def _passing_on(call: Call) -> Substitute:

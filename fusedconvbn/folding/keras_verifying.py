@@ -28,6 +28,10 @@ class KerasModels:
         self.inputs = [tensor.name for tensor in outcome.original.inputs]
         self.outputs = [f"output {i}" for i in range(len(outcome.original.outputs))]
 
+    def types(self) -> set[str]:
+        """Names of the types that the original's layers compute in."""
+        return {layer.compute_dtype for layer in self._outcome.original._flatten_layers()}
+
     def feeds(self, rng: np.random.Generator, batch: int, size: int) -> dict[str, np.ndarray] | None:
         """Random inputs, unknown sizes being `batch` along the first axis and `size` elsewhere."""
         made = {}

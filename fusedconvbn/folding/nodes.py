@@ -172,9 +172,21 @@ class Nodes:
         ]
 
     def control(self, node: NodeDef | str) -> list[str]:
-        """The nodes that say in which branch or frame of TensorFlow 1's control flow a node is."""
+        """The nodes that say in which branch or frame of TensorFlow 1's control flow a node is.
+
+        Where TensorFlow has lowered functional control flow to that, by way of a NoOp for the whole function.
+        """
         node = self.nodes[node] if isinstance(node, str) else node
-        return [name[1:] for name in node.input if name.startswith("^") and self.is_flow(name[1:])]
+        pending = [name[1:] for name in node.input if name.startswith("^")]
+        found: dict[str, bool] = {}  # whether it is one, of each that was met
+        while pending:
+            name = pending.pop(0)
+            if name in found:
+                continue
+            found[name] = self.is_flow(name)
+            if not found[name] and name in self.nodes and self.nodes[name].op == "NoOp":
+                pending += [before[1:] for before in self.nodes[name].input if before.startswith("^")]
+        return [name for name, is_flow in found.items() if is_flow]
 
     def is_flow(self, name: str) -> bool:
         """Whether a node is one of TensorFlow 1's control flow, or tells of which branch it is."""
@@ -265,8 +277,17 @@ class Nodes:
     def prune(self, tensors: Iterable[str], *, control: bool = False) -> None:
         """Drops the nodes that `tensors` do not need."""
         needed = self.ancestors(tensors, control=control)
+        for name in () if control else needed:
+            self._name_flow(self.nodes[name])
         self.nodes = {name: node for name, node in self.nodes.items() if name in needed}
         self._arrays = {name: value for name, value in self._arrays.items() if name in needed}
+
+    def _name_flow(self, node: NodeDef) -> None:
+        """Lets a node name what its `control` is by itself: NoOps between go."""
+        named = [tensor for tensor in node.input if tensor.startswith("^")]
+        if named:
+            flow = [f"^{name}" for name in self.control(node)]
+            node.input[:] = [tensor for tensor in node.input if not tensor.startswith("^")] + flow
 
     def topological(self) -> list[NodeDef]:
         """Each node after those that it reads; edges back to the head of a TensorFlow 1 loop do not count."""

@@ -31,8 +31,8 @@ def open_saved_model(folder: Path, wishes: Wishes, tags: Sequence[str] | None) -
     """
     meta = read_meta_graph(folder, tags)
     signatures = {key: s for key, s in meta.signature_def.items() if key not in _OF_NO_MODEL and s.outputs}
-    results = results_of(signatures, wishes, folder)
     graph = Nodes(meta.graph_def)
+    results = results_of(signatures, wishes, graph, folder)
     inputs, bound = settle_ends(graph, results, _with_signature_inputs(signatures, wishes))
     prefix = str(folder / "variables" / "variables")
     frozen = freeze_meta_graph(graph, results, inputs, prefix)
@@ -68,14 +68,33 @@ def clean(meta: MetaGraphDef) -> MetaGraphDef:
     return meta
 
 
-def results_of(signatures: dict[str, SignatureDef], wishes: Wishes, source: object) -> list[str]:
-    """The tensors that the user names, or that the signatures return."""
+def results_of(signatures: dict[str, SignatureDef], wishes: Wishes, graph: Nodes, source: object) -> list[str]:
+    """The tensors that the user names, or that the signatures return.
+
+    Raises:
+        ValueError: A name is of nothing, or there is nothing.
+    """
     if wishes.outputs is not None:
-        return [canonical(name) for name in wishes.outputs]
+        return list(dict.fromkeys(t for name in wishes.outputs for t in _tensors_of(name, signatures, graph)))
     found = [canonical(info.name) for s in signatures.values() for info in s.outputs.values()]
     if not found:
         refuse(ValueError, "outputs", "given: the source has no signature that returns something", str(source))
     return list(dict.fromkeys(found))
+
+
+def _tensors_of(name: str, signatures: dict[str, SignatureDef], graph: Nodes) -> list[str]:
+    """Of the name of a tensor, of a signature, or of an output that signatures have."""
+    if node_of(canonical(name)) in graph:
+        return [canonical(name)]
+    if name in signatures:
+        return [canonical(info.name) for info in signatures[name].outputs.values()]
+    found = [canonical(s.outputs[name].name) for s in signatures.values() if name in s.outputs]
+    if not found:
+        known = ", ".join(f"{key} ({', '.join(sorted(s.outputs))})" for key, s in sorted(signatures.items()))
+        refuse(
+            ValueError, "outputs", f"names of signatures, of their outputs, or of the graph's tensors: {known}", name
+        )
+    return found
 
 
 def _with_signature_inputs(signatures: dict[str, SignatureDef], wishes: Wishes) -> Wishes:
@@ -116,7 +135,8 @@ def write_saved_model(frozen: Frozen, path: Path, meta: MetaGraphDef) -> None:
     """Writes a folder with the tags and signatures of `meta`, or one for all inputs and outputs where it has none."""
     with with_variables(frozen) as session, session.graph.as_default() as graph:
         builder = tf.compat.v1.saved_model.Builder(str(path))
-        signatures = {key: s for key, s in meta.signature_def.items() if s.outputs and _is_there(graph, s)}
+        left = {key: what_is_left(s, frozen) for key, s in meta.signature_def.items()}
+        signatures = {key: s for key, s in left.items() if s.outputs}
         builder.add_meta_graph_and_variables(
             session, list(meta.meta_info_def.tags) or [tf.saved_model.SERVING],
             signature_def_map=signatures or {"serving_default": _signature(frozen, graph)}, strip_default_attrs=True,
@@ -138,7 +158,12 @@ def _plain(tensor: str) -> str:
     return f"{node_of(canonical(tensor))}_{port_of(tensor)}" if port_of(tensor) else node_of(canonical(tensor))
 
 
-def _is_there(graph: tf.Graph, signature: SignatureDef) -> bool:
-    names = [info.name for ends in (signature.inputs, signature.outputs) for info in ends.values()]
-    known = {operation.name for operation in graph.get_operations()}
-    return all(name.rpartition(":")[0] in known for name in names)
+def what_is_left(signature: SignatureDef, frozen: Frozen) -> SignatureDef:
+    """A signature with those of its inputs and outputs that the model still has."""
+    found = SignatureDef()
+    found.CopyFrom(signature)
+    for ends, names in ((found.inputs, frozen.inputs), (found.outputs, frozen.results)):
+        known = set(map(canonical, names))
+        for key in [key for key, info in ends.items() if canonical(info.name) not in known]:
+            del ends[key]
+    return found

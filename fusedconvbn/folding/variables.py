@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 
 import numpy as np
 import tensorflow as tf
 
-from fusedconvbn.folding.captures import kind_of, take_values
+from fusedconvbn.folding.captures import Kind, kind_of, take_values
 from fusedconvbn.folding.constants import Constants
 from fusedconvbn.folding.nodes import Nodes, attribute, is_float, node_of, op_def, set_attribute
 from fusedconvbn.folding.writing import Frozen, Variable
@@ -16,7 +16,8 @@ _REFERENCES = ("Variable", "VariableV2", "TemporaryVariable")
 _RESTORES = ("RestoreV2", "Restore", "RestoreSlice")
 _ASSIGNMENTS = ("AssignVariableOp", "Assign")
 _REFERENCE_READS = {"RefSwitch", "RefIdentity", "RefEnter", "IsVariableInitialized"}
-_READS = {"ReadVariableOp", "ResourceGather", "ResourceGatherNd", "VariableShape", "VarIsInitializedOp", "Identity"}
+_PASS_ON = {"Identity", "Enter", "Switch"}
+_READS = {"ReadVariableOp", "ResourceGather", "ResourceGatherNd", "VariableShape", "VarIsInitializedOp", *_PASS_ON}
 _CALLS = {"If", "StatelessIf", "While", "StatelessWhile", "Case", "StatelessCase", "PartitionedCall",
           "StatefulPartitionedCall"}  # fmt: skip
 
@@ -107,15 +108,19 @@ def freeze(graph: Nodes, results: Sequence[str], prefix: str, keys: dict[str, tu
         shared = attribute(node, "shared_name").s.decode()
         graph.set_value(name, values.of(name, shared))
         found[name] = Variable(name, resource)
-    resources = {name for name, variable in found.items() if variable.resource}
-    readers = [n for n in needed if n not in found and any(node_of(t) in resources for t in graph.inputs(n))]
+    kinds = {name: kind_of(graph.value(name)) for name, variable in found.items() if variable.resource}
+    for node in graph.topological():
+        if node.op in _PASS_ON and node_of(graph.inputs(node)[0]) in kinds:
+            kinds[node.name] = kinds[node_of(graph.inputs(node)[0])]
+            set_attribute(node, "T", tf.as_dtype(kinds[node.name][0]))
+    readers = [n for n in needed if n not in kinds and any(node_of(t) in kinds for t in graph.inputs(n))]
     for name in readers:
-        _read_constant(graph, name, resources)
+        _read_constant(graph, name, kinds)
     return found
 
 
-def _read_constant(graph: Nodes, name: str, resources: set[str]) -> None:
-    """Lets a node that reads a resource read a constant."""
+def _read_constant(graph: Nodes, name: str, kinds: Mapping[str, Kind]) -> None:
+    """Lets a node that reads a resource read a value; `kinds`: what nodes that were resources are now."""
     node = graph[name]
     inputs = graph.inputs(node)
     if node.op == "ReadVariableOp":
@@ -127,7 +132,7 @@ def _read_constant(graph: Nodes, name: str, resources: set[str]) -> None:
             set_attribute(gathered, key, value)
         graph.replace(f"{name}:0", f"{gathered.name}:0")
     else:
-        given = {i: kind_of(graph.value(n)) for i, t in enumerate(inputs) if (n := node_of(t)) in resources}
+        given = {i: kinds[node_of(t)] for i, t in enumerate(inputs) if node_of(t) in kinds}
         take_values(graph, node, given)
 
 

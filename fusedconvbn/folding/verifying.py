@@ -15,11 +15,13 @@ from fusedconvbn._arguments import refuse
 from fusedconvbn.folding.nodes import is_float
 
 TOLERANCES = {"float64": 1e-4, "float32": 1e-4, "float16": 1e-2, "bfloat16": 8e-2}
-"""Of the largest difference, relative to a tensor's own maximum, by the least exact type that is compared."""
+"""Of the largest difference, relative to a tensor's own maximum, by the least exact type that a model computes in."""
 
-_DEPENDS = 10  # times its limit: an output that changes by less with another input would pass whatever is wrong
+# An output that changes by less with another input would pass whatever is wrong: so many times its limit, or by so much
+# of its maximum if that is less.
+_DEPENDS, _DEPENDS_ENOUGH = 10, 0.05
 _ROUNDINGS = 4  # how many times what one rounding of all weights does to a tensor all roundings may do to it
-_LARGEST_LIMIT = 0.05  # relative: what may differ by more is not compared at all
+_LARGEST_NOISE = 0.05  # relative: what rounding may change by more is not compared at all
 _BATCH = 2
 _UNKNOWN_SIZES = (96, 224)  # pixels, tried in turn
 
@@ -113,6 +115,11 @@ class Models:
         self.inputs, self.outputs = list(inputs), list(results)
         self._results, self._sites = dict(results), dict(sites)
 
+    def types(self) -> set[str]:
+        """Names of the types that the original computes in."""
+        operations = self._before.session.graph.get_operations()
+        return {tensor.dtype.name for operation in operations for tensor in operation.outputs}
+
     def feeds(self, rng: np.random.Generator, batch: int, size: int) -> dict[str, np.ndarray] | None:
         """Random inputs, unknown sizes being `batch` along the first axis and `size` elsewhere."""
         made = {}
@@ -166,7 +173,7 @@ def compare(
 
     Args:
         models: `Models`, or what has its methods.
-        tolerance: None: of `TOLERANCES`, by type.
+        tolerance: None: of `TOLERANCES`, by the model's types.
         given: By names of inputs.
         dropped: Whether dropout was removed that the original may still do.
 
@@ -180,8 +187,11 @@ def compare(
         return Comparison("inconclusive", notes=[note])
     expected, again = models.original(feeds), models.original(feeds)
     before, after = models.before(feeds), models.after(feeds)
-    limits = _limits(before, models.disturbed(disturbed(feeds)), tolerance)
-    result = Comparison("ok", max(_tolerance(v, tolerance) for v in before.values()))
+    if tolerance is None:
+        tolerance = max(TOLERANCES.get(name, 0.0) for name in {*models.types(), "float32"})
+    noise = {name: _ROUNDINGS * difference(before[name], v) for name, v in models.disturbed(disturbed(feeds)).items()}
+    limits = {name: max(tolerance, each) for name, each in noise.items()}
+    result = Comparison("ok", tolerance)
     sites = [name for name in before if name not in models.outputs]
     result.sites = {name: difference(before[name], after[name]) for name in sites}
     is_random = any(difference(a, b) > limits[n] for n, a, b in zip(models.outputs, expected, again))
@@ -193,36 +203,29 @@ def compare(
     else:
         elsewhere = models.original(other)
     result.outputs = {n: difference(a, after[n]) for n, a in zip(models.outputs, expected)}
-    blind = [n for n, a, b in zip(models.outputs, expected, elsewhere) if difference(a, b) < _DEPENDS * limits[n]]
+    changes = {n: difference(a, b) for n, a, b in zip(models.outputs, expected, elsewhere)}
+    blind = [n for n, change in changes.items() if change < _least_change(limits[n])]
     if blind:
         result.notes.append(f"hardly depends on the input: {', '.join(blind)}")
-    _judge(result, limits, inconclusive=bool(blind) or (is_random and not dropped))
+    vague = [name for name, each in noise.items() if each > _LARGEST_NOISE]
+    if vague:
+        result.notes.append(f"rounding alone changes it much: {', '.join(vague[:5])}")
+        limits |= dict.fromkeys(vague, np.inf)
+    _judge(result, limits, inconclusive=bool(blind or vague) or (is_random and not dropped))
     return result
+
+
+def _least_change(limit: float) -> float:
+    return max(limit, min(_DEPENDS * limit, _DEPENDS_ENOUGH))
 
 
 def _judge(result: Comparison, limits: Mapping[str, float], *, inconclusive: bool) -> None:
     """Sets the verdict."""
     found = {**result.sites, **result.outputs}
-    wrong = [name for name, difference in found.items() if difference > min(limits[name], _LARGEST_LIMIT)]
-    vague = [name for name, limit in limits.items() if limit > _LARGEST_LIMIT]
-    if vague:
-        result.notes.append(f"rounding alone changes it much: {', '.join(vague[:5])}")
-        wrong = [name for name in wrong if name not in vague]
+    wrong = [name for name, difference in found.items() if difference > limits[name]]
     if wrong:
         result.notes.append(f"differs at {', '.join(wrong[:5])}")
-    result.verdict = "failed" if wrong else "inconclusive" if inconclusive or vague else "ok"
-
-
-def _limits(
-    values: Mapping[str, np.ndarray], others: Mapping[str, np.ndarray], tolerance: float | None
-) -> dict[str, float]:
-    """What each tensor may differ by: the tolerance, or some times what rounding once more does to it."""
-    noise = {name: difference(value, others[name]) for name, value in values.items()}
-    return {name: max(_tolerance(value, tolerance), _ROUNDINGS * noise[name]) for name, value in values.items()}
-
-
-def _tolerance(value: np.ndarray, tolerance: float | None) -> float:
-    return TOLERANCES.get(value.dtype.name, TOLERANCES["float32"]) if tolerance is None else tolerance
+    result.verdict = "failed" if wrong else "inconclusive" if inconclusive else "ok"
 
 
 def disturbed(values: Mapping[Any, np.ndarray]) -> dict[Any, np.ndarray]:
