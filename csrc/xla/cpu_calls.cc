@@ -55,6 +55,7 @@ class Arrays {
     return std::equal(sizes.begin(), sizes.end(), shape.begin(), shape.end());
   }
 
+  size_t operands() const { return operands_.size(); }
   bool training() const { return *operands_.get<ffi::AnyBuffer>(operands_.size() - 1)->typed_data<bool>(); }
 
  private:
@@ -75,13 +76,25 @@ ffi::Error invalid(const Status& status) {
   return status.ok() ? ffi::Error::Success() : ffi::Error::InvalidArgument(status.message);
 }
 
-// The plan of a call that may use that many threads.
-Status plan_call(Plans* plans, const ConvBnParams& params, int64_t threads, std::shared_ptr<const Plan>* plan) {
+// What each handler begins with: the problem of this call, and its plan.
+struct Call {
+  ConvBnParams params;
+  std::shared_ptr<const Plan> plan;
+};
+
+// `operand_count`: how many a problem has.
+ffi::Error begin(Plans* plans, const ffi::ThreadPool& pool, const Arrays& arrays, Integers integers, Numbers numbers,
+                 size_t (*operand_count)(const ConvBnParams&), Call* call) {
+  ConvBnParams& params = call->params;
+  if (!read_params(integers, numbers, &params) || arrays.operands() != operand_count(params))
+    return ffi::Error::Internal("a call of fusedconvbn that it did not write");
+  params.training = arrays.training();
+  const int threads = static_cast<int>(std::max<int64_t>(pool.num_threads(), 1));
   DeviceInfo device;
-  const Status status = detect_device(useful_threads(params, static_cast<int>(std::max<int64_t>(threads, 1))), &device);
-  if (!status.ok()) return status;
+  if (const Status status = detect_device(useful_threads(params, threads), &device); !status.ok())
+    return invalid(status);
   const char* const kernel = std::getenv("FUSEDCONVBN_KERNEL");
-  return plans->get(params, device, kernel == nullptr ? "" : kernel, plan);
+  return invalid(plans->get(params, device, kernel == nullptr ? "" : kernel, &call->plan));
 }
 
 template <class Buffers>
@@ -94,24 +107,14 @@ ffi::Error run(const Plan& plan, const Buffers& buffers, ffi::ThreadPool* pool) 
   return invalid(run_cpu(plan, buffers, workspace.data(), &threads));
 }
 
-// What the compiler planned for, read and checked.
-ffi::Error read_call(const ffi::RemainingArgs& operands, const ffi::RemainingRets& results, size_t operand_count,
-                     size_t result_count) {
-  if (operands.size() == operand_count && results.size() == result_count) return ffi::Error::Success();
-  return ffi::Error::Internal("a call of fusedconvbn that it did not write: " + std::to_string(operands.size()) +
-                              " operands, " + std::to_string(results.size()) + " results");
-}
-
 ffi::Error forward(ffi::ThreadPool pool, ffi::RemainingArgs operands, ffi::RemainingRets results, Integers integers,
                    Numbers numbers) {
   static Plans* const plans = new Plans(plan_forward);
-  ConvBnParams params;
-  if (!read_params(integers, numbers, &params)) return ffi::Error::Internal("unknown attributes");
-  if (ffi::Error error = read_call(operands, results, 7 + params.has_residual, 6); error.failure()) return error;
+  const auto count = [](const ConvBnParams& p) -> size_t { return 7 + p.has_residual; };
   Arrays arrays(operands, results);
-  params.training = arrays.training();
-  std::shared_ptr<const Plan> plan;
-  if (const Status status = plan_call(plans, params, pool.num_threads(), &plan); !status.ok()) return invalid(status);
+  Call call;
+  if (ffi::Error error = begin(plans, pool, arrays, integers, numbers, count, &call); error.failure()) return error;
+  const auto& [params, plan] = call;
   ForwardBuffers b;
   b.inputs = arrays.next_operand();
   b.filters = arrays.next_operand();
@@ -138,17 +141,11 @@ ffi::Error forward(ffi::ThreadPool pool, ffi::RemainingArgs operands, ffi::Remai
 ffi::Error backward(ffi::ThreadPool pool, ffi::RemainingArgs operands, ffi::RemainingRets results, Integers integers,
                     Numbers numbers) {
   static Plans* const plans = new Plans(plan_backward);
-  ConvBnParams params;
-  if (!read_params(integers, numbers, &params)) return ffi::Error::Internal("unknown attributes");
-  const bool has_d_residual = results.size() == 7;
-  if (ffi::Error error =
-          read_call(operands, results, 13 + needs_residual(params) + params.has_output, 6 + has_d_residual);
-      error.failure())
-    return error;
+  const auto count = [](const ConvBnParams& p) -> size_t { return 13 + needs_residual(p) + p.has_output; };
   Arrays arrays(operands, results);
-  params.training = arrays.training();
-  std::shared_ptr<const Plan> plan;
-  if (const Status status = plan_call(plans, params, pool.num_threads(), &plan); !status.ok()) return invalid(status);
+  Call call;
+  if (ffi::Error error = begin(plans, pool, arrays, integers, numbers, count, &call); error.failure()) return error;
+  const auto& [params, plan] = call;
   BackwardBuffers b;
   b.output_gradient = arrays.next_operand();
   b.moving_mean_gradient = arrays.next_operand();
@@ -174,7 +171,7 @@ ffi::Error backward(ffi::ThreadPool pool, ffi::RemainingArgs operands, ffi::Rema
   b.d_beta = arrays.next_result();
   b.d_moving_mean = arrays.next_result();
   b.d_moving_variance = arrays.next_result();
-  if (has_d_residual) b.d_residual = arrays.next_result();
+  if (results.size() == 7) b.d_residual = arrays.next_result();
   return run(*plan, b, &pool);
 }
 
