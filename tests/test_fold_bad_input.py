@@ -66,6 +66,15 @@ def test_truncated(name, tmp_path):
     assert tree(tmp_path) == before
 
 
+@pytest.mark.parametrize("name", ["checkpoint_reference_variables", "saved_simple"])
+def test_truncated_values(name, tmp_path):
+    file = FOLD_SOURCES[name](tmp_path)
+    for path in tmp_path.rglob("*.data-*"):
+        path.write_bytes(path.read_bytes()[: path.stat().st_size // 2])
+    with pytest.raises(ValueError, match=r"`source` must be a whole checkpoint.*Received"):
+        fusedconvbn.fold(file.path, tmp_path / "new")
+
+
 def test_truncated_keras_file(tmp_path):
     keras.Sequential([keras.Input((4,)), keras.layers.Dense(3)]).save(tmp_path / "a.keras")
     whole = (tmp_path / "a.keras").read_bytes()

@@ -7,7 +7,7 @@ import re
 import shutil
 import tempfile
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -177,7 +177,8 @@ def size_of(*paths: Path) -> int:
 
 @contextmanager
 def whole(destination: str, *, overwrite: bool, is_prefix: bool = False) -> Iterator[str]:
-    """A path to write to, beside `destination`; its files become the latter's at the end, or go if something fails.
+    """A path to write to, beside `destination`; its files become the latter's at the end, or go if something fails, and
+    so do folders that were made for them.
 
     What is written is a file or a folder or, if `is_prefix`, files whose names begin as `destination` does.
 
@@ -188,6 +189,7 @@ def whole(destination: str, *, overwrite: bool, is_prefix: bool = False) -> Iter
     existing = _named(parent, name, is_prefix)
     if existing and not overwrite:
         refuse_existing(destination, overwrite)
+    missing = [folder for folder in (Path(parent), *Path(parent).parents) if not folder.exists()]
     os.makedirs(parent, exist_ok=True)
     folder = tempfile.mkdtemp(prefix=".fold-", dir=parent)
     try:
@@ -200,6 +202,9 @@ def whole(destination: str, *, overwrite: bool, is_prefix: bool = False) -> Iter
             os.rename(os.path.join(made, new), os.path.join(parent, new))
     finally:
         shutil.rmtree(folder, ignore_errors=True)
+        for parent_made in missing:
+            with suppress(OSError):  # not empty: all went well, or it is used by others too
+                parent_made.rmdir()
 
 
 def refuse_existing(destination: str, overwrite: bool) -> None:

@@ -158,7 +158,7 @@ class _Values:
             )
         try:
             value = self._reader.get_tensor(key)
-        except (ValueError, tf.errors.OpError, RuntimeError) as error:
+        except (ValueError, IndexError, tf.errors.OpError, RuntimeError) as error:
             raise ValueError(f"`source` must be a whole checkpoint. Received: {self._prefix!r} ({error})") from error
         return value[_slice(part)] if part else value
 
@@ -185,7 +185,8 @@ def with_variables(frozen: Frozen) -> tf.compat.v1.Session:
     values = {name: frozen.graph.value(name) for name in frozen.variables if name in frozen.graph}
     with tf.Graph().as_default() as apart:
         variables = {name: _variable(name, value, frozen.variables[name].resource) for name, value in values.items()}
-        reads = {name: variable.read_value().name for name, variable in variables.items()}
+        free = frozen.graph.unique  # a read that were called as a node is, such as "Identity", would take its place
+        reads = {name: tf.identity(v, free(f"{name}/value")).name for name, v in variables.items()}
         meta = tf.compat.v1.train.export_meta_graph(graph=apart)
     graph = frozen.graph.copy()
     _make_room(graph, {node.name for node in meta.graph_def.node}, values.keys())
