@@ -134,9 +134,18 @@ def test_unknown_ops_are_left_as_they_are():
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        ({"outputs": ["nowhere"]}, "outputs.*nowhere"),
-        ({"inputs": ["nowhere"]}, "inputs.*nowhere"),
+        ({"outputs": ["nowhere"]}, "`outputs` must be.*its results: output.*nowhere"),
+        ({"outputs": ["output:1"]}, "`outputs` must be.*its results: output"),
+        ({"outputs": ["output:x"]}, "`outputs` must be names of tensors"),
         ({"outputs": "output"}, "lists of names"),
+        ({"inputs": ["nowhere"]}, "`inputs` must be.*its placeholders: input.*nowhere"),
+        ({"inputs": {"input:1,a,3": None}}, "`inputs` must be names of tensors"),
+        ({"inputs": {"input": (1, 6, 5)}}, r"inputs\['input'\].*\(None, 6, 5, 4\).*\(1, 6, 5\)"),
+        ({"inputs": {"input": (1, 6, 5, 3)}}, r"inputs\['input'\].*\(None, 6, 5, 4\).*\(1, 6, 5, 3\)"),
+        ({"inputs": {"Conv2D": (1, 6, 5, 3)}}, r"inputs\['Conv2D'\].*\(None, 6, 5, 2\).*\(1, 6, 5, 3\)"),
+        ({"values": {"nowhere": 1}}, "`values` must be.*its placeholders: input.*nowhere"),
+        ({"values": {"Conv2D": 1}}, "`values` must be.*Conv2D"),
+        ({"tags": ["serve"]}, "`tags` must be left out"),
         ({"to": "onnx"}, "`to` must be.*onnx"),
         ({"to": "keras", "destination": "never"}, r"`to` must be.*keras"),
         ({"to": "saved_model"}, "destination"),
@@ -150,6 +159,22 @@ def test_unknown_ops_are_left_as_they_are():
 def test_arguments(arguments, message):
     with pytest.raises((TypeError, ValueError), match=message):
         fusedconvbn.fold(graph_def(conv_and_norm), **arguments)
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [{"inputs": ["x"]}, {"outputs": ["y"]}, {"values": {"z": 1}}, {"tags": ["serve"]}, {"freeze": True}],
+    ids=str,
+)
+def test_arguments_without_effect_on_a_keras_model(arguments, tmp_path):
+    model = keras.Sequential([keras.Input((4,)), keras.layers.Dense(3)])
+    (name,) = arguments
+    with pytest.raises(ValueError, match=f"`{name}` must be"):
+        fusedconvbn.fold(model, tmp_path / "new.keras", **arguments)
+    if name != "freeze":
+        with pytest.raises(ValueError, match=f"`{name}` must be"):
+            fusedconvbn.inspect(model, **arguments)
+    assert tree(tmp_path) == {}
 
 
 def test_a_source_of_no_kind():

@@ -43,6 +43,55 @@ def test_a_loop_in_a_checkpoint_and_a_result_called_identity(tmp_path):
     np.testing.assert_allclose(found["Identity:0"], expected, rtol=1e-4, atol=1e-5)
 
 
+@pytest.mark.parametrize(
+    ("source", "name", "to", "kind"),
+    [
+        ("saved_model", "new", None, "saved_model"),
+        ("saved_model", "new.pb", None, "frozen"),
+        ("checkpoint", "new.pbtxt", None, "frozen"),
+        ("frozen", "new.1", "saved_model", "saved_model"),
+        ("keras", "new.h5", None, "keras"),
+        ("keras", "new.pb", None, "frozen"),
+        ("keras", "new.ckpt", "checkpoint", "checkpoint"),
+    ],
+)
+def test_kind_to_write(source, name, to, kind):
+    assert writers.kind_to_write(name, to, source) == kind
+
+
+@pytest.mark.parametrize(
+    ("source", "name", "to", "argument"),
+    [
+        ("frozen", "new.keras", None, "destination"),
+        ("frozen", "new", None, "destination"),
+        ("frozen", "new", "keras", "to"),
+        ("saved_model", "new", "frozen", "destination"),
+        ("saved_model", "new.pb", "saved_model", "destination"),
+        ("saved_model", "new.h5", None, "destination"),
+        ("keras", "new", None, "destination"),
+        ("keras", "new.keras", "checkpoint", "destination"),
+        ("keras", "new.pb", "keras", "destination"),
+    ],
+)
+def test_suffix_of_another_kind(source, name, to, argument):
+    received = to if argument == "to" else name
+    with pytest.raises(ValueError, match=rf"`{argument}` must be.*Received: {argument}='{received}'"):
+        writers.kind_to_write(name, to, source)
+
+
+@pytest.mark.parametrize("kind", ["keras", "checkpoint"])
+def test_freeze_where_variables_stay(kind):
+    with pytest.raises(ValueError, match="`freeze` must be False"):
+        writers.kind_to_write("new.keras" if kind == "keras" else "new", kind, "keras", freeze=True)
+
+
+def test_the_suffix_says_the_kind(tmp_path):
+    path, _ = fusedconvbn.fold(looping_graph(), tmp_path / "new.pbtxt", outputs=["Identity"])
+    assert "node {" in Path(path).read_text()
+    with pytest.raises(ValueError, match="suffix of a Keras model"):
+        fusedconvbn.fold(path, tmp_path / "new.keras", outputs=["Identity"])
+
+
 def test_nothing_is_left_where_writing_fails(tmp_path, monkeypatch):
     def fail(frozen, prefix, meta):
         Path(f"{prefix}.meta").write_bytes(b"half")

@@ -227,8 +227,8 @@ def test_the_source_is_not_overwritten(source, destination, to, tmp_path):
 def test_a_checkpoint_beside_a_graph_is_another_matter(tmp_path):
     (tmp_path / "model.meta").write_text("mine")
     with pytest.raises(FileExistsError):
-        fusedconvbn.fold(graph_def(normed), tmp_path / "model")
-    fusedconvbn.fold(graph_def(normed), tmp_path / "model", overwrite=True)
+        fusedconvbn.fold(graph_def(normed), tmp_path / "model", to="saved_model")
+    fusedconvbn.fold(graph_def(normed), tmp_path / "model", to="saved_model", overwrite=True)
     assert (tmp_path / "model.meta").read_text() == "mine"
 
 

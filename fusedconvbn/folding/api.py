@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import os
+import re
 import tempfile
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -23,7 +24,15 @@ from fusedconvbn.folding.pipeline import Outcome, fold_graph
 from fusedconvbn.folding.planning import Folded, Kept
 from fusedconvbn.folding.report import Report
 from fusedconvbn.folding.saved_model import open_saved_model
-from fusedconvbn.folding.sources import Source, Wishes, refuse_existing, refuse_source, session_of
+from fusedconvbn.folding.sources import (
+    KINDS_OF_SOURCE,
+    Source,
+    Wishes,
+    refuse_blocked,
+    refuse_existing,
+    refuse_source,
+    session_of,
+)
 from fusedconvbn.folding.verifying import Comparison, Runnable, VerificationError
 
 _LOG = logging.getLogger("fusedconvbn")  # tells at level INFO what long work is at
@@ -54,17 +63,18 @@ def fold(
     Args:
         source: A Keras model, `.keras` or `.h5` file; a SavedModel's folder; a frozen graph's `.pb` or `.pbtxt` or a
             GraphDef; the prefix of a TensorFlow 1 checkpoint with a `.meta`, or the folder with its `checkpoint` file.
-        destination: Where to write the result, of the source's kind: a path, for checkpoints a prefix; missing folders
-            are made. None: it is returned only.
+        destination: Where to write the result: a path, for checkpoints a prefix; missing folders are made. Its suffix
+            says of which kind, where the source can become that (.pb, .pbtxt, of Keras models .keras, .h5); else the
+            result is of the source's kind. None: it is returned only.
         inputs: For graphs, names of the tensors that are fed, with their shapes or None; tensors that are not
             placeholders become some. None: the signatures' or all placeholders.
         outputs: For graphs, names of the tensors to compute. None: the signatures', or what nothing reads.
         values: For graphs, values of placeholders that the folded model has no more. Those that by their names tell
             training from inference, or what dropout keeps, need none.
         tags: Of the SavedModel's graph; None: those of serving, or of the only one.
-        to: "saved_model", "frozen", "checkpoint" or "keras" (for Keras sources), to write another kind than the
-            source's.
-        freeze: Writes constants for variables.
+        to: "saved_model", "frozen", "checkpoint" or "keras" (for Keras sources): the kind to write, which the suffix of
+            `destination` must not contradict.
+        freeze: Writes constants for variables, into a SavedModel; a frozen graph has no others.
         verify: Whether to run the original and the result on the same random inputs, or on these (by name of the
             tensor, or of the Keras model's input), and to compare all outputs and every place where something was
             folded.
@@ -89,7 +99,8 @@ def fold(
     _LOG.info("reading %s", _name(source) or type(source).__name__)
     model = keras_models.load(source)
     if model is not None:
-        return _fold_keras(source, model, wishes, options)
+        _refuse_ends(wishes, tags)
+        return _fold_keras(source, model, options)
     with tempfile.TemporaryDirectory() as scratch:
         opened = open_source(keras_models.export_legacy(source, scratch) or source, wishes, tags)
         return _fold_graph(source, opened, options)
@@ -111,16 +122,22 @@ class _Options:
             refuse(TypeError, "verify", "True, False or a dict of arrays by the names of inputs", self.verify)
         if self.tolerance is not None and not (isinstance(self.tolerance, (int, float)) and self.tolerance > 0):
             refuse(ValueError, "tolerance", "a positive number or None", self.tolerance)
-        writers.check_kind(self.to, writers.KINDS)
+        if self.to not in (None, *writers.KINDS):
+            refuse(ValueError, "to", f"one of {', '.join(writers.KINDS)}", self.to)
         if self.path is None and (self.to is not None or self.freeze):
             refuse(ValueError, "destination", "given where `to` or `freeze` says what to write", None)
         if self.path is not None:
             refuse_existing(self.path, self.overwrite)
+            refuse_blocked("destination", self.path)
 
     @property
     def path(self) -> str | None:
         """Where to write."""
         return None if self.destination is None else os.fspath(self.destination)
+
+    def kind_to_write(self, source_kind: str) -> str | None:
+        """Of the result; None where nothing is written."""
+        return self.path and writers.kind_to_write(self.path, self.to, source_kind, freeze=self.freeze)
 
     @property
     def given(self) -> Mapping[str, np.ndarray] | None:
@@ -140,6 +157,7 @@ def inspect(
     wishes = _wishes(inputs, outputs, values)
     model = keras_models.load(source)
     if model is not None:
+        _refuse_ends(wishes, tags)
         return _keras_report(source, None, keras_models.fold_model(model))
     with tempfile.TemporaryDirectory() as scratch:
         opened = open_source(keras_models.export_legacy(source, scratch) or source, wishes, tags)
@@ -148,27 +166,29 @@ def inspect(
 
 def open_source(source: Any, wishes: Wishes, tags: Sequence[str] | None = None) -> Source:
     """Reads a graph, whatever it was saved as."""
-    if isinstance(source, GraphDef):
-        return of_graph_def(source, wishes, source.ByteSize())
-    if not isinstance(source, (str, os.PathLike)):
+    if not isinstance(source, (GraphDef, str, os.PathLike)):
         refuse(TypeError, "source", "a path, a Keras model or a GraphDef", source)
-    name = os.fspath(source)
-    path = Path(name)
-    if any((path / file).exists() for file in ("saved_model.pb", "saved_model.pbtxt")):
-        return open_saved_model(path, wishes, tags)
-    if (prefix := prefix_of(name)) is not None:
-        return open_checkpoint(prefix, wishes)
-    if not path.is_file():
-        accepted = "a model's file, a SavedModel's folder, or the prefix of a checkpoint with its .meta"
-        refuse(FileNotFoundError, "source", accepted, name)
-    return open_frozen(path, wishes)
+    name = _name(source)
+    if name is not None and any(os.path.exists(os.path.join(name, f"saved_model.{end}")) for end in ("pb", "pbtxt")):
+        return open_saved_model(Path(name), wishes, tags)
+    prefix = None if name is None else prefix_of(name)
+    if name is not None and prefix is None and not os.path.isfile(name):
+        refuse(FileNotFoundError, "source", f"{KINDS_OF_SOURCE}, that exists", name)
+    if tags is not None:
+        refuse(ValueError, "tags", "left out for a source that is no SavedModel", tags)
+    if name is None:
+        return of_graph_def(source, wishes, source.ByteSize())
+    return open_frozen(Path(name), wishes) if prefix is None else open_checkpoint(prefix, wishes)
 
 
 def _wishes(inputs: Any, outputs: Any, values: Any) -> Wishes:
     """Checked, inputs as a dict from names to shapes."""
-    names = [*(inputs or ()), *(() if outputs is None else outputs), *(values or ())]
-    if isinstance(inputs, str) or isinstance(outputs, str) or not all(isinstance(name, str) for name in names):
-        refuse(TypeError, "inputs and outputs", "lists of names", (inputs, outputs))
+    for argument, names in {"inputs": inputs, "outputs": outputs, "values": values}.items():
+        if isinstance(names, str) or not all(isinstance(name, str) for name in names or ()):
+            refuse(TypeError, argument, "a dict by name" if argument == "values" else "lists of names", names)
+        for name in names or ():
+            if not re.fullmatch(r"[^:]+(:\d+)?", name):
+                refuse(ValueError, argument, "names of tensors, such as 'x' or 'x:0'", name)
     if outputs is not None and not outputs:
         refuse(ValueError, "outputs", "at least one name, or None", outputs)
     if inputs is not None and not isinstance(inputs, Mapping):
@@ -182,6 +202,16 @@ def _shape(name: str, shape: Any) -> tuple[int | None, ...]:
     if isinstance(shape, str) or not all(size is None or isinstance(size, (int, np.integer)) for size in shape):
         refuse(TypeError, f"inputs[{name!r}]", "None or a sequence of sizes, None where they may vary", shape)
     return tuple(shape)
+
+
+def _refuse_ends(wishes: Wishes, tags: Sequence[str] | None) -> None:
+    """Raises a `ValueError` for what only graphs have to be told."""
+    given = {"inputs": wishes.inputs, "outputs": wishes.outputs, "values": wishes.values or None, "tags": tags}
+    for name, value in given.items():
+        if value is not None:
+            refuse(
+                ValueError, name, "left out for a Keras model, which says itself what its inputs and outputs are", value
+            )
 
 
 def _name(source: Any) -> str | None:
@@ -202,7 +232,7 @@ def _report(source: Any, destination: str | None, opened: Source, outcome: Outco
 
 
 def _fold_graph(source: Any, opened: Source, options: _Options) -> tuple[Any, Report]:
-    writers.check_kind(options.to, writers.GRAPHS)
+    kind = options.kind_to_write(opened.kind)
     if options.path is not None and _name(source):
         refuse_source(options.path, _name(source), opened.files)
     _LOG.info("folding %d nodes", len(opened.frozen.graph.nodes))
@@ -215,7 +245,7 @@ def _fold_graph(source: Any, opened: Source, options: _Options) -> tuple[Any, Re
         return outcome.frozen.graph.graph_def(), report
     _LOG.info("writing %s", options.path)
     size = writers.write_graph(
-        outcome.frozen, options.path, options.to or opened.kind, opened.meta,
+        outcome.frozen, options.path, kind, opened.meta,
         freeze=options.freeze, overwrite=options.overwrite,
     )  # fmt: skip
     report.bytes = (opened.bytes, size)
@@ -249,13 +279,10 @@ def _judge(report: Report, comparison: Comparison) -> None:
         raise VerificationError(f"the folded model differs from the original, so nothing was written.\n{report}")
 
 
-def _fold_keras(source: Any, model: keras.Model, wishes: Wishes, options: _Options) -> tuple[Any, Report]:
-    if wishes != Wishes():
-        refuse(ValueError, "inputs, outputs and values", "left out for a Keras model, which says them itself", wishes)
-    if options.path is not None:
-        keras_models.check_destination(options.path, options.to)
-        if _name(source):
-            refuse_source(options.path, _name(source), [_name(source)])
+def _fold_keras(source: Any, model: keras.Model, options: _Options) -> tuple[Any, Report]:
+    kind = options.kind_to_write("keras")
+    if options.path is not None and _name(source):
+        refuse_source(options.path, _name(source), [_name(source)])
     _LOG.info("folding %s", model.name)
     outcome = keras_models.fold_model(model)
     report = _keras_report(source, options.path, outcome)
@@ -267,7 +294,7 @@ def _fold_keras(source: Any, model: keras.Model, wishes: Wishes, options: _Optio
     if options.path is None:
         return outcome.model, report
     _LOG.info("writing %s", options.path)
-    size = keras_models.write(outcome, options.path, options.to, freeze=options.freeze, overwrite=options.overwrite)
+    size = keras_models.write(outcome, options.path, kind, freeze=options.freeze, overwrite=options.overwrite)
     report.bytes = (os.path.getsize(source) if _name(source) else 4 * model.count_params(), size)
     return options.path, report
 

@@ -9,13 +9,11 @@ import tensorflow as tf
 from google.protobuf import message, text_format
 
 from fusedconvbn._arguments import refuse
-from fusedconvbn.folding.nodes import GraphDef, Nodes, canonical, node_of
+from fusedconvbn.folding.nodes import GraphDef, Nodes, canonical
 from fusedconvbn.folding.shapes import Shapes
-from fusedconvbn.folding.sources import Source, Wishes, session_of, settle_ends, size_of
+from fusedconvbn.folding.sources import KINDS_OF_SOURCE, Source, Wishes, session_of, settle_ends, size_of, unread
 from fusedconvbn.folding.variables import is_variable
 from fusedconvbn.folding.writing import Frozen
-
-_OF_NO_RESULT = ("NoOp", "Assert", "Const", "Placeholder", "SaveV2", "Save", "MergeV2Checkpoints")
 
 
 def open_frozen(path: Path, wishes: Wishes) -> Source:
@@ -43,15 +41,16 @@ def read_graph_def(path: Path) -> GraphDef:
     """A GraphDef from a file, binary or text."""
     graph_def = GraphDef()
     data = path.read_bytes()
+    accepted = "a whole GraphDef" if path.suffix in (".pb", ".pbtxt") else KINDS_OF_SOURCE
     try:
         if path.suffix == ".pbtxt":
             text_format.Parse(data.decode(), graph_def)
         else:
             graph_def.ParseFromString(data)
     except (message.DecodeError, text_format.ParseError, UnicodeDecodeError) as error:
-        raise ValueError(f"`source` must be a whole GraphDef. Received: {str(path)!r} ({error})") from error
+        raise ValueError(f"`source` must be {accepted}. Received: {str(path)!r} ({error})") from error
     if not graph_def.node:
-        raise ValueError(f"`source` must be a GraphDef with nodes. Received: {str(path)!r}, which has none")
+        raise ValueError(f"`source` must be {accepted}. Received: {str(path)!r}, which holds no node of a GraphDef")
     return graph_def
 
 
@@ -66,16 +65,11 @@ def outputs_of(graph: Nodes, wishes: Wishes) -> list[str]:
     """The tensors that the user names as outputs, or the results that nothing reads.
 
     Raises:
-        ValueError: A name is not in the graph, or there is nothing.
+        ValueError: There is nothing.
     """
     if wishes.outputs is not None:
-        for name in wishes.outputs:
-            if node_of(canonical(name)) not in graph:
-                refuse(ValueError, "outputs", "names of the graph's tensors", name)
         return [canonical(name) for name in wishes.outputs]
-    read = {node_of(tensor) for node in graph.nodes.values() for tensor in graph.inputs(node)}
-    ends = [n.name for n in graph.nodes.values() if n.name not in read and n.op not in _OF_NO_RESULT]
-    ends = [name for name in ends if _depends_on_input(graph, name)]
+    ends = unread(graph)
     ends = [name for name in ends if not _is_of_flow(graph, name)] or ends
     if len(ends) > 1:
         shapes = Shapes(graph)
@@ -91,7 +85,3 @@ def _is_of_flow(graph: Nodes, name: str) -> bool:
         return False
     source = graph.source(graph.inputs(name)[0]) if graph[name].op == "Identity" else None
     return graph.is_flow(name) or (source is not None and source.op in ("While", "StatelessWhile"))
-
-
-def _depends_on_input(graph: Nodes, name: str) -> bool:
-    return any(graph[n].op.startswith("Placeholder") for n in graph.ancestors([name]))

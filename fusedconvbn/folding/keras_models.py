@@ -7,6 +7,7 @@ import io
 import itertools
 import os
 import tempfile
+import zipfile
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -27,8 +28,6 @@ from fusedconvbn.folding.saved_model import open_saved_model
 from fusedconvbn.folding.sources import Wishes, size_of, whole
 from fusedconvbn.fusing import unfuse
 from fusedconvbn.layer import FusedConvBN
-
-_FILES = (".keras", ".h5", ".hdf5")
 
 
 @dataclass
@@ -62,11 +61,13 @@ def load(source: Any) -> keras.Model | None:
     """
     if isinstance(source, keras.Model):
         return source
-    if not isinstance(source, (str, os.PathLike)) or not os.fspath(source).endswith(_FILES):
+    if not isinstance(source, (str, os.PathLike)) or not os.fspath(source).endswith(writers.SUFFIXES["keras"]):
         return None
     name = os.fspath(source)
     if not os.path.isfile(name):
         refuse(FileNotFoundError, "source", "a file that exists", name)
+    if name.endswith(".keras") and not zipfile.is_zipfile(name):  # Keras would say that there is no file
+        refuse(ValueError, "source", "a whole Keras model, which a .keras file that is no zip archive is not", name)
     try:
         return keras.models.load_model(name, compile=False)
     except Exception as error:  # of a zip file, of h5py, of JSON, of a layer's own
@@ -202,16 +203,10 @@ def _with_padding(op: Linear, new: keras.layers.Layer) -> Callable[[Any], Any]:
     return lambda value: new(pad_with(op, value) if op.pad_value else value)
 
 
-def check_destination(path: str, to: str | None) -> None:
-    """Raises a `ValueError` for a path that no Keras model can be saved to."""
-    if to not in writers.GRAPHS and not path.endswith(_FILES):
-        refuse(ValueError, "destination", f"a path that ends with one of {', '.join(_FILES)}, or `to` be given", path)
-
-
-def write(outcome: Outcome, path: str, to: str | None, *, freeze: bool, overwrite: bool) -> int:
+def write(outcome: Outcome, path: str, kind: str, *, freeze: bool, overwrite: bool) -> int:
     """Writes the folded model as a Keras file or as a graph; the bytes of its files."""
-    if to in writers.GRAPHS:
-        return _write_graph(outcome.model, path, to, freeze=freeze, overwrite=overwrite)
+    if kind != "keras":
+        return _write_graph(outcome.model, path, kind, freeze=freeze, overwrite=overwrite)
     with whole(path, overwrite=overwrite) as made:
         outcome.model.save(made)
         return size_of(Path(made))

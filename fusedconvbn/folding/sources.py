@@ -18,7 +18,7 @@ import tensorflow as tf
 from fusedconvbn._arguments import refuse
 from fusedconvbn.folding.cleaning import bind
 from fusedconvbn.folding.constants import Constants
-from fusedconvbn.folding.nodes import GraphDef, Nodes, attribute, canonical, node_of, port_of
+from fusedconvbn.folding.nodes import GraphDef, NodeDef, Nodes, attribute, canonical, node_of, output_count, port_of
 from fusedconvbn.folding.shapes import Shapes, with_input_shapes
 from fusedconvbn.folding.training import inference_value, is_switch
 from fusedconvbn.folding.writing import Frozen
@@ -26,6 +26,11 @@ from fusedconvbn.folding.writing import Frozen
 MetaGraphDef = tf.compat.v1.MetaGraphDef
 Shape = tuple[int | None, ...]
 
+KINDS_OF_SOURCE = (
+    "a Keras model's file (.keras, .h5), a frozen graph's (.pb, .pbtxt), a SavedModel's folder, or the prefix of a "
+    "checkpoint with its .meta"
+)
+_OF_NO_RESULT = ("NoOp", "Assert", "Const", "Placeholder", "SaveV2", "Save", "MergeV2Checkpoints")
 _TRAINING_IS_ON = {"train", "training", "istraining", "trainable", "phase", "dropout"}
 _TRAINING_IS_OFF = {"inference", "infer", "test", "testing", "eval", "evaluation", "predict", "prediction"}
 _KEPT_PART = {"keep"}
@@ -78,9 +83,7 @@ def settle_ends(graph: Nodes, results: Sequence[str], wishes: Wishes) -> tuple[l
     Raises:
         ValueError: A name is not in the graph, or what an input is in inference cannot be told.
     """
-    for name in [*(wishes.inputs or {}), *wishes.values]:
-        if node_of(canonical(name)) not in graph:
-            refuse(ValueError, "inputs", f"names of the graph's tensors{_some_placeholders(graph)}", name)
+    _refuse_foreign(graph, wishes)
     if wishes.inputs is not None:
         _cut(graph, wishes.inputs)
     needed = graph.ancestors(results)
@@ -107,10 +110,45 @@ def settle_ends(graph: Nodes, results: Sequence[str], wishes: Wishes) -> tuple[l
     return inputs, bound
 
 
+def _refuse_foreign(graph: Nodes, wishes: Wishes) -> None:
+    """Raises a `ValueError` for names that are not the graph's."""
+    placeholders = [node.name for node in graph.nodes.values() if node.op.startswith("Placeholder")]
+    for name in wishes.inputs or ():
+        if not _makes(graph, name):
+            refuse(ValueError, "inputs", f"names of the graph's tensors{_such_as(placeholders, 'placeholders')}", name)
+    for name in wishes.values:
+        if node_of(canonical(name)) not in placeholders:
+            refuse(ValueError, "values", f"by names of placeholders{_such_as(placeholders, 'placeholders')}", name)
+    for name in wishes.outputs or ():
+        if not _makes(graph, name):
+            refuse(ValueError, "outputs", f"names of the graph's tensors{_such_as(unread(graph), 'results')}", name)
+
+
+def _makes(graph: Nodes, tensor: str) -> bool:
+    node = graph.nodes.get(node_of(canonical(tensor)))
+    count = 0 if node is None else output_count(node)
+    return count is None or port_of(tensor) < count
+
+
+def _such_as(names: Sequence[str], what: str) -> str:
+    return f" (its {what}: {', '.join(names[:8])}{', ...' if len(names) > 8 else ''})" if names else ""
+
+
+def unread(graph: Nodes) -> list[str]:
+    """The nodes that are computed from an input and that no other reads: the graph's results, if all is well."""
+    read = {node_of(tensor) for node in graph.nodes.values() for tensor in graph.inputs(node)}
+    ends = [n.name for n in graph.nodes.values() if n.name not in read and n.op not in _OF_NO_RESULT]
+    return [name for name in ends if any(graph[n].op.startswith("Placeholder") for n in graph.ancestors([name]))]
+
+
 def _cut(graph: Nodes, inputs: Mapping[str, Shape | None]) -> None:
     """Puts Placeholders where the user says that inputs are."""
     inner = [name for name in inputs if graph[node_of(canonical(name))].op != "Placeholder"]
     shapes = Shapes(graph) if inner else None
+    for name, given in inputs.items():
+        own = shapes.of(name) if name in inner else _declared_shape(graph[node_of(canonical(name))])
+        if not tf.TensorShape(own).is_compatible_with(given):
+            refuse(ValueError, f"inputs[{name!r}]", f"a shape that fits its own, {own}", given)
     for name in inner:
         node = graph[node_of(canonical(name))]
         if node.op == "PlaceholderWithDefault":
@@ -126,9 +164,10 @@ def _cut(graph: Nodes, inputs: Mapping[str, Shape | None]) -> None:
     )
 
 
-def _some_placeholders(graph: Nodes) -> str:
-    names = [node.name for node in graph.nodes.values() if node.op.startswith("Placeholder")][:8]
-    return f" (its placeholders: {', '.join(names)})" if names else ""
+def _declared_shape(placeholder: NodeDef) -> Shape | None:
+    """The sizes that a Placeholder has by itself; None for no known rank, which old graphs write as rank 0."""
+    shape = tf.TensorShape(attribute(placeholder, "shape").shape)
+    return tuple(shape.as_list()) if shape.rank else None
 
 
 def _dtype(graph: Nodes, name: str) -> tf.DType:
@@ -224,6 +263,25 @@ def refuse_source(destination: str, source: str, files: Iterable[str]) -> None:
         refuse(ValueError, "destination", "another path than the source's, which is never changed", destination)
 
 
+def refuse_blocked(name: str, path: str) -> None:
+    """Raises an `OSError` if the folder of `path`, an argument called `name`, is not there and cannot be made."""
+    above = next(folder for folder in Path(os.path.abspath(path)).parents if folder.exists())
+    if not above.is_dir():
+        refuse(NotADirectoryError, name, f"in a folder, and {str(above)!r} is a file", path)
+    if not os.access(above, os.W_OK):
+        refuse(PermissionError, name, f"where files may be written, and {str(above)!r} is a folder where not", path)
+
+
+def is_part(path: str, model: str) -> bool:
+    """Whether `path` is that of a model, lies in its folder, or is a file of the checkpoint with that prefix."""
+    path, model = os.path.realpath(path), os.path.realpath(model)
+    return path == model or path.startswith(model + os.sep) or bool(_checkpoint_files(model).fullmatch(path))
+
+
+def _checkpoint_files(prefix: str) -> re.Pattern[str]:
+    return re.compile(re.escape(prefix) + r"(\.meta|\.index|\.data-\d+-of-\d+)")
+
+
 def _split(destination: str) -> tuple[str, str]:
     """Folder and name; a checkpoint's prefix may end with a slash, its name then being empty."""
     parent, name = os.path.split(destination.rstrip("/") if os.path.isdir(destination) else destination)
@@ -235,6 +293,6 @@ def _named(parent: str, name: str, is_prefix: bool) -> list[str]:
     if not is_prefix:
         path = os.path.join(parent, name)
         return [path] if name and os.path.exists(path) else []
-    ends = re.compile(re.escape(name) + r"(\.meta|\.index|\.data-\d+-of-\d+)")
+    files = _checkpoint_files(name)
     present = os.listdir(parent) if os.path.isdir(parent) else []
-    return [os.path.join(parent, found) for found in present if ends.fullmatch(found)]
+    return [os.path.join(parent, found) for found in present if files.fullmatch(found)]

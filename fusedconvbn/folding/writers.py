@@ -14,12 +14,31 @@ from fusedconvbn.folding.writing import Frozen
 
 GRAPHS = ("saved_model", "frozen", "checkpoint")
 KINDS = (*GRAPHS, "keras")
+_NAMES = {"saved_model": "SavedModel", "frozen": "frozen graph", "checkpoint": "checkpoint", "keras": "Keras model"}
+SUFFIXES = {"frozen": (".pb", ".pbtxt"), "keras": (".keras", ".h5", ".hdf5")}
+"""Of files; folders and the prefixes of checkpoints end as they like, but with none of these."""
 
 
-def check_kind(to: str | None, kinds: tuple[str, ...] = KINDS) -> None:
-    """Raises a `ValueError` for what is no kind."""
-    if to is not None and to not in kinds:
-        refuse(ValueError, "to", f"one of {', '.join(kinds)} for this source", to)
+def kind_to_write(destination: str, to: str | None, source_kind: str, *, freeze: bool = False) -> str:
+    """Of which kind the result is: `to`, or what the suffix of `destination` says, or the source's.
+
+    Raises:
+        ValueError: The source cannot become that, the suffix is another kind's, or `freeze` has no effect on it.
+    """
+    possible = KINDS if source_kind == "keras" else GRAPHS
+    if to is not None and to not in possible:
+        refuse(ValueError, "to", f"one of {', '.join(possible)} for this source", to)
+    meant = next((kind for kind, suffixes in SUFFIXES.items() if destination.endswith(suffixes)), None)
+    kind = to or (meant if meant in possible else source_kind)
+    if meant is None and kind in SUFFIXES:
+        accepted = f"a path that ends with {' or '.join(SUFFIXES[kind])} for a {_NAMES[kind]}, or `to` another kind"
+        refuse(ValueError, "destination", accepted, destination)
+    if meant not in (None, kind):
+        accepted = f"a path without the suffix of a {_NAMES[meant]}, as the result is a {_NAMES[kind]}"
+        refuse(ValueError, "destination", accepted, destination)
+    if freeze and kind in ("keras", "checkpoint"):
+        refuse(ValueError, "freeze", f"False for a {_NAMES[kind]}, which always has variables", freeze)
+    return kind
 
 
 def write_graph(
