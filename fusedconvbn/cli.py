@@ -12,6 +12,9 @@ import sys
 from collections.abc import Sequence
 from typing import Any
 
+_NODE = r"[\w.][\w./\\>-]*"
+_SIZE = r"(?:\?|-1|\d+)"
+
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Runs one command; the exit status: 0, 1 for an error (on standard error), 2 for wrong usage."""
@@ -67,11 +70,11 @@ def _add_source(parser: argparse.ArgumentParser) -> None:
 
 
 def _input(text: str) -> tuple[str, tuple[int | None, ...] | None]:
-    """A name, which may end with port 0, and sizes between commas, unknown ones as question marks."""
-    match = re.fullmatch(r"(.+?)(:0)?(?::((?:\?|-1|\d+)(?:,(?:\?|-1|\d+))*))?", text)
+    """A name, which may end with a port, and sizes between commas, unknown ones as question marks."""
+    match = re.fullmatch(rf"({_NODE}(?::[1-9]\d*(?=:))?)(?::0)?(?::({_SIZE}(?:,{_SIZE})*))?", text)
     if match is None:
         raise argparse.ArgumentTypeError(f"NAME or NAME:SHAPE, such as x:1,299,299,3. Received: {text!r}")
-    name, _, shape = match.groups()
+    name, shape = match.groups()
     sizes = None if shape is None else tuple(None if s in ("?", "-1") else int(s) for s in shape.split(","))
     return name, sizes
 
@@ -98,8 +101,11 @@ def _fold(options: argparse.Namespace) -> int:
     import tensorflow as tf
 
     from fusedconvbn.folding.api import fold
+    from fusedconvbn.folding.report_file import check_report
     from fusedconvbn.folding.verifying import VerificationError
 
+    if options.report is not None:
+        check_report(options.report, options.source, options.destination, overwrite=options.overwrite)
     logging.getLogger("fusedconvbn").addHandler(logging.StreamHandler())
     logging.getLogger("fusedconvbn").setLevel(logging.INFO)
     try:
@@ -115,15 +121,19 @@ def _fold(options: argparse.Namespace) -> int:
 
 def _inspect(options: argparse.Namespace) -> int:
     from fusedconvbn.folding.api import inspect
+    from fusedconvbn.folding.report_file import check_report
 
+    if options.report is not None:
+        check_report(options.report, options.source)
     return _tell(inspect(options.source, **_ends(options)), options.report)
 
 
 def _tell(report: Any, file: str | None) -> int:
+    from fusedconvbn.folding.report_file import write_report
+
     print(report)
     if file is not None:
-        with open(file, "w", encoding="utf-8") as opened:
-            json.dump(report.to_dict(), opened, indent=1)
+        write_report(report, file)
     return 0
 
 
