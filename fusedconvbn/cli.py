@@ -9,8 +9,15 @@ import os
 import platform
 import re
 import sys
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from typing import Any
+
+_FLAGS = {
+    "source": "SRC", "destination": "DST", "inputs": "--inputs", "outputs": "--outputs", "values": "--set",
+    "tags": "--tags", "to": "--to", "freeze": "--freeze", "tolerance": "--tolerance", "report": "--report",
+}  # fmt: skip
+"""What the arguments of `fold` and `inspect` are called here."""
 
 _NODE = r"[\w.][\w./\\>-]*"
 _SIZE = r"(?:\?|-1|\d+)"
@@ -23,28 +30,52 @@ def main(arguments: Sequence[str] | None = None) -> int:
     try:
         return options.run(options)
     except (OSError, ValueError, TypeError, ImportError, RuntimeError) as error:
-        print(f"fusedconvbn: {error}", file=sys.stderr)
-        return 1
+        return _fail(error)
+
+
+def _fail(error: Exception) -> int:
+    print(f"fusedconvbn: {_in_flags(str(error))}", file=sys.stderr)
+    return 1
+
+
+def _in_flags(message: str) -> str:
+    """What Python's interface says, with the words of the command line for its arguments."""
+    names = "|".join(_FLAGS)
+    message = message.replace("`verify` must be False", "--no-verify must be given")
+    message = re.sub(rf"`({names})(?:\['(.*?)'\])?`", lambda m: f"{_FLAGS[m[1]]} {m[2] or ''}".rstrip(), message)
+    message = re.sub(rf"Received: (?:{names}|verify)(?:\['.*?'\])?=", "Received: ", message)
+    message = message.replace("overwrite=True", "--overwrite").replace("verify=False", "--no-verify")
+    return re.sub(r"\bby inputs=", "by --inputs", message).replace("by verify=", "by verify= in Python")
 
 
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(prog="fusedconvbn", description="Convolution and batch normalization as one op.")
     commands = parser.add_subparsers(required=True, metavar="COMMAND")
     fold = commands.add_parser(
-        "fold", help="merge a model's batch norms into its convolutions", epilog="Lists of names go behind SRC and DST."
+        "fold",
+        help="merge a model's batch norms into its convolutions",
+        epilog="Lists of names go behind SRC and DST. Exit status: 0 where DST was written: verification found no "
+        'difference ("ok"), or none on inputs that could not have shown every one ("inconclusive": compare on data of '
+        "your own), or --no-verify left it out; 1 for an error, told on standard error; 2 for wrong usage.",
     )
     _add_source(fold)
     fold.add_argument(
-        "destination", metavar="DST", help="what to write: of the source's kind, unless --to says another"
+        "destination",
+        metavar="DST",
+        help="what to write: of the kind of its suffix or else of SRC, unless --to says another",
     )
     fold.add_argument("--to", choices=("saved_model", "frozen", "checkpoint", "keras"), help="the kind to write")
-    fold.add_argument("--freeze", action="store_true", help="write constants for variables")
-    fold.add_argument("--overwrite", action="store_true", help="replace what is at DST")
+    fold.add_argument("--freeze", action="store_true", help="write constants for variables, to a SavedModel")
+    fold.add_argument("--overwrite", action="store_true", help="replace what is at DST, and at --report")
     fold.add_argument("--no-verify", action="store_true", help="do not run and compare the two models")
     fold.add_argument("--tolerance", type=float, metavar="X", help="of differences, relative to a tensor's maximum")
     fold.add_argument("--report", metavar="FILE.json", help="also write the report as JSON")
     fold.set_defaults(run=_fold)
-    inspect = commands.add_parser("inspect", help="say what a model's batch norms would fold into; nothing is written")
+    inspect = commands.add_parser(
+        "inspect",
+        help="say what a model's batch norms would fold into; nothing is written",
+        epilog="Exit status: 0, 1 for an error, told on standard error, 2 for wrong usage.",
+    )
     _add_source(inspect)
     inspect.add_argument("--report", metavar="FILE.json", help="also write the report as JSON")
     inspect.set_defaults(run=_inspect)
@@ -106,17 +137,27 @@ def _fold(options: argparse.Namespace) -> int:
 
     if options.report is not None:
         check_report(options.report, options.source, options.destination, overwrite=options.overwrite)
-    logging.getLogger("fusedconvbn").addHandler(logging.StreamHandler())
-    logging.getLogger("fusedconvbn").setLevel(logging.INFO)
     try:
-        _, report = fold(
-            options.source, options.destination, to=options.to, freeze=options.freeze, overwrite=options.overwrite,
-            verify=not options.no_verify, tolerance=options.tolerance, **_ends(options),
-        )  # fmt: skip
+        with _progress():
+            _, report = fold(
+                options.source, options.destination, to=options.to, freeze=options.freeze, overwrite=options.overwrite,
+                verify=not options.no_verify, tolerance=options.tolerance, **_ends(options),
+            )  # fmt: skip
     except (VerificationError, tf.errors.OpError) as error:
-        print(f"fusedconvbn: {error}", file=sys.stderr)
-        return 1
+        return _fail(error)
     return _tell(report, options.report)
+
+
+@contextmanager
+def _progress() -> Iterator[None]:
+    """Tells on standard error what `fold` is at."""
+    log, handler = logging.getLogger("fusedconvbn"), logging.StreamHandler()
+    log.addHandler(handler)
+    log.setLevel(logging.INFO)
+    try:
+        yield
+    finally:
+        log.removeHandler(handler)
 
 
 def _inspect(options: argparse.Namespace) -> int:
@@ -131,7 +172,7 @@ def _inspect(options: argparse.Namespace) -> int:
 def _tell(report: Any, file: str | None) -> int:
     from fusedconvbn.folding.report_file import write_report
 
-    print(report)
+    print(_in_flags(str(report)))
     if file is not None:
         write_report(report, file)
     return 0

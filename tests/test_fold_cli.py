@@ -3,13 +3,19 @@
 from __future__ import annotations
 
 import json
+import re
 
+import keras
 import numpy as np
 import pytest
 import tensorflow as tf
 from fold_frozen import FOLD_SOURCES
 
+import fusedconvbn
 from fusedconvbn.cli import main
+from fusedconvbn.folding import verifying
+from fusedconvbn.folding.report import Report
+from fusedconvbn.folding.verifying import Comparison
 
 v1 = tf.compat.v1
 
@@ -34,11 +40,11 @@ def contents(folder):
 
 
 def refused(capsys, *arguments) -> str:
-    """The message of a command that fails."""
+    """The message of a command that fails, behind what it told of its progress."""
     assert main(list(map(str, arguments))) == 1
-    message = capsys.readouterr().err
-    assert message.startswith("fusedconvbn: ")
-    return message
+    _, name, message = capsys.readouterr().err.partition("fusedconvbn: ")
+    assert name
+    return message.removesuffix("\n")
 
 
 class TestReport:
@@ -83,6 +89,99 @@ class TestReport:
         refused(capsys, "fold", source, tmp_path / "x" / "new", "--overwrite", "--report", target)
         refused(capsys, "fold", source, tmp_path / "new", "--report", tmp_path / f"new{part}")
         assert contents(tmp_path) == before
+
+
+class TestVerification:
+    """What the text of a report says of the comparison."""
+
+    @staticmethod
+    def line(verdict, limits, tolerance=1e-4, **found):
+        comparison = Comparison(verdict, tolerance, limits=limits, **found)
+        return str(Report(None, None, "frozen", verification=comparison)).partition("verification: ")[2]
+
+    def test_ok_where_rounding_makes_more_than_the_tolerance(self):
+        line = self.line("ok", {"a": 3e-4, "b": 1e-4}, sites={"a": 1.5e-4}, outputs={"b": 9e-5})
+        assert line == "ok; nearest to its limit: 'b', 9.0e-05 of 1.0e-04"
+
+    def test_failed_beside_a_larger_limit(self):
+        line = self.line("failed", {"a": 1e-2, "b": 1e-4}, sites={"a": 5e-3}, outputs={"b": 1.7e-3}, tolerance=1e-2)
+        assert line == "failed; furthest beyond its limit: 'b', 1.7e-03 of 1.0e-04"
+
+    def test_inconclusive_without_numbers(self):
+        first, *others = self.line("inconclusive", {}, notes=["inputs"]).splitlines()
+        assert first == "inconclusive"
+        assert others[0] == "  inputs"
+        assert "your data" in others[1]
+
+    def test_a_tensor_that_cannot_be_judged_is_not_named(self):
+        limits = {"vague": 0.2, "clear": 1e-4}
+        result = Comparison("ok", sites={"vague": 0.1}, outputs={"clear": 5e-5})
+        verifying._judge(result, limits, inconclusive=False)
+        assert result.limits == {"clear": 1e-4}
+
+    def test_of_a_run(self, folder, capsys):
+        assert main(["fold", "a.pb", "b.pb", "--report", "r.json"]) == 0
+        assert "verification: ok; nearest to its limit: " in capsys.readouterr().out
+        told = json.loads((folder / "r.json").read_text())["verification"]
+        assert told["limits"].keys() == {**told["outputs"], **told["sites"]}.keys()
+        assert all(limit >= 1e-4 for limit in told["limits"].values())
+
+
+class TestResult:
+    def test_of_files(self, folder, capsys):
+        assert main(["fold", "a.pb", "b", "--to", "saved_model", "--no-verify", "--report", "r.json"]) == 0
+        assert "written: b (saved_model)" in capsys.readouterr().out
+        assert json.loads((folder / "r.json").read_text())["result"] == "saved_model"
+        assert main(["inspect", "a.pb", "--report", "r.json"]) == 0
+        assert json.loads((folder / "r.json").read_text())["result"] is None
+
+    def test_in_memory(self, folder):
+        _, report = fusedconvbn.fold(folder / "a.pb", verify=False)
+        assert report.result == "GraphDef"
+        assert "returned: a GraphDef" in str(report)
+        model = keras.Sequential([keras.Input((4,)), keras.layers.Dense(3)])
+        _, report = fusedconvbn.fold(model, verify=False)
+        assert report.result == "Keras model"
+        path, report = fusedconvbn.fold(model, folder / "b.keras", verify=False)
+        assert f"written: {path} (keras)" in str(report)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["fold", "a.pb", "mine.txt"], "DST must not exist, or --overwrite be given. Received: 'mine.txt'"),
+        (
+            ["fold", "a.pb", "b"],
+            "DST must be a path that ends with .pb or .pbtxt .*, or --to another kind. Received: 'b'",
+        ),
+        (["fold", "a.pb", "b", "--to", "checkpoint", "--freeze"], "--freeze must be left out .* Received: True"),
+        (["fold", "a.pb", "b.pb", "--tags", "serve"], r"--tags must be left out .* Received: \['serve'\]"),
+        (["inspect", "a.pb", "--set", "x=1"], "--set must be .* Received: 'x'"),
+        (["inspect", "a.pb", "--outputs", "x"], "--outputs must be .* Received: 'x'"),
+        (["inspect", "a.pb", "--inputs", "x"], "--inputs must be .* Received: 'x'"),
+        (["inspect", "a.pb", "--inputs", "input:1,2"], r"--inputs input must be .* Received: \(1, 2\)"),
+        (["inspect", "b.pb"], "SRC must be .* Received: 'b.pb'"),
+        (["inspect", "a.pb", "--report", "a.pb"], "--report must be .* Received: 'a.pb'"),
+        (["fold", "a.pb", "b.pb", "--tolerance", "-1"], "--tolerance must be .* Received: -1.0"),
+    ],
+)
+def test_errors_name_flags(arguments, message, folder, capsys):
+    assert re.fullmatch(message, refused(capsys, *arguments))
+
+
+def test_an_unknown_op_asks_for_a_flag(folder, capsys):
+    graph = v1.GraphDef.FromString((folder / "a.pb").read_bytes())
+    graph.node.add(name="strange", op="NoSuchOp", input=["output"])
+    (folder / "strange.pb").write_bytes(graph.SerializeToString())
+    assert "--no-verify must be given" in refused(capsys, "fold", "strange.pb", "b.pb")
+
+
+def test_help_tells_the_exit_status(capsys):
+    with pytest.raises(SystemExit):
+        main(["fold", "--help"])
+    text = " ".join(capsys.readouterr().out.split())
+    assert 'Exit status: 0 where DST was written: verification found no difference ("ok")' in text
+    assert '"inconclusive": compare on data of your own' in text
 
 
 class TestDestination:

@@ -81,7 +81,7 @@ def test_suffix_of_another_kind(source, name, to, argument):
 
 @pytest.mark.parametrize("kind", ["keras", "checkpoint"])
 def test_freeze_where_variables_stay(kind):
-    with pytest.raises(ValueError, match="`freeze` must be False"):
+    with pytest.raises(ValueError, match="`freeze` must be left out"):
         writers.kind_to_write("new.keras" if kind == "keras" else "new", kind, "keras", freeze=True)
 
 

@@ -83,7 +83,7 @@ def fold(
         overwrite: Whether the destination may exist.
 
     Returns: (result, report). The result is the destination's path; without a destination, a Keras model for Keras
-        sources and a GraphDef for all others.
+        sources and a GraphDef for all others, models of tf_keras among them. `report.result` says which.
 
     Raises:
         FileNotFoundError, FileExistsError: There is no source, or already a destination.
@@ -173,7 +173,7 @@ def open_source(source: Any, wishes: Wishes, tags: Sequence[str] | None = None) 
         return open_saved_model(Path(name), wishes, tags)
     prefix = None if name is None else prefix_of(name)
     if name is not None and prefix is None and not os.path.isfile(name):
-        refuse(FileNotFoundError, "source", f"{KINDS_OF_SOURCE}, that exists", name)
+        refuse(FileNotFoundError, "source", f"one that exists: {KINDS_OF_SOURCE}", name)
     if tags is not None:
         refuse(ValueError, "tags", "left out for a source that is no SavedModel", tags)
     if name is None:
@@ -242,13 +242,14 @@ def _fold_graph(source: Any, opened: Source, options: _Options) -> tuple[Any, Re
         _LOG.info("running the original and the folded model")
         _verify(opened, outcome, report, options)
     if options.path is None:
+        report.result = "GraphDef"
         return outcome.frozen.graph.graph_def(), report
     _LOG.info("writing %s", options.path)
     size = writers.write_graph(
         outcome.frozen, options.path, kind, opened.meta,
         freeze=options.freeze, overwrite=options.overwrite,
     )  # fmt: skip
-    report.bytes = (opened.bytes, size)
+    report.bytes, report.result = (opened.bytes, size), kind
     return options.path, report
 
 
@@ -292,9 +293,11 @@ def _fold_keras(source: Any, model: keras.Model, options: _Options) -> tuple[Any
         _judge(report, verifying.compare(models, tolerance=options.tolerance, given=options.given))
         report.milliseconds = verifying.milliseconds(models)
     if options.path is None:
+        report.result = "Keras model"
         return outcome.model, report
     _LOG.info("writing %s", options.path)
     size = keras_models.write(outcome, options.path, kind, freeze=options.freeze, overwrite=options.overwrite)
+    report.result = kind
     report.bytes = (os.path.getsize(source) if _name(source) else 4 * model.count_params(), size)
     return options.path, report
 

@@ -67,7 +67,7 @@ def load(source: Any) -> keras.Model | None:
     if not os.path.isfile(name):
         refuse(FileNotFoundError, "source", "a file that exists", name)
     if name.endswith(".keras") and not zipfile.is_zipfile(name):  # Keras would say that there is no file
-        refuse(ValueError, "source", "a whole Keras model, which a .keras file that is no zip archive is not", name)
+        refuse(ValueError, "source", "a whole Keras model; a .keras file is a zip archive", name)
     try:
         return keras.models.load_model(name, compile=False)
     except Exception as error:  # of a zip file, of h5py, of JSON, of a layer's own

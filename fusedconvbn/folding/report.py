@@ -8,6 +8,11 @@ from typing import Any
 from fusedconvbn.folding.planning import Folded, Kept
 from fusedconvbn.folding.verifying import Comparison
 
+_INCONCLUSIVE = (
+    "nothing is known to be wrong, but these inputs could not show all that might be: verify on inputs of your own "
+    "(verify={name: array} in Python), or compare the two models on your data before you use the result"
+)
+
 
 @dataclass
 class Report:
@@ -22,6 +27,8 @@ class Report:
             is nothing to tell.
         bound: Inputs of the source that the result has no more, with the values that they have in inference.
         verification: The comparison of the two models.
+        result: What was made: a "saved_model", "frozen", "checkpoint" or "keras" at `destination`, or in memory a
+            "GraphDef" or "Keras model"; None where nothing was.
     """
 
     source: str | None
@@ -35,6 +42,7 @@ class Report:
     milliseconds: tuple[float, float] | None = None
     bound: dict[str, Any] = field(default_factory=dict)
     verification: Comparison = field(default_factory=lambda: Comparison("not run"))
+    result: str | None = None
 
     def to_dict(self) -> dict[str, Any]:
         """As JSON has it."""
@@ -43,6 +51,7 @@ class Report:
             "source": self.source,
             "destination": self.destination,
             "kind": self.kind,
+            "result": self.result,
             "folded": [{"name": entry.name, "into": list(entry.into)} for entry in self.folded],
             "kept": [{"name": entry.name, "reason": entry.reason} for entry in self.kept],
             "removed": self.removed,
@@ -56,6 +65,7 @@ class Report:
                 "worst": self.verification.worst,
                 "outputs": self.verification.outputs,
                 "sites": self.verification.sites,
+                "limits": self.verification.limits,
                 "notes": self.verification.notes,
             },
         }
@@ -89,10 +99,24 @@ class Report:
         for name, (pair, form) in figures.items():
             if pair is not None:
                 lines.append(f"{name}: {pair[0]:{form}} before, {pair[1]:{form}} after")
-        check = self.verification
-        if check.verdict == "not run":
-            lines.append("verification: not run")
-        else:
-            lines.append(f"verification: {check.verdict}, worst difference {check.worst:.1e} of {check.tolerance:.0e}")
-        lines += [f"  {note}" for note in check.notes]
-        return lines
+        if self.result is not None:
+            lines.append(
+                f"returned: a {self.result}"
+                if self.destination is None
+                else f"written: {self.destination} ({self.result})"
+            )
+        return lines + _of_comparison(self.verification)
+
+
+def _of_comparison(check: Comparison) -> list[str]:
+    """The verdict with the tensor that was nearest to its own limit, or furthest beyond it."""
+    lines = [f"verification: {check.verdict}"]
+    found = {**check.sites, **check.outputs}
+    if check.limits:
+        name = max(check.limits, key=lambda each: found[each] / check.limits[each])
+        where = "furthest beyond" if check.verdict == "failed" else "nearest to"
+        lines[0] += f"; {where} its limit: {name!r}, {found[name]:.1e} of {check.limits[name]:.1e}"
+    lines += [f"  {note}" for note in check.notes]
+    if check.verdict == "inconclusive":
+        lines.append(f"  {_INCONCLUSIVE}")
+    return lines

@@ -39,6 +39,7 @@ class Comparison:
         tolerance: That differences were held against, where rounding alone does not make larger ones.
         outputs: The difference at each output, relative to its maximum.
         sites: The same where batch norms were folded, by the names of the original's tensors.
+        limits: What each of these may differ by, but for those that rounding alone changes too much to tell.
         notes: What else there is to know, such as which outputs do not depend on the input.
     """
 
@@ -46,6 +47,7 @@ class Comparison:
     tolerance: float = 0.0
     outputs: dict[str, float] = field(default_factory=dict)
     sites: dict[str, float] = field(default_factory=dict)
+    limits: dict[str, float] = field(default_factory=dict)
     notes: list[str] = field(default_factory=list)
 
     @property
@@ -223,6 +225,7 @@ def _judge(result: Comparison, limits: Mapping[str, float], *, inconclusive: boo
     """Sets the verdict."""
     found = {**result.sites, **result.outputs}
     wrong = [name for name, difference in found.items() if difference > limits[name]]
+    result.limits = {name: limit for name, limit in limits.items() if np.isfinite(limit)}
     if wrong:
         result.notes.append(f"differs at {', '.join(wrong[:5])}")
     result.verdict = "failed" if wrong else "inconclusive" if inconclusive else "ok"

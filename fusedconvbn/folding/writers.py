@@ -37,7 +37,7 @@ def kind_to_write(destination: str, to: str | None, source_kind: str, *, freeze:
         accepted = f"a path without the suffix of a {_NAMES[meant]}, as the result is a {_NAMES[kind]}"
         refuse(ValueError, "destination", accepted, destination)
     if freeze and kind in ("keras", "checkpoint"):
-        refuse(ValueError, "freeze", f"False for a {_NAMES[kind]}, which always has variables", freeze)
+        refuse(ValueError, "freeze", f"left out for a {_NAMES[kind]}, which always has variables", freeze)
     return kind
 
 
