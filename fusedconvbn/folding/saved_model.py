@@ -89,12 +89,12 @@ def _tensors_of(name: str, signatures: dict[str, SignatureDef], graph: Nodes) ->
     if name in signatures:
         return [canonical(info.name) for info in signatures[name].outputs.values()]
     found = [canonical(s.outputs[name].name) for s in signatures.values() if name in s.outputs]
-    if not found:
+    if not found and signatures:
         known = ", ".join(f"{key} ({', '.join(sorted(s.outputs))})" for key, s in sorted(signatures.items()))
         refuse(
             ValueError, "outputs", f"names of signatures, of their outputs, or of the graph's tensors: {known}", name
         )
-    return found
+    return found or [canonical(name)]  # settle_ends() refuses it
 
 
 def _with_signature_inputs(signatures: dict[str, SignatureDef], wishes: Wishes) -> Wishes:

@@ -83,7 +83,7 @@ def settle_ends(graph: Nodes, results: Sequence[str], wishes: Wishes) -> tuple[l
     Raises:
         ValueError: A name is not in the graph, or what an input is in inference cannot be told.
     """
-    _refuse_foreign(graph, wishes)
+    _refuse_foreign(graph, results, wishes)
     if wishes.inputs is not None:
         _cut(graph, wishes.inputs)
     needed = graph.ancestors(results)
@@ -110,7 +110,7 @@ def settle_ends(graph: Nodes, results: Sequence[str], wishes: Wishes) -> tuple[l
     return inputs, bound
 
 
-def _refuse_foreign(graph: Nodes, wishes: Wishes) -> None:
+def _refuse_foreign(graph: Nodes, results: Sequence[str], wishes: Wishes) -> None:
     """Raises a `ValueError` for names that are not the graph's."""
     placeholders = [node.name for node in graph.nodes.values() if node.op.startswith("Placeholder")]
     for name in wishes.inputs or ():
@@ -119,9 +119,10 @@ def _refuse_foreign(graph: Nodes, wishes: Wishes) -> None:
     for name in wishes.values:
         if node_of(canonical(name)) not in placeholders:
             refuse(ValueError, "values", f"by names of placeholders{_such_as(placeholders, 'placeholders')}", name)
-    for name in wishes.outputs or ():
+    for name in results:
         if not _makes(graph, name):
-            refuse(ValueError, "outputs", f"names of the graph's tensors{_such_as(unread(graph), 'results')}", name)
+            accepted = f"names of the graph's tensors{_such_as(unread(graph), 'results')}"
+            refuse(ValueError, "outputs", accepted, name.removesuffix(":0"))
 
 
 def _makes(graph: Nodes, tensor: str) -> bool:
