@@ -24,6 +24,7 @@ from benchmarks.process import Worker, WorkerError, library_environment
 
 EXIT_OK, EXIT_FAILED = 0, 1
 MODELS = ("ResNet50", "MobileNetV2", "EfficientNetB0", "DenseNet121", "Xception", "InceptionV3", "NASNetMobile")
+JIT = {"auto": "auto", "true": True, "false": False}
 _TIMEOUT = 1800.0  # seconds that one model may take
 _CLASSES = 10
 
@@ -39,6 +40,7 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--batch", type=positive, default=16, help="(default: 16)")
     parser.add_argument("--rounds", type=positive, default=15, help="interleaved (default: 15)")
     parser.add_argument("--threads", type=positive, default=machine.cores(), help="(default: all cores)")
+    parser.add_argument("--jit", choices=JIT, default="auto", help="compile()'s jit_compile of both (default: auto)")
     parser.add_argument("--json", type=pathlib.Path, metavar="FILE", help="write everything measured")
     return parser
 
@@ -65,7 +67,7 @@ def _measure(name: str, options: argparse.Namespace) -> list[dict[str, Any]]:
     """Inference, then training, of one model in a process of its own."""
     with tempfile.TemporaryDirectory() as folder:
         log = pathlib.Path(folder) / "worker.log"
-        arguments = (name, options.image, options.batch, options.threads)
+        arguments = (name, options.image, options.batch, options.threads, JIT[options.jit])
         worker = Worker("benchmarks.fusing:Pair", arguments, log, _TIMEOUT, fresh=library_environment(options.threads))
         worker.wait()
         rows = [worker.call(call, options.rounds) for call in ("predict", "train")]
@@ -77,7 +79,7 @@ def _measure(name: str, options: argparse.Namespace) -> list[dict[str, Any]]:
 class Pair:
     """A model and the fused one, compiled, and a batch for both."""
 
-    def __init__(self, name: str, image: int, batch: int, threads: int):
+    def __init__(self, name: str, image: int, batch: int, threads: int, jit: bool | str):
         import tensorflow as tf
 
         tf.config.threading.set_intra_op_parallelism_threads(threads)
@@ -97,7 +99,7 @@ class Pair:
         self._models = (model, fusedconvbn.fuse(model))
         for each in self._models:
             loss = keras.losses.SparseCategoricalCrossentropy(from_logits=True)
-            each.compile(keras.optimizers.SGD(1e-3), loss)
+            each.compile(keras.optimizers.SGD(1e-3), loss, jit_compile=jit)
         rng = np.random.default_rng(0)
         self._images = rng.normal(size=(batch, image, image, 3)).astype("float32")
         self._labels = rng.integers(_CLASSES, size=batch)

@@ -102,6 +102,14 @@ BASELINES = (
         jit=True,
     ),
     Implementation(
+        "ours_xla",
+        "benchmarks.layers:ours",
+        "fusedconvbn's op under jit_compile=True: a ratio of 1.0 is XLA costing nothing (only on request)",
+        modes=MODES,
+        default_modes=(),
+        jit=True,
+    ),
+    Implementation(
         "kernels",
         "",
         "fusedconvbn's own kernels called bare, without TensorFlow: a ratio of 1.0 is an op that costs nothing",

@@ -261,7 +261,7 @@ def test_failure_in_a_round_drops_the_samples():
         (["--shape", SHAPE, "--sample-ms", "0"], "must be a positive number. Received: '0'"),
         (
             ["--shape", SHAPE, "--baseline", "torch"],
-            "must be of frozen, folded, raw, keras, moments, xla, kernels, conv",
+            "must be of frozen, folded, raw, keras, moments, xla, ours_xla, kernels, conv",
         ),
         (["--shape", SHAPE, "--mode", "train-step", "--baseline", "frozen"], "for --mode train-step. Received"),
         (["--shape", "2x2x4 1x1x4", "--mode", "train-forward", "--batch", "1"], "must be at least 8 in training"),
