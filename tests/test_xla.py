@@ -34,6 +34,17 @@ def under_xla(function, tensors, cotangents):
     return jitted(function)(tensors, cotangents)
 
 
+def run_with_a_switch(case):
+    """A function of `training` and what `under_xla` takes."""
+
+    @tf.function(jit_compile=True)
+    def run(switch, tensors, cotangents):
+        call = function_of(fusedconvbn.fused_conv_bn, case, training=switch)
+        return op_problems.results_and_gradients(call, tensors, cotangents)
+
+    return run
+
+
 def hlo(function, *arguments):
     return tf.function(function, jit_compile=True).experimental_get_compiler_ir(*arguments)(stage="hlo")
 
@@ -41,6 +52,40 @@ def hlo(function, *arguments):
 @pytest.mark.parametrize("case", cases.op_cases(), ids=str)
 def test_results_and_gradients(case):
     op_problems.assert_as_the_oracle(under_xla, case)
+
+
+@pytest.mark.parametrize("case", cases.op_cases()[::3], ids=str)
+def test_in_ops_of_xla(case, monkeypatch):
+    monkeypatch.setenv("FUSEDCONVBN_XLA", "hlo")
+    op_problems.assert_as_the_oracle(under_xla, case)
+
+
+@pytest.mark.parametrize("training", [True, False])
+@pytest.mark.parametrize("case", MODES, ids=str)
+def test_in_ops_of_xla_with_training_at_run_time(case, training, monkeypatch):
+    monkeypatch.setenv("FUSEDCONVBN_XLA", "hlo")
+    run = run_with_a_switch(case)
+    call = function_of(fusedconvbn.fused_conv_bn, case, training=training)
+    expected = op_problems.results_and_gradients(call, arguments(case), upstream(case))
+    found = run(tf.constant(training), arguments(case), upstream(case))
+    op_problems.assert_close(found, expected, 1e-5 if case.dtype == "f32" else 2**-7)
+
+
+@pytest.mark.parametrize("case", [TRAINING, FROZEN, NCHW, HALF], ids=str)
+def test_an_empty_batch_in_ops_of_xla(case, monkeypatch):
+    monkeypatch.setenv("FUSEDCONVBN_XLA", "hlo")
+    case = replace(case, batch=0)
+    call = function_of(fusedconvbn.fused_conv_bn, case)
+    expected = op_problems.results_and_gradients(call, arguments(case), upstream(case))
+    assert_same_bits(under_xla(call, arguments(case), upstream(case)), expected)
+
+
+def test_ops_of_xla_are_what_is_asked_for(monkeypatch):
+    monkeypatch.setenv("FUSEDCONVBN_XLA", "hlo")
+    call = function_of(fusedconvbn.fused_conv_bn, TRAINING)
+    text = hlo(lambda t, c: op_problems.results_and_gradients(call, t, c), arguments(TRAINING), upstream(TRAINING))
+    assert "fusedconvbn" not in text
+    assert text.count(" convolution(") == 3
 
 
 @pytest.mark.parametrize("case", MODES, ids=str)
@@ -67,11 +112,7 @@ def test_moments_saved_for_the_gradient(monkeypatch):
 @pytest.mark.parametrize("training", [True, False])
 @pytest.mark.parametrize("case", MODES, ids=str)
 def test_training_at_run_time(case, training):
-    @tf.function(jit_compile=True)
-    def run(switch, tensors, cotangents):
-        call = function_of(fusedconvbn.fused_conv_bn, case, training=switch)
-        return op_problems.results_and_gradients(call, tensors, cotangents)
-
+    run = run_with_a_switch(case)
     call = function_of(fusedconvbn.fused_conv_bn, case, training=training)
     expected = op_problems.results_and_gradients(call, arguments(case), upstream(case))
     assert_same_bits(run(tf.constant(training), arguments(case), upstream(case)), expected)

@@ -1,5 +1,6 @@
-// What XLA compiles FusedConvBN and FusedConvBNGrad to: calls of our kernels.
+// What XLA compiles FusedConvBN and FusedConvBNGrad to: calls of our kernels, or XLA's own ops.
 #include <cstdlib>
+#include <optional>
 #include <string>
 #include <utility>
 #include <vector>
@@ -7,9 +8,12 @@
 #include "../tf/attributes.h"
 #include "cpu_calls.h"
 #include "custom_call.h"
+#include "lowering.h"
 #include "tensorflow/compiler/tf2xla/shape_util.h"
+#include "tensorflow/compiler/tf2xla/xla_compiler.h"
 #include "tensorflow/compiler/tf2xla/xla_op_kernel.h"
 #include "tensorflow/core/framework/kernel_def_builder.h"
+#include "xla/hlo/builder/lib/constants.h"
 #include "xla/hlo/builder/xla_builder.h"
 
 namespace fusedconvbn::xla {
@@ -37,12 +41,35 @@ class ConvBnCompiler : public tensorflow::XlaOpKernel {
     TF_RETURN_IF_ERROR(read_sizes(context, "inputs", &arguments.inputs_shape));
     TF_RETURN_IF_ERROR(read_sizes(context, "filters", &arguments.filters_shape));
     TF_RETURN_IF_ERROR(check_shape(context, "training", {}));
-    bool training = true;
-    ::xla::Literal value;
-    if (context->ConstantInput("training", &value).ok()) training = value.Get<bool>({});
     *params = attributes_.params;
-    params->training = training;
+    ::xla::Literal value;
+    params->training = !context->ConstantInput("training", &value).ok() || value.Get<bool>({});
     return to_absl(resolve(arguments, params));
+  }
+
+  // Whether XLA's own ops compute the op: on a GPU, and where FUSEDCONVBN_XLA=hlo asks for it.
+  static bool lowers(XlaOpKernelContext* context) {
+    const char* const asked = std::getenv("FUSEDCONVBN_XLA");
+    return (asked != nullptr && std::string(asked) == "hlo") ||
+           context->compiler()->options().device_type.type_string() != tensorflow::DEVICE_CPU_XLA_JIT;
+  }
+
+  // Without it, `training` is known now.
+  static std::optional<::xla::XlaOp> training_switch(XlaOpKernelContext* context) {
+    ::xla::Literal unused;
+    if (context->ConstantInput("training", &unused).ok()) return std::nullopt;
+    return context->Input("training");
+  }
+
+  // Of a list, which holds one tensor at the most.
+  static std::optional<::xla::XlaOp> first_of(XlaOpKernelContext* context, const char* name) {
+    int begin = 0, end = 0;
+    if (!context->op_kernel().InputRange(name, &begin, &end).ok() || begin == end) return std::nullopt;
+    return context->Input(begin);
+  }
+
+  static ::xla::XlaOp nothing(XlaOpKernelContext* context, int output) {
+    return ::xla::Broadcast(::xla::Zero(context->builder(), context->output_xla_type(output)), {0, 0, 0, 0});
   }
 
   // Of those among the names that the op has.
@@ -120,7 +147,7 @@ class ConvBnCompiler : public tensorflow::XlaOpKernel {
 };
 
 TensorShape vector_of(const ConvBnParams& params) { return TensorShape({params.out_channels}); }
-TensorShape nothing() { return TensorShape({0, 0, 0, 0}); }
+TensorShape no_elements() { return TensorShape({0, 0, 0, 0}); }
 
 class Forward : public ConvBnCompiler {
  public:
@@ -134,13 +161,30 @@ class Forward : public ConvBnCompiler {
     const TensorShape channels = vector_of(params), output(output_shape(params));
     OP_REQUIRES_OK(context, check_shapes(context, {"gamma", "beta", "moving_mean", "moving_variance"}, channels));
     OP_REQUIRES_OK(context, check_shapes(context, {"residual"}, output));
-    TensorShape conv_out = nothing();
+    if (lowers(context)) return lower(context, params);
+    TensorShape conv_out = no_elements();
     OP_REQUIRES_OK(context, plan_conv_out(params, &conv_out));
     OP_REQUIRES_OK(context,
                    call(context, kForward, params, {output, channels, channels, channels, channels, conv_out}));
   }
 
  private:
+  // z is saved wherever the user lets the op save it: XLA drops what the gradient does not read.
+  static void lower(XlaOpKernelContext* context, const ConvBnParams& params) {
+    ForwardOps ops;
+    ops.inputs = context->Input("inputs");
+    ops.filters = context->Input("filters");
+    ops.gamma = context->Input("gamma");
+    ops.beta = context->Input("beta");
+    ops.moving_mean = context->Input("moving_mean");
+    ops.moving_variance = context->Input("moving_variance");
+    ops.residual = first_of(context, "residual");
+    ops.training = training_switch(context);
+    std::vector<::xla::XlaOp> results = lower_forward(params, ops);
+    if (asked_for(params) != Saved::kConv) results[5] = nothing(context, 5);
+    for (int i = 0; i < context->num_outputs(); ++i) context->SetOutput(i, results[i]);
+  }
+
   // What the plan saves, which does not depend on the number of threads.
   static absl::Status plan_conv_out(const ConvBnParams& params, TensorShape* shape) {
     DeviceInfo device;
@@ -173,8 +217,9 @@ class Backward : public ConvBnCompiler {
                                           "moving_mean", "moving_variance", "batch_mean", "inv_std"},
                                          channels));
     OP_REQUIRES_OK(context, check_shapes(context, {"output_gradient", "residual", "output"}, output));
-    std::vector<TensorShape> results{wanted_.inputs ? inputs : nothing(),
-                                     wanted_.filters ? filters : nothing(),
+    if (lowers(context)) return lower(context, params);
+    std::vector<TensorShape> results{wanted_.inputs ? inputs : no_elements(),
+                                     wanted_.filters ? filters : no_elements(),
                                      channels,
                                      channels,
                                      channels,
@@ -184,16 +229,37 @@ class Backward : public ConvBnCompiler {
   }
 
  private:
+  void lower(XlaOpKernelContext* context, const ConvBnParams& params) const {
+    BackwardOps ops;
+    ops.output_gradient = context->Input("output_gradient");
+    ops.moving_mean_gradient = context->Input("moving_mean_gradient");
+    ops.moving_variance_gradient = context->Input("moving_variance_gradient");
+    ops.inputs = context->Input("inputs");
+    ops.filters = context->Input("filters");
+    ops.gamma = context->Input("gamma");
+    ops.beta = context->Input("beta");
+    ops.batch_mean = context->Input("batch_mean");
+    ops.inv_std = context->Input("inv_std");
+    ops.residual = first_of(context, "residual");
+    ops.output = first_of(context, "output");
+    ops.training = training_switch(context);
+    if (params.saved == Saved::kConv) ops.z = context->Input("conv_out");
+    std::vector<::xla::XlaOp> results = lower_backward(params, ops);
+    if (!wanted_.inputs) results[0] = nothing(context, 0);
+    if (!wanted_.filters) results[1] = nothing(context, 1);
+    for (int i = 0; i < context->num_outputs(); ++i) context->SetOutput(i, results[i]);
+  }
+
   tf::Wanted wanted_;
 };
 
 // As register_kernels() of ../tf/conv_bn_kernels.h. Not by REGISTER_XLA_OP, which does nothing once TensorFlow has
 // made its devices.
 template <class Compiler>
-void register_compiler(const char* name) {
+void register_compiler(const char* name, const char* device) {
   for (auto data : {tensorflow::DT_FLOAT, tensorflow::DT_DOUBLE, tensorflow::DT_HALF, tensorflow::DT_BFLOAT16}) {
     const auto* definition = tensorflow::KernelDefBuilder(name)
-                                 .Device(tensorflow::DEVICE_CPU_XLA_JIT)
+                                 .Device(device)
                                  .TypeConstraint("T", data)
                                  .TypeConstraint("U", data == tensorflow::DT_DOUBLE ? data : tensorflow::DT_FLOAT)
                                  .Build();
@@ -204,8 +270,10 @@ void register_compiler(const char* name) {
 
 [[maybe_unused]] const bool registered = [] {
   if (!register_cpu_calls().ok()) return false;  // another copy has
-  register_compiler<Forward>("FusedConvBN");
-  register_compiler<Backward>("FusedConvBNGrad");
+  for (const char* device : {tensorflow::DEVICE_CPU_XLA_JIT, tensorflow::DEVICE_GPU_XLA_JIT}) {
+    register_compiler<Forward>("FusedConvBN", device);
+    register_compiler<Backward>("FusedConvBNGrad", device);
+  }
   return true;
 }();
 
