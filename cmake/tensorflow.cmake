@@ -53,11 +53,13 @@ target_include_directories(_xla SYSTEM PRIVATE "${include}" "${include}/external
                            "${include}/external/farmhash_archive/src")
 target_compile_options(_xla PRIVATE ${compile_flags} "-ffile-prefix-map=${include}/=")
 target_link_libraries(_xla PRIVATE core ${link_flags})  # the rest is in libtensorflow_cc, which TensorFlow has loaded
-finish_module(_xla "")
+finish_module(_xla fusedconvbn_xla_error)
 
-# What tests run registered kernels with; built when asked for by name.
-add_library(kernel_harness MODULE EXCLUDE_FROM_ALL csrc/harness/kernel_harness.cc)
-target_include_directories(kernel_harness SYSTEM PRIVATE "${include}")
-target_compile_options(kernel_harness PRIVATE ${compile_flags} -O1)
-target_link_libraries(kernel_harness PRIVATE ${link_flags})
-finish_module(kernel_harness "harness_*")
+# What tests run kernels for a GPU with; built when asked for by name.
+foreach(harness kernel_harness xla_harness)
+  add_library(${harness} MODULE EXCLUDE_FROM_ALL csrc/harness/${harness}.cc)
+  target_include_directories(${harness} SYSTEM PRIVATE "${include}")
+  target_compile_options(${harness} PRIVATE ${compile_flags} -O1)
+  target_link_libraries(${harness} PRIVATE ${link_flags})
+  finish_module(${harness} "harness_*")
+endforeach()

@@ -2,6 +2,10 @@
 
 #include <dlfcn.h>
 
+#include <cstdlib>
+#include <filesystem>
+#include <system_error>
+
 #include "../cuda/api.h"
 
 namespace fusedconvbn {
@@ -13,7 +17,34 @@ Status find(void* library, const char* name, Function* function) {
   return *function == nullptr ? Status::error(std::string("the CUDA library has no ") + name) : Status{};
 }
 
+std::filesystem::path path() {
+  if (const char* const named = std::getenv("FUSEDCONVBN_CUDA_LIBRARY")) return named;
+  static const int here = 0;
+  Dl_info info;
+  if (dladdr(&here, &info) == 0) return {};
+  return std::filesystem::absolute(info.dli_fname).parent_path() / "_cuda.so";
+}
+
 }  // namespace
+
+bool CudaLibrary::is_there() {
+  std::error_code none;
+  return std::filesystem::exists(path(), none);
+}
+
+const CudaLibrary* CudaLibrary::get(Status* status) {
+  struct Opened {
+    std::unique_ptr<CudaLibrary> library;  // null after an error
+    Status status;
+  };
+  static const Opened* const opened = [] {
+    auto* const result = new Opened;
+    result->status = open(path(), &result->library);
+    return result;
+  }();
+  if (status != nullptr) *status = opened->status;
+  return opened->library.get();
+}
 
 Status CudaLibrary::open(const std::string& path, std::unique_ptr<CudaLibrary>* library) {
   void* const handle = dlopen(path.c_str(), RTLD_NOW | RTLD_LOCAL);

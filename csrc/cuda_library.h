@@ -15,6 +15,11 @@ class CudaLibrary {
  public:
   static Status open(const std::string& path, std::unique_ptr<CudaLibrary>* library);
 
+  // `_cuda.so` beside the library that calls, or what FUSEDCONVBN_CUDA_LIBRARY names: whether it is there, and itself,
+  // opened by the first call; null, and why, if it cannot be.
+  static bool is_there();
+  static const CudaLibrary* get(Status* status = nullptr);
+
   // As plan_forward() and plan_backward(): params as validate() of shape.h accepts them. Of second moments of the
   // inputs, which forward may have saved on a CPU, backward makes no use: it computes z again.
   Status plan(const ConvBnParams& params, bool backward, Plan* plan) const;

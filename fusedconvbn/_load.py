@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ctypes
 import functools
 import importlib
 import importlib.abc
@@ -60,7 +61,13 @@ def xla() -> str | None:
         tf.load_op_library(str(XLA_LIBRARY))
     except (tf.errors.OpError, OSError) as error:
         return str(error).splitlines()[0]
-    return "on GPUs it cannot yet" if tf.config.list_physical_devices("GPU") else None
+    why_not = ctypes.CDLL(str(XLA_LIBRARY)).fusedconvbn_xla_error
+    why_not.restype = ctypes.c_char_p
+    if refused := why_not().decode():
+        return f"refused: {refused}"
+    if tf.config.list_physical_devices("GPU") and not CUDA_LIBRARY.exists():
+        return "no CUDA kernels: not built"  # XLA's own ops would do, but those widen 16-bit data
+    return None
 
 
 @functools.cache

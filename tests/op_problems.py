@@ -52,10 +52,10 @@ def results_and_gradients(
     return results + tape.gradient(results, list(tensors), output_gradients=list(cotangents))
 
 
-def assert_as_the_oracle(run: Callable[..., Sequence[Any]], case: cases.Case) -> None:
+def assert_as_the_oracle(run: Callable[..., Sequence[Any]], case: cases.Case, *, rounds_dz: bool = False) -> None:
     """What the op returns, and its gradients, are those of the float64 oracle.
 
-    `run` is `results_and_gradients`, or what does the same elsewhere.
+    `run` is `results_and_gradients`, or what does the same elsewhere; `rounds_dz` as in `reference.backward`.
     """
     arrays = list(cases.arrays(case))
     expected = reference.forward(*arrays, **case.attributes)
@@ -63,7 +63,7 @@ def assert_as_the_oracle(run: Callable[..., Sequence[Any]], case: cases.Case) ->
     output_gradient = np.where(expected.near_kink, 0, output_gradient).astype(case.numpy_dtype)
     gradients = reference.backward(
         output_gradient, *arrays, moving_mean_gradient=moving_gradients[0],
-        moving_variance_gradient=moving_gradients[1], **case.attributes,
+        moving_variance_gradient=moving_gradients[1], rounds_dz=rounds_dz, **case.attributes,
     )  # fmt: skip
     names = fusedconvbn.FusedConvBNOutput._fields + tuple(f"gradient of {name}" for name in NAMES)
     cotangents = [tf.constant(g) for g in (output_gradient, *moving_gradients)]

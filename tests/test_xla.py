@@ -12,6 +12,7 @@ import pytest
 import reference
 import tensorflow as tf
 from op_problems import FROZEN, HALF, MODES, NCHW, TRAINING, arguments, assert_same_bits, function_of, upstream
+from under_xla import jitted, program, under_xla, with_a_switch
 
 import fusedconvbn
 from fusedconvbn import _load
@@ -23,30 +24,6 @@ layers = keras.layers
 def library():
     """Its absence would let stock ops pass all that follows."""
     assert _load.xla() is None
-
-
-def jitted(function, *fixed):
-    """`results_and_gradients` under XLA."""
-    return tf.function(lambda *given: op_problems.results_and_gradients(function, *fixed, *given), jit_compile=True)
-
-
-def under_xla(function, tensors, cotangents):
-    return jitted(function)(tensors, cotangents)
-
-
-def run_with_a_switch(case):
-    """A function of `training` and what `under_xla` takes."""
-
-    @tf.function(jit_compile=True)
-    def run(switch, tensors, cotangents):
-        call = function_of(fusedconvbn.fused_conv_bn, case, training=switch)
-        return op_problems.results_and_gradients(call, tensors, cotangents)
-
-    return run
-
-
-def hlo(function, *arguments):
-    return tf.function(function, jit_compile=True).experimental_get_compiler_ir(*arguments)(stage="hlo")
 
 
 @pytest.mark.parametrize("case", cases.op_cases(), ids=str)
@@ -64,7 +41,7 @@ def test_in_ops_of_xla(case, monkeypatch):
 @pytest.mark.parametrize("case", MODES, ids=str)
 def test_in_ops_of_xla_with_training_at_run_time(case, training, monkeypatch):
     monkeypatch.setenv("FUSEDCONVBN_XLA", "hlo")
-    run = run_with_a_switch(case)
+    run = with_a_switch(case)
     call = function_of(fusedconvbn.fused_conv_bn, case, training=training)
     expected = op_problems.results_and_gradients(call, arguments(case), upstream(case))
     found = run(tf.constant(training), arguments(case), upstream(case))
@@ -82,8 +59,7 @@ def test_an_empty_batch_in_ops_of_xla(case, monkeypatch):
 
 def test_ops_of_xla_are_what_is_asked_for(monkeypatch):
     monkeypatch.setenv("FUSEDCONVBN_XLA", "hlo")
-    call = function_of(fusedconvbn.fused_conv_bn, TRAINING)
-    text = hlo(lambda t, c: op_problems.results_and_gradients(call, t, c), arguments(TRAINING), upstream(TRAINING))
+    text = program(TRAINING)
     assert "fusedconvbn" not in text
     assert text.count(" convolution(") == 3
 
@@ -105,22 +81,20 @@ def test_moments_saved_for_the_gradient(monkeypatch):
     call = function_of(fusedconvbn.fused_conv_bn, EXPANDING)
     expected = op_problems.results_and_gradients(call, arguments(EXPANDING), upstream(EXPANDING))
     assert_same_bits(under_xla(call, arguments(EXPANDING), upstream(EXPANDING)), expected)
-    text = hlo(lambda t, c: op_problems.results_and_gradients(call, t, c), arguments(EXPANDING), upstream(EXPANDING))
-    assert "f32[10,8]" in text  # [C + 2, C]
+    assert "f32[10,8]" in program(EXPANDING)  # [C + 2, C]
 
 
 @pytest.mark.parametrize("training", [True, False])
 @pytest.mark.parametrize("case", MODES, ids=str)
 def test_training_at_run_time(case, training):
-    run = run_with_a_switch(case)
+    run = with_a_switch(case)
     call = function_of(fusedconvbn.fused_conv_bn, case, training=training)
     expected = op_problems.results_and_gradients(call, arguments(case), upstream(case))
     assert_same_bits(run(tf.constant(training), arguments(case), upstream(case)), expected)
 
 
 def test_programs_hold_calls_of_our_kernels():
-    call = function_of(fusedconvbn.fused_conv_bn, TRAINING)
-    text = hlo(lambda t, c: op_problems.results_and_gradients(call, t, c), arguments(TRAINING), upstream(TRAINING))
+    text = program(TRAINING)
     assert text.count('custom_call_target="fusedconvbn_forward"') == 1
     assert text.count('custom_call_target="fusedconvbn_backward"') == 1
     assert " convolution(" not in text

@@ -5,14 +5,16 @@
 #include <utility>
 #include <vector>
 
+#include "../cuda_library.h"
 #include "../tf/attributes.h"
-#include "cpu_calls.h"
-#include "custom_call.h"
+#include "call_sites.h"
+#include "calls.h"
 #include "lowering.h"
 #include "tensorflow/compiler/tf2xla/shape_util.h"
 #include "tensorflow/compiler/tf2xla/xla_compiler.h"
 #include "tensorflow/compiler/tf2xla/xla_op_kernel.h"
 #include "tensorflow/core/framework/kernel_def_builder.h"
+#include "tensorflow/core/framework/op_kernel.h"
 #include "xla/hlo/builder/lib/constants.h"
 #include "xla/hlo/builder/xla_builder.h"
 
@@ -24,6 +26,8 @@ using tensorflow::TensorShape;
 using tensorflow::XlaOpKernelContext;
 using tf::invalid;
 using tf::to_absl;
+
+enum class By { kCpuCalls, kCudaCalls, kOps };
 
 // The attributes, read once, and what every compilation begins with.
 class ConvBnCompiler : public tensorflow::XlaOpKernel {
@@ -47,11 +51,18 @@ class ConvBnCompiler : public tensorflow::XlaOpKernel {
     return to_absl(resolve(arguments, params));
   }
 
-  // Whether XLA's own ops compute the op: on a GPU, and where FUSEDCONVBN_XLA=hlo asks for it.
-  static bool lowers(XlaOpKernelContext* context) {
+  // What computes the op: calls of our kernels; XLA's own ops on a GPU for which none were built. FUSEDCONVBN_XLA asks
+  // for another one.
+  static absl::Status choose(XlaOpKernelContext* context, By* by) {
+    const auto device = context->compiler()->options().device_type.type_string();
+    const bool on_cpu = device == tensorflow::DEVICE_CPU_XLA_JIT;
+    *by = on_cpu ? By::kCpuCalls : CudaLibrary::is_there() ? By::kCudaCalls : By::kOps;
     const char* const asked = std::getenv("FUSEDCONVBN_XLA");
-    return (asked != nullptr && std::string(asked) == "hlo") ||
-           context->compiler()->options().device_type.type_string() != tensorflow::DEVICE_CPU_XLA_JIT;
+    if (asked == nullptr || *asked == '\0') return absl::OkStatus();
+    if (std::string(asked) != "hlo" && std::string(asked) != "cuda")
+      return invalid(absl::StrCat("FUSEDCONVBN_XLA must be hlo or cuda. Received: ", asked));
+    *by = asked[0] == 'h' ? By::kOps : By::kCudaCalls;
+    return absl::OkStatus();
   }
 
   // Without it, `training` is known now.
@@ -107,24 +118,23 @@ class ConvBnCompiler : public tensorflow::XlaOpKernel {
     return absl::OkStatus();
   }
 
-  // Sets the outputs to the results, of these shapes, of a call on all inputs. Operands and results are row-major.
-  static absl::Status call(XlaOpKernelContext* context, const char* target, const ConvBnParams& params,
+  // Sets the outputs to the results, of these shapes, of a call of one of our kernels with all inputs.
+  static absl::Status call(XlaOpKernelContext* context, By by, bool backward, const ConvBnParams& params,
                            const std::vector<TensorShape>& results) {
-    std::vector<::xla::XlaOp> operands;
-    std::vector<::xla::Shape> operand_shapes, result_shapes;
+    CallSite site;
+    site.backward = backward;
     for (int i = 0; i < context->num_inputs(); ++i) {
       TensorShape shape;
       TF_RETURN_IF_ERROR(input_shape(context, i, &shape));
-      operands.push_back(context->Input(i));
-      operand_shapes.push_back(row_major(context->input_xla_type(i), shape));
+      site.operands.push_back(context->Input(i));
+      site.operand_shapes.push_back(row_major(context->input_xla_type(i), shape));
     }
     for (int i = 0; i < context->num_outputs(); ++i)
-      result_shapes.push_back(row_major(context->output_xla_type(i), results[i]));
-    const ::xla::XlaOp tuple = ::xla::CustomCallWithLayout(
-        context->builder(), target, operands, ::xla::ShapeUtil::MakeTupleShape(result_shapes), operand_shapes,
-        attributes_of(params), /*has_side_effect=*/false, /*output_operand_aliasing=*/{}, /*literal=*/nullptr,
-        ::xla::CustomCallSchedule::SCHEDULE_NONE, ::xla::CustomCallApiVersion::API_VERSION_TYPED_FFI);
-    for (int i = 0; i < context->num_outputs(); ++i) context->SetOutput(i, ::xla::GetTupleElement(tuple, i));
+      site.result_shapes.push_back(row_major(context->output_xla_type(i), results[i]));
+    absl::StatusOr<std::vector<::xla::XlaOp>> made =
+        by == By::kCpuCalls ? call_on_cpu(params, site) : call_on_gpu(params, site, training_switch(context));
+    if (!made.ok()) return made.status();
+    for (int i = 0; i < context->num_outputs(); ++i) context->SetOutput(i, (*made)[i]);
     return absl::OkStatus();
   }
 
@@ -161,11 +171,13 @@ class Forward : public ConvBnCompiler {
     const TensorShape channels = vector_of(params), output(output_shape(params));
     OP_REQUIRES_OK(context, check_shapes(context, {"gamma", "beta", "moving_mean", "moving_variance"}, channels));
     OP_REQUIRES_OK(context, check_shapes(context, {"residual"}, output));
-    if (lowers(context)) return lower(context, params);
+    By by;
+    OP_REQUIRES_OK(context, choose(context, &by));
+    if (by == By::kOps) return lower(context, params);
     TensorShape conv_out = no_elements();
-    OP_REQUIRES_OK(context, plan_conv_out(params, &conv_out));
+    OP_REQUIRES_OK(context, plan_conv_out(params, by, &conv_out));
     OP_REQUIRES_OK(context,
-                   call(context, kForward, params, {output, channels, channels, channels, channels, conv_out}));
+                   call(context, by, false, params, {output, channels, channels, channels, channels, conv_out}));
   }
 
  private:
@@ -185,15 +197,20 @@ class Forward : public ConvBnCompiler {
     for (int i = 0; i < context->num_outputs(); ++i) context->SetOutput(i, results[i]);
   }
 
-  // What the plan saves, which does not depend on the number of threads.
-  static absl::Status plan_conv_out(const ConvBnParams& params, TensorShape* shape) {
-    DeviceInfo device;
-    TF_RETURN_IF_ERROR(to_absl(detect_device(1, &device)));
-    const char* const kernel = std::getenv("FUSEDCONVBN_KERNEL");
+  // Of what the plan saves, which does not depend on the number of threads.
+  static absl::Status plan_conv_out(const ConvBnParams& params, By by, TensorShape* shape) {
     Plan plan;
-    TF_RETURN_IF_ERROR(to_absl(plan_forward(params, device, kernel == nullptr ? "" : kernel, &plan)));
+    TF_RETURN_IF_ERROR(
+        to_absl(by == By::kCpuCalls ? plan_on_cpu(params, &plan) : plan_cuda_call(params, false, &plan)));
     if (plan.saved != Saved::kNothing) *shape = tf::saved_shape(plan.params, plan.saved);
     return absl::OkStatus();
+  }
+
+  static Status plan_on_cpu(const ConvBnParams& params, Plan* plan) {
+    DeviceInfo device;
+    if (const Status status = detect_device(1, &device); !status.ok()) return status;
+    const char* const kernel = std::getenv("FUSEDCONVBN_KERNEL");
+    return plan_forward(params, device, kernel == nullptr ? "" : kernel, plan);
   }
 };
 
@@ -217,7 +234,9 @@ class Backward : public ConvBnCompiler {
                                           "moving_mean", "moving_variance", "batch_mean", "inv_std"},
                                          channels));
     OP_REQUIRES_OK(context, check_shapes(context, {"output_gradient", "residual", "output"}, output));
-    if (lowers(context)) return lower(context, params);
+    By by;
+    OP_REQUIRES_OK(context, choose(context, &by));
+    if (by == By::kOps) return lower(context, params);
     std::vector<TensorShape> results{wanted_.inputs ? inputs : no_elements(),
                                      wanted_.filters ? filters : no_elements(),
                                      channels,
@@ -225,7 +244,7 @@ class Backward : public ConvBnCompiler {
                                      channels,
                                      channels};
     if (wanted_.residual) results.push_back(output);
-    OP_REQUIRES_OK(context, call(context, kBackward, params, results));
+    OP_REQUIRES_OK(context, call(context, by, true, params, results));
   }
 
  private:
@@ -268,14 +287,29 @@ void register_compiler(const char* name, const char* device) {
   }
 }
 
-[[maybe_unused]] const bool registered = [] {
-  if (!register_cpu_calls().ok()) return false;  // another copy has
+bool another_copy_compiles() {
+  const tensorflow::KernelList all = tensorflow::GetRegisteredKernelsForOp("FusedConvBN");
+  for (const auto& kernel : all.kernel())
+    if (kernel.device_type() == tensorflow::DEVICE_CPU_XLA_JIT) return true;
+  return false;
+}
+
+// When the library is loaded. XLA may refuse the handlers; then there is nothing to compile.
+const Status registered = [] {
+  if (another_copy_compiles()) return Status{};
+  for (const Status& status : {register_cpu_calls(), register_cuda_calls()})
+    if (!status.ok()) return status;
   for (const char* device : {tensorflow::DEVICE_CPU_XLA_JIT, tensorflow::DEVICE_GPU_XLA_JIT}) {
     register_compiler<Forward>("FusedConvBN", device);
     register_compiler<Backward>("FusedConvBNGrad", device);
   }
-  return true;
+  return Status{};
 }();
 
 }  // namespace
 }  // namespace fusedconvbn::xla
+
+// Why XLA cannot compile the ops; empty if it can.
+extern "C" __attribute__((visibility("default"))) const char* fusedconvbn_xla_error() {
+  return fusedconvbn::xla::registered.message.c_str();
+}

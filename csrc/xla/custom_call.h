@@ -1,11 +1,13 @@
 // The custom calls by which an XLA program runs our kernels: what the compiler writes, and the handlers read.
 //
 //   operands    the op's inputs, all of them, in its order
-//   results     the op's outputs, all of them, in its order; those without elements are not wanted
+//   results     on a GPU the workspace, as bytes; the op's outputs, all of them, in its order; those without elements
+//               are not wanted
 //   attributes  the problem: kIntegers and kNumbers
 //
 // `training` of the attributes is what the program was compiled for: with a switch that only run time tells, true, as
-// that needs all results. On the CPU the operand tells it.
+// that needs all results. On the CPU the operand tells it. On a GPU, where the host cannot read the operand, it holds:
+// the program has a call for each, and chooses.
 #pragma once
 
 #include <cstdint>
@@ -19,6 +21,7 @@
 namespace fusedconvbn::xla {
 
 inline constexpr char kForward[] = "fusedconvbn_forward", kBackward[] = "fusedconvbn_backward";
+inline constexpr char kCudaForward[] = "fusedconvbn_cuda_forward", kCudaBackward[] = "fusedconvbn_cuda_backward";
 inline constexpr char kIntegers[] = "integers", kNumbers[] = "numbers";
 
 // Calls visit(field) for every field of ConvBnParams that is no floating-point number, in an order of no meaning.

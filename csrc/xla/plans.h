@@ -6,11 +6,18 @@
 #include <mutex>
 #include <string>
 #include <tuple>
+#include <utility>
 #include <vector>
 
 #include "custom_call.h"
 
 namespace fusedconvbn::xla {
+
+// What besides the problem decides a plan.
+struct PlannedBy {
+  DeviceInfo device;
+  std::string kernel;  // forced, or empty
+};
 
 // A program holds as many calls as a network has layers, and a handler is told nothing of the program: so one table
 // serves all, and keeps what it has.
@@ -20,16 +27,15 @@ class Plans {
 
   explicit Plans(Planner planner) : planner_(planner) {}
 
-  Status get(const ConvBnParams& params, const DeviceInfo& device, const std::string& kernel,
-             std::shared_ptr<const Plan>* plan) {
-    Key key{integers_of(params), params.epsilon, params.momentum, device.isa, device.threads, kernel};
+  Status get(const ConvBnParams& params, const PlannedBy& by, std::shared_ptr<const Plan>* plan) {
+    Key key{integers_of(params), params.epsilon, params.momentum, by.device.isa, by.device.threads, by.kernel};
     {
       std::lock_guard<std::mutex> lock(mutex_);
       const auto found = plans_.find(key);
       if (found != plans_.end()) return *plan = found->second, Status{};
     }
     auto made = std::make_shared<Plan>();
-    const Status status = planner_(params, device, kernel, made.get());
+    const Status status = planner_(params, by.device, by.kernel, made.get());
     if (!status.ok()) return status;
     std::lock_guard<std::mutex> lock(mutex_);
     *plan = plans_.emplace(std::move(key), std::move(made)).first->second;
