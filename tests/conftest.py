@@ -57,4 +57,6 @@ def call(request):
 
     filters = packed.variable()
     convolve = lambda: packed.output(filters)  # noqa: E731
-    return (tf.function(convolve) if request.param == "function" else convolve), filters
+    if request.param == "eager":
+        return convolve, filters
+    return tf.function(convolve, jit_compile=request.param == "xla"), filters

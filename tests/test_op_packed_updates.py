@@ -58,6 +58,10 @@ def as_function(update):
     return tf.function(run)
 
 
+everywhere = pytest.mark.parametrize("call", ["eager", "function", "xla"], indirect=True)
+
+
+@everywhere
 @pytest.mark.parametrize("wrap", [lambda update: update, as_function], ids=["eager", "function"])
 @pytest.mark.parametrize("update", UPDATES)
 def test_updates_are_seen(update, wrap, call):
@@ -72,6 +76,7 @@ def test_updates_are_seen(update, wrap, call):
             assert_right(call(), filters.numpy())
 
 
+@everywhere
 @pytest.mark.parametrize("optimizer", [keras.optimizers.SGD, keras.optimizers.Adam, keras.optimizers.Lion])
 def test_optimizer_steps_are_seen(optimizer, call):
     call, filters = call
@@ -82,6 +87,7 @@ def test_optimizer_steps_are_seen(optimizer, call):
             assert_right(call(), filters.numpy())
 
 
+@everywhere
 def test_sparse_updates_after_sparse_reads(call):
     """A variable that was read sparsely is copied by dense reads: the very first kept tensor is not written either."""
     call, filters = call
@@ -156,6 +162,7 @@ def test_arrays_changed_in_place_eager():
             assert_right(output(shared), shared.numpy())
 
 
+@everywhere
 def test_a_variable_in_the_memory_of_an_array(call):
     call, filters = call
     array = aligned(random_filters())

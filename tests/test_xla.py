@@ -212,6 +212,37 @@ def test_keras_jits_models_with_the_layer_where_it_does_so_by_itself():
     assert all(layer.supports_jit for layer in network().layers)
 
 
+RESIDENT = """
+    import tensorflow as tf
+    import fusedconvbn
+
+    filters, v = tf.Variable(tf.random.normal([1, 1, 4096, 4096])), tf.ones([4096])
+    x = tf.random.normal([1, 4, 4, 4096])
+    call = tf.function(lambda: fusedconvbn.fused_conv_bn(x, filters, v, v, v, v).output, jit_compile=True)
+
+    def resident():
+        return next(int(line.split()[1]) >> 10 for line in open("/proc/self/status") if line.startswith("VmRSS"))
+
+    call()
+    before = resident()
+    [call() for _ in range(3)]
+    print(resident() - before)
+"""
+
+
+@pytest.mark.parametrize(("megabytes", "least", "most"), [(512, 60, 90), (0, -10, 10)])
+def test_packed_filters_are_kept(megabytes, least, most, monkeypatch):
+    """64 MB of them. That they are never out of date, test_op_packed_updates.py tests."""
+    monkeypatch.setenv("FUSEDCONVBN_PACKED_MEGABYTES", str(megabytes))
+    assert least <= int(processes.run_python(RESIDENT)) <= most
+
+
+def test_a_limit_of_packed_filters_that_is_none(monkeypatch):
+    monkeypatch.setenv("FUSEDCONVBN_PACKED_MEGABYTES", "many")
+    with pytest.raises(tf.errors.InvalidArgumentError, match=r"FUSEDCONVBN_PACKED_MEGABYTES must .*Received: many"):
+        under_xla(function_of(fusedconvbn.fused_conv_bn, FROZEN), arguments(FROZEN), upstream(FROZEN))
+
+
 def test_auto_clustering(monkeypatch):
     """Also that the library may come after TensorFlow has run, and that the same process runs the op outside of XLA."""
     text = """

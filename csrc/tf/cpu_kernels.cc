@@ -1,11 +1,12 @@
 // The ops on the CPU.
 #include <cstdlib>
 
+#include "../host/packed_filters.h"
 #include "../host/workspace_pool.h"
 #include "absl/functional/function_ref.h"
 #include "conv_bn_kernels.h"
 #include "host_tensors.h"
-#include "packed_filters.h"
+#include "known_tensor.h"
 #include "thread_pool.h"
 
 namespace fusedconvbn::tf {
@@ -14,6 +15,8 @@ namespace {
 using tensorflow::OpKernelConstruction;
 using tensorflow::OpKernelContext;
 using tensorflow::Tensor;
+
+using PackedFilters = host::PackedFilters<KnownTensor>;
 
 class Cpu {
  public:
@@ -24,7 +27,8 @@ class Cpu {
   explicit Cpu(OpKernelConstruction* context) {
     if (!context->HasAttr("keep_filters")) return;  // forward's
     OP_REQUIRES_OK(context, context->GetAttr("keep_filters", &keep_filters_));
-    OP_REQUIRES_OK(context, to_absl(PackedFilters::check_limit()));
+    size_t unused = 0;
+    OP_REQUIRES_OK(context, to_absl(host::read_packed_limit(&unused)));
   }
 
   static absl::Status describe(OpKernelContext* context, Call* call) {
@@ -61,10 +65,10 @@ class Cpu {
   // Of earlier calls; null if there are none.
   PackedFilters::Packed packed_filters(const Tensor& filters, const Plan& plan, void* workspace,
                                        ParallelFor* threads) const {
-    if (!keep_filters_ || !PackedFilters::may_keep(filters)) return nullptr;
-    if (plan.params.training) return PackedFilters::global()->forget(filters), nullptr;
+    if (!keep_filters_ || !KnownTensor::may_keep(filters)) return nullptr;
+    if (plan.params.training) return PackedFilters::global()->forget(filters.data()), nullptr;
     if (plan.packed_bytes == 0) return nullptr;
-    return PackedFilters::global()->get(filters, plan, [&](void* packed) {
+    return PackedFilters::global()->get(filters.data(), {filters}, plan, [&](void* packed) {
       return pack_filters(plan, filters.data(), packed, workspace, threads).ok();
     });
   }

@@ -12,7 +12,7 @@
 #include <utility>
 #include <vector>
 
-#include "piece_pool.h"
+#include "../host/piece_pool.h"
 #include "tensorflow/core/framework/allocation_description.pb.h"
 #include "tensorflow/core/framework/tensor.h"
 
@@ -104,7 +104,7 @@ class OutputMemory {
 
   const size_t max_idle_pieces_, max_idle_bytes_;
   const bool used_last_;
-  PiecePool pieces_;
+  host::PiecePool pieces_;
   std::mutex mutex_;
   std::vector<Piece> idle_;  // the one used last is the last
   size_t idle_bytes_ = 0;

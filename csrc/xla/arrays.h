@@ -20,6 +20,7 @@ class Arrays {
   // `training`, the last operand, where the host can read it.
   bool training() const { return *operands_.get<ffi::AnyBuffer>(operands_.size() - 1)->typed_data<bool>(); }
 
+  size_t operand_bytes(size_t i) const { return operands_.get<ffi::AnyBuffer>(i)->size_bytes(); }
   template <class Visit>
   void for_results(Visit visit) const {
     for (size_t i = 0; i < results_.size(); ++i) {

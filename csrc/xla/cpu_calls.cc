@@ -5,9 +5,11 @@
 #include <utility>
 
 #include "../host/memory.h"
+#include "../host/packed_filters.h"
 #include "../host/pool_threads.h"
 #include "../host/workspace_pool.h"
 #include "calls.h"
+#include "fingerprint.h"
 #include "handlers.h"
 
 namespace fusedconvbn::xla {
@@ -27,6 +29,9 @@ class XlaThreads : public host::PoolThreads {
   ffi::ThreadPool* const pool_;
 };
 
+using PackedFilters = host::PackedFilters<Fingerprint>;
+using Packed = PackedFilters::Packed;
+
 class Cpu {
  public:
   static constexpr Plans::Planner plan_forward = fusedconvbn::plan_forward, plan_backward = fusedconvbn::plan_backward;
@@ -36,26 +41,44 @@ class Cpu {
   Status describe(const Arrays& arrays, ConvBnParams* params, PlannedBy* by) const {
     params->training = arrays.training();
     if (const char* kernel = std::getenv("FUSEDCONVBN_KERNEL")) by->kernel = kernel;
+    size_t unused = 0;
+    if (const Status status = host::read_packed_limit(&unused); !status.ok()) return status;
     const int threads = static_cast<int>(std::max<int64_t>(pool_->num_threads(), 1));
     return detect_device(useful_threads(*params, threads), &by->device);
   }
 
-  // XLA's memory is new in every call of a program.
-  static void begin(Arrays* arrays) { arrays->for_results(host::prefer_huge_pages); }
+  void begin(Arrays* arrays) {
+    arrays->for_results(host::prefer_huge_pages);  // XLA's memory is new in every call of a program
+    filter_bytes_ = arrays->operand_bytes(1);
+  }
 
   template <class Buffers>
-  ffi::Error run(const Plan& plan, const Buffers& buffers) const {
+  ffi::Error run(const Plan& plan, Buffers buffers) const {
     XlaThreads threads(pool_, plan.device.threads);
     const host::WorkspacePool::Lease workspace(host::WorkspacePool::global(), plan.workspace_bytes);
     if (workspace.data() == nullptr)
       return ffi::Error(
           ffi::ErrorCode::kResourceExhausted,
           "out of memory: no " + std::to_string(plan.workspace_bytes) + " bytes of workspace for " + plan.describe());
+    const Packed packed = packed_filters(plan, &buffers, workspace.data(), &threads);
     return invalid(run_cpu(plan, buffers, workspace.data(), &threads));
   }
 
  private:
+  // Of earlier calls; null if there are none.
+  Packed packed_filters(const Plan& plan, ForwardBuffers* b, void* workspace, ParallelFor* threads) const {
+    if (plan.params.training || plan.packed_bytes == 0) return nullptr;
+    const Fingerprint fingerprint(b->filters, filter_bytes_, threads);
+    Packed packed = PackedFilters::global()->get(b->filters, fingerprint, plan, [&](void* memory) {
+      return pack_filters(plan, b->filters, memory, workspace, threads).ok();
+    });
+    b->packed_filters = packed.get();
+    return packed;
+  }
+  static Packed packed_filters(const Plan&, BackwardBuffers*, void*, ParallelFor*) { return nullptr; }
+
   ffi::ThreadPool* const pool_;
+  size_t filter_bytes_ = 0;  // forward
 };
 
 template <class Buffers>

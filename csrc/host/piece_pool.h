@@ -10,9 +10,9 @@
 #include <memory>
 #include <mutex>
 
-#include "../host/memory.h"
+#include "memory.h"
 
-namespace fusedconvbn::tf {
+namespace fusedconvbn::host {
 
 class PiecePool {
  public:
@@ -39,7 +39,7 @@ class PiecePool {
     Gaps::iterator find(size_t bytes) {
       return std::find_if(gaps.begin(), gaps.end(), [bytes](const auto& gap) { return gap.second >= bytes; });
     }
-    host::Memory memory;
+    Memory memory;
     Gaps gaps;
   };
   using Place = std::list<Block>::iterator;
@@ -54,7 +54,7 @@ class PiecePool {
     std::lock_guard<std::mutex> lock(mutex_);
     for (auto block = blocks_.begin(); block != blocks_.end(); ++block)
       if (auto gap = block->find(bytes); gap != block->gaps.end()) return cut(block, gap, bytes);
-    const host::Memory memory = host::allocate(std::max(bytes, kBlock));
+    const Memory memory = allocate(std::max(bytes, kBlock));
     if (memory.data == nullptr) return {};
     blocks_.push_back({memory, {{0, memory.bytes}}});
     return cut(std::prev(blocks_.end()), blocks_.back().gaps.begin(), bytes);
@@ -90,4 +90,4 @@ class PiecePool {
   std::list<Block> blocks_;
 };
 
-}  // namespace fusedconvbn::tf
+}  // namespace fusedconvbn::host
