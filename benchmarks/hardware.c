@@ -70,6 +70,22 @@ double amx_bfloat16(int64_t rounds) {
 double amx_bfloat16(int64_t rounds) { return (void)rounds, 0; }
 #endif
 
+#if defined(__AVX512BF16__)
+// Products of bfloat16 pairs.
+double pairs_bfloat16(int64_t rounds) {
+  __m512 sums[CHAINS];
+  const __m512bh factor = (__m512bh)_mm512_set1_epi32(0x3f003f00);  // 0.5 and 0.5
+  for (int i = 0; i < CHAINS; ++i) sums[i] = _mm512_set1_ps((float)i);
+  for (int64_t round = 0; round < rounds; ++round)
+    for (int i = 0; i < CHAINS; ++i) sums[i] = _mm512_dpbf16_ps(sums[i], factor, factor);
+  volatile float sink = 0;
+  for (int i = 0; i < CHAINS; ++i) sink += sums[i][0];
+  return 2.0 * CHAINS * 32 * (double)rounds;
+}
+#else
+double pairs_bfloat16(int64_t rounds) { return (void)rounds, 0; }
+#endif
+
 typedef float line __attribute__((vector_size(VECTOR)));
 
 // Several streams at once: one alone does not keep enough lines in flight.

@@ -28,8 +28,9 @@ enum class Save { kConv, kBFloat16, kRecompute };
 // What forward in training leaves in conv_out for backward: nothing, z, the second moments of the inputs, from which
 // backward needs no z (cpu/second_moments.h), or z - batch_mean rounded to bfloat16.
 enum class Saved { kNothing, kConv, kMoments, kBFloat16 };
-enum class Isa { kGeneric, kAvx2, kAvx512, kAmx };  // each has what those before it have
-constexpr Isa kIsas[] = {Isa::kGeneric, Isa::kAvx2, Isa::kAvx512, Isa::kAmx};
+// Each has what those before it have; but products of bfloat16 pairs (AVX512_BF16) are not used beside AMX.
+enum class Isa { kGeneric, kAvx2, kAvx512, kAvx512Bf16, kAmx };
+constexpr Isa kIsas[] = {Isa::kGeneric, Isa::kAvx2, Isa::kAvx512, Isa::kAvx512Bf16, Isa::kAmx};
 
 struct Status {
   std::string message;  // empty: success
@@ -57,7 +58,8 @@ struct ConvBnParams {
   // Backward, in training: what forward's plan said that it saves, and whether y is at hand though not required.
   Saved saved = Saved::kConv;
   bool has_output = false;
-  bool strict = false;  // kAuto takes no algorithm that errs more than the direct one; plan_*() sets it
+  bool keeps_filters = true;  // inference: whoever runs the plan has packed_filters from one call to the next
+  bool strict = false;        // kAuto takes no algorithm that errs more than the direct one; plan_*() sets it
 
   int64_t pixels() const { return batch * out_height * out_width; }  // elements a channel
   int64_t group_in() const { return in_channels / groups; }

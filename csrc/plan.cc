@@ -62,7 +62,7 @@ Status begin(const ConvBnParams& params, const DeviceInfo& device, const std::st
 }
 
 bool usable(const Kernel& kernel, const ConvBnParams& params, const DeviceInfo& device) {
-  return kernel.isa <= device.isa && kernel.supports(params);
+  return has_rows(device.isa, kernel.isa) && kernel.supports(params);
 }
 
 bool serves(const Kernel& kernel, Stage stage) {

@@ -10,7 +10,7 @@ import numpy as np
 from fusedconvbn import _arguments, _gpu_arrays, _load
 
 DTYPES = ("float32", "float64", "float16", "bfloat16")  # in the order of the core's `enum class DType`
-ISAS = ("generic", "avx2", "avx512", "amx")
+ISAS = ("generic", "avx2", "avx512", "avx512_bf16", "amx")
 _MAX_THREADS = 1024
 
 

@@ -94,8 +94,8 @@ def plan(
         direction: "forward" or "backward".
         saved: Backward, in training: what the forward plan's `saved` was, "conv", "bfloat16", "moments" or "nothing".
             With "moments", the output is taken to be at hand.
-        isa: The best instruction set that may be used: "generic", "avx2", "avx512" or "amx"; None: the machine's best.
-            The environment variable FUSEDCONVBN_ISA lowers what the machine is taken to have.
+        isa: The best instruction set that may be used: "generic", "avx2", "avx512", "avx512_bf16" or "amx"; None: the
+            machine's best. The environment variable FUSEDCONVBN_ISA lowers what the machine is taken to have.
         kernel: A name that `kernels()` lists, used for the stage that it serves; None: the first of each stage that
             supports the problem. The environment variable FUSEDCONVBN_KERNEL does the same.
         threads: How many threads are to run it.

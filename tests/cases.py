@@ -23,7 +23,7 @@ import numpy as np
 
 DTYPES = {"f32": np.float32, "f64": np.float64, "f16": np.float16, "bf16": ml_dtypes.bfloat16}
 LAYOUTS = ("NHWC", "NCHW")
-ISAS = ("generic", "avx2", "avx512")  # of all types; AMX is for bfloat16
+ISAS, BFLOAT16_ISAS = ("generic", "avx2", "avx512"), ("avx512_bf16", "amx")  # of all types, of bfloat16 alone
 ACTIVATIONS = (None, "relu", "relu6", "leaky_relu", "elu", "silu", "hard_swish", "gelu")
 PADDINGS = ("SAME", "VALID", ((1, 2), (0, 1)), ((0, 3), (2, 0)))
 STRIDES = ((1, 1), (2, 2), (1, 2), (3, 1))
@@ -220,7 +220,7 @@ STREAMED = {
 }  # fmt: skip
 
 FACTORS: dict[str, Sequence[Any]] = {
-    "target": (*itertools.product(DTYPES, LAYOUTS, ISAS), *itertools.product(("bf16",), LAYOUTS, ("amx",))),
+    "target": (*itertools.product(DTYPES, LAYOUTS, ISAS), *itertools.product(("bf16",), LAYOUTS, BFLOAT16_ISAS)),
     "channels": CHANNELS,
     "output": OUTPUTS,
     "kernel": KERNELS,

@@ -3,18 +3,19 @@
 import ml_dtypes
 import numpy as np
 import pytest
-from cases import ACTIVATIONS, Arrays, Case, arrays
+from cases import ACTIVATIONS, BFLOAT16_ISAS, Arrays, Case, arrays
 from raw_problem import Problem
 
 from fusedconvbn import raw
 
 
 @pytest.mark.parametrize("dtype", ["f32", "f64", "f16", "bf16"])
-@pytest.mark.parametrize("isa", ["generic", "avx2", "avx512", "amx"])
+@pytest.mark.parametrize("isa", ["generic", "avx2", "avx512", "avx512_bf16", "amx"])
 @pytest.mark.parametrize("activation", ACTIVATIONS)
 def test_non_finite_inputs_in_inference(activation, isa, dtype):
     """NaN and infinities come out exactly where the formula says so, relu(NaN) = NaN, whatever lies beside them."""
-    case = Case(dtype=dtype, batch=2, height=9, width=11, in_channels=5, out_channels=19, activation=activation)
+    channels = 8 if isa == "avx512_bf16" else 5
+    case = Case(dtype=dtype, batch=2, height=9, width=11, in_channels=channels, out_channels=19, activation=activation)
     problem = Problem(case)
     inputs = problem.arguments.inputs
     inputs[0, 0, 0, 0], inputs[0, 4, 5, 1], inputs[1, 8, 10, 4], inputs[1, 4, 4, 2] = np.nan, np.inf, -np.inf, np.nan
@@ -96,7 +97,7 @@ INFERENCE_ROWS = [row for row in raw.kernels() if row.stage == "forward" and "mo
         (dtype, row)
         for row in INFERENCE_ROWS
         for dtype in ("f16", "bf16")
-        if row.isa != "amx" or (dtype == "bf16" and "thirds" not in row.name)  # those serve float32
+        if row.isa not in BFLOAT16_ISAS or (dtype == "bf16" and "thirds" not in row.name)  # those serve float32
     ],
     ids=lambda value: getattr(value, "name", value),
 )
@@ -107,8 +108,9 @@ def test_rounding_to_half_precision_is_to_nearest_even(dtype, kernel):
         beta = float32_samples(data)
         expected = (beta + np.float32(0)).astype(data)
     zeros, ones = np.zeros_like(beta), np.ones_like(beta)
-    channels = len(beta) if "depthwise" in kernel.name else 1
-    inputs, filters = np.zeros((1, 1, 1, channels), data), np.ones((3, 3, 1, len(beta)), data)
+    channels = len(beta) if "depthwise" in kernel.name else 2 if "pairs" in kernel.name else 1
+    depth = 1 if "depthwise" in kernel.name else channels
+    inputs, filters = np.zeros((1, 1, 1, channels), data), np.ones((3, 3, depth, len(beta)), data)
     options = {"padding": "SAME", "epsilon": 0.0, "kernel": kernel.name}
     output = raw.forward(inputs, filters, ones, beta, zeros, ones, **options).output
     if kernel.isa == "amx":  # its instruction takes subnormals for 0

@@ -244,12 +244,33 @@ def test_isa(isa):
     assert all(name.endswith(isa) for name in plan(isa=isa, direction="backward").kernels)
 
 
-@pytest.mark.parametrize("isa", ["generic", "avx2", "avx512", "amx"])
+@pytest.mark.parametrize("isa", ["generic", "avx2", "avx512", "avx512_bf16", "amx"])
 def test_isa_by_environment(isa, monkeypatch):
     monkeypatch.setenv("FUSEDCONVBN_ISA", isa)
-    assert all(name.endswith(isa) for name in plan(direction="backward", training=True, dtype="bfloat16").kernels)
-    order = ("generic", "avx2", "avx512", "amx")
-    assert {row.isa for row in raw.kernels() if row.available} == set(order[: order.index(isa) + 1])
+    of_backward = "avx512" if isa == "avx512_bf16" else isa
+    planned = plan(direction="backward", training=True, dtype="bfloat16").kernels
+    assert all(name.endswith(of_backward) for name in planned)
+    order = ("generic", "avx2", "avx512", "avx512_bf16", "amx")
+    available = set(order[: order.index(isa) + 1]) - ({"avx512_bf16"} if isa == "amx" else set())
+    assert {row.isa for row in raw.kernels() if row.available} == available
+
+
+@pytest.mark.isa("avx512_bf16")
+def test_products_of_pairs_are_chosen_where_they_apply():
+    def chosen(inputs, filters, **options):
+        return raw.plan(
+            inputs, filters, **{"dtype": "bfloat16", "padding": "SAME", "isa": "avx512_bf16"} | options
+        ).kernels
+
+    pairs = ["forward_pairs_avx512_bf16"]
+    pointwise = (2, 14, 14, 64), (1, 1, 64, 64)
+    assert chosen(*pointwise) == chosen(*pointwise, training=True) == pairs
+    assert chosen((2, 14, 14, 64), (3, 3, 16, 64), strides=2) == pairs  # groups
+    assert chosen(*pointwise, dtype="float32") == chosen(*pointwise, dtype="float16") == ["forward_direct_avx512"]
+    assert chosen((2, 14, 14, 63), (1, 1, 63, 64)) == ["forward_direct_avx512"]
+    assert chosen((2, 64, 14, 14), (1, 1, 64, 64), data_format="NCHW") == ["forward_direct_avx512"]
+    assert chosen((16, 28, 28, 128), (3, 3, 128, 128)) == ["forward_winograd4_avx512"]  # in float32, and still faster
+    assert chosen((16, 28, 28, 128), (3, 3, 128, 128), algorithm="direct") == pairs
 
 
 def test_environment_limits_the_argument(monkeypatch):
@@ -260,7 +281,9 @@ def test_environment_limits_the_argument(monkeypatch):
 
 def test_unknown_isa_in_the_environment(monkeypatch):
     monkeypatch.setenv("FUSEDCONVBN_ISA", "mmx")
-    with pytest.raises(ValueError, match=r"FUSEDCONVBN_ISA must be one of generic, avx2, avx512, amx\. Received: mmx"):
+    with pytest.raises(
+        ValueError, match=r"FUSEDCONVBN_ISA must be one of generic, avx2, avx512, avx512_bf16, amx\. Received: mmx"
+    ):
         plan()
 
 

@@ -116,6 +116,24 @@ AMX_PHASES = [
         (20, 20, 2, 48, (1, 1), (4, 4), (1, 1), "SAME"),
     )
 ]  # fmt: skip
+# Products of pairs: all that the direct algorithm has, of an even number of channels a group.
+PAIRS = [
+    case
+    for case in AMX_CASES[1::2] + AMX_DEEP + AMX_EMITTED + AMX_LINES + AMX_TAPS_INNER
+    if case.in_channels % 2 == 0 and case.data_format == "NHWC"
+] + [
+    Case(
+        dtype="bf16", height=13, width=11, in_channels=c, out_channels=k, groups=groups, kernel=(3, 3), strides=strides,
+        dilations=dilations, padding=padding, activation="elu", residual=True, training=training,
+    )
+    for c, k, groups, strides, dilations, padding in (
+        (24, 36, 2, (1, 1), (1, 1), "SAME"),
+        (32, 16, 4, (2, 1), (1, 1), "VALID"),
+        (6, 130, 1, (1, 1), (2, 1), "SAME"),
+        (2, 40, 1, (1, 2), (1, 1), ((0, 3), (2, 0))),
+    )
+    for training in (False, True)
+]  # fmt: skip
 SPECIAL_CASES = {  # by a word in the names of the rows that serve no others
     "moments_thirds": [replace(case, isa=None) for case in expanding_cases() if case.dtype == "f32"][::4]
     + [
@@ -125,6 +143,7 @@ SPECIAL_CASES = {  # by a word in the names of the rows that serve no others
     "wgrad_thirds": THIRDS_DEEP
     + [replace(case, isa=None) for case in pointwise_cases() if case.dtype == "f32" and case.isa == "avx2"],
     "thirds": THIRDS_DEEP + THIRDS[::5],
+    "pairs": PAIRS,
     "moments_amx": AMX_EXPANDING,
     "backward_direct_amx": [
         case
@@ -201,7 +220,8 @@ def test_forced_kernel_with_z_in_bfloat16(kernel, case):
 
 def test_each_kernel_that_reads_or_writes_z_does_in_bfloat16():
     names = {row.name for row, _ in ROUNDED}
-    assert {row.name for row in KERNELS if "moments" not in row.name and "amx" not in row.name} <= names
+    of_bfloat16 = ("amx", "pairs")
+    assert {row.name for row in KERNELS if not any(word in row.name for word in ("moments", *of_bfloat16))} <= names
 
 
 def check_packed(problem, kernel, result):

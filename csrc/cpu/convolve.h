@@ -59,10 +59,16 @@ struct Channels {
 template <class C>
 class Convolution {
  public:
+  using Gemm = decltype(ComputeKernels<C>::gemm);
+
   // `storage` is that of the filters.
   Convolution(const ComputeKernels<C>& kernels, const Storage<C>& storage, const Image<C>& source,
               const Windows& windows, const Channels& channels)
+      : Convolution(kernels, storage, source, windows, channels, kernels.gemm) {}
+  Convolution(const ComputeKernels<C>& kernels, const Storage<C>& storage, const Image<C>& source,
+              const Windows& windows, const Channels& channels, Gemm gemm)
       : kernels_(kernels),
+        gemm_(gemm),
         storage_(storage),
         windows_(windows),
         groups_(channels.groups),
@@ -269,7 +275,7 @@ class Convolution {
       if (index == panels.begin || panel.column == 0)
         in.conversion = reader_.conversion(run.scratch.reader[run.worker], done);
       look_ahead(positions, done / kBlockRows, panels, index, number, run, &in);
-      kernels_.gemm(in, {filters, panel.width, panel.ld}, to);
+      gemm_(in, {filters, panel.width, panel.ld}, to);
       if (last) run.epilogue.end(to, tile);
     }
   }
@@ -340,6 +346,7 @@ class Convolution {
   }
 
   const ComputeKernels<C>& kernels_;
+  Gemm gemm_;
   Storage<C> storage_;
   Windows windows_;
   int64_t groups_, depth_, cols_;

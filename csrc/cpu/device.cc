@@ -39,6 +39,10 @@ Isa best_vector_isa() {
   const bool avx2 = __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") && __builtin_cpu_supports("f16c");
   const bool avx512 = __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512vl") &&
                       __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512bw");
+#if !defined(FUSEDCONVBN_NO_AVX512_BF16)
+  // Intel's cores multiply pairs at half the rate of floats, AMD's at twice.
+  if (avx2 && avx512 && __builtin_cpu_supports("avx512bf16") && __builtin_cpu_is("amd")) return Isa::kAvx512Bf16;
+#endif
   if (avx2 && avx512) return Isa::kAvx512;
   if (avx2) return Isa::kAvx2;
 #endif
@@ -48,7 +52,7 @@ Isa best_vector_isa() {
 // The permission, which has a price (larger stacks of signal handlers), is asked for once, and only if it may be used.
 Isa best_isa(bool tiles) {
   static const Isa vectors = best_vector_isa();
-  if (!tiles || vectors != Isa::kAvx512) return vectors;
+  if (!tiles || vectors < Isa::kAvx512) return vectors;
   static const bool usable = amx_is_usable();
   return usable ? Isa::kAmx : vectors;
 }

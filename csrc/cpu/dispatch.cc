@@ -171,6 +171,21 @@ template <Stage S>
 bool thirds_apply(const ConvBnParams& p) {
   return thirds_apply(S, p);
 }
+// Products of bfloat16 pairs: neighbours in memory.
+bool pairs_apply(const ConvBnParams& p) {
+  return p.dtype == DType::kBFloat16 && p.data_format == DataFormat::kNHWC && p.group_in() % 2 == 0;
+}
+// Where they fill vectors, and Winograd's algorithm, in float32, does not save more.
+bool suits_pairs(const ConvBnParams& p, Isa isa) {
+  constexpr int64_t kMinChannels = 8;
+  constexpr double kGain = 1.8;  // of the direct algorithm's speed
+  if (p.algorithm == Algorithm::kWinograd2 || p.algorithm == Algorithm::kWinograd4) return false;
+  if (std::min(p.group_in(), p.group_out()) < kMinChannels) return false;
+  if (p.algorithm == Algorithm::kDirect || !by_winograd<Stage::kForward>(p, isa)) return true;
+  const WinogradCosts costs = winograd_costs(Stage::kForward, p, isa);
+  return costs.direct / kGain < std::min(costs.two, costs.four);
+}
+
 // Where nothing but the direct algorithm competes, and is slower.
 template <Stage S>
 bool suits_thirds(const ConvBnParams& p, Isa isa) {
@@ -270,6 +285,11 @@ const std::vector<Kernel>& kernel_table() {
       FCB_ROW(wgrad_thirds, kWgrad, thirds_apply<Stage::kWgrad>, suits_thirds<Stage::kWgrad>, amx, Amx),
 #endif
 #if defined(__x86_64__)
+#if !defined(FUSEDCONVBN_NO_AVX512_BF16)
+      packing({"forward_pairs_avx512_bf16", Stage::kForward, Isa::kAvx512Bf16, pairs_apply, suits_pairs,
+               scratch_with<&kKernelsAvx512, forward_pairs_scratch>, run_with<&kKernelsAvx512, run_forward_pairs>},
+              scratch_with<&kKernelsAvx512, forward_pairs_packed>),
+#endif
       FCB_ROWS(avx512, Avx512),
       FCB_ROWS(avx2, Avx2),
 #endif
@@ -298,6 +318,7 @@ const char* name_of(Isa isa) {
     case Isa::kGeneric: return "generic";
     case Isa::kAvx2: return "avx2";
     case Isa::kAvx512: return "avx512";
+    case Isa::kAvx512Bf16: return "avx512_bf16";
     case Isa::kAmx: return "amx";
   }
   return "";

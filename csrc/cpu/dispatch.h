@@ -48,4 +48,9 @@ const std::vector<Kernel>& kernel_table();
 const char* name_of(Stage stage);
 const char* name_of(Isa isa);
 
+// Whether a device of one instruction set has the rows of another.
+inline bool has_rows(Isa device, Isa rows) {
+  return rows <= device && (rows != Isa::kAvx512Bf16 || device == Isa::kAvx512Bf16);
+}
+
 }  // namespace fusedconvbn

@@ -4,6 +4,7 @@
 #include "amx_convolve.h"
 #include "depthwise.h"
 #include "few_channels.h"
+#include "pairs_convolve.h"
 #include "stages.h"
 #include "thirds_convolve.h"
 #include "winograd.h"
@@ -103,6 +104,7 @@ FCB_DEFINE_STAGE(forward_depthwise, DepthwiseConvolution)
   }
 FCB_FLOAT_STAGE(forward_direct_amx, AmxConvolution)
 FCB_FLOAT_STAGE(forward_thirds, ThirdsConvolution)
+FCB_FLOAT_STAGE(forward_pairs, PairsConvolution)
 #undef FCB_FLOAT_STAGE
 
 }  // namespace fusedconvbn

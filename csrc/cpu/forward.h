@@ -29,7 +29,7 @@ class Forward {
         output_(buffers.output, storage_, output_grid(p), p.training ? kLeftInCache : kLeftInInference),
         residual_(buffers.residual, storage_, output_grid(p)),
         convolution_(k_, storage_, Image<C>(buffers.inputs, storage_, input_grid(p)), forward_windows(p),
-                     {p.groups, p.group_in(), p.group_out(), p.training, !p.training}) {
+                     {p.groups, p.group_in(), p.group_out(), !keeps_filters(p), keeps_filters(p)}) {
     Arena arena(scratch);
     scale_ = arena.take<C>(p.out_channels);
     if (p.training) moments_ = BlockMoments<C>::carve(&arena, convolution_.blocks(), p.out_channels);
@@ -80,6 +80,8 @@ class Forward {
   }
 
  private:
+  static bool keeps_filters(const ConvBnParams& p) { return p.keeps_filters && !p.training; }
+
   using RowByRow = std::function<GemmOutput<C>(const Tile<C>&)>;
 
   RowByRow sums_to_conv_out() const {

@@ -1,25 +1,9 @@
-// One instruction set's kernels: each isa_*.cc compiles this with its own flags. Only intrinsics, C headers and our
-// plain structs, all with internal linkage: a standard template instantiated here could replace another unit's copy at
-// link time and run on a machine that lacks the instructions.
-#include <stdint.h>
-#if defined(__x86_64__)
-#if defined(__GNUC__) && !defined(__clang__)
-#pragma GCC diagnostic ignored "-Wmaybe-uninitialized"  // gcc 12 says so of its own intrinsics
-#endif
-#include <immintrin.h>
-#endif
-
-#include "../half.h"
-#include "../inline.h"
-
-namespace fusedconvbn {
-namespace {
-#include "simd.inl"
-}  // namespace
-}  // namespace fusedconvbn
+// One instruction set's kernels: each isa_*.cc compiles this with its own flags.
+#include "isa_vectors.inl"
 
 #include "amx_lines.h"
 #include "kernels.h"
+#include "pairs.h"
 #include "thirds.h"
 
 namespace fusedconvbn {
@@ -184,6 +168,9 @@ static constexpr ComputeKernels<C> compute_kernels() {
   fill_activation<0>(&k);
   fill_gradients<0, C, C, C>(&k.reduce, &k.apply);
   if constexpr (__is_same(C, float)) fill_gradients<0, C, C, C, BFloat16>(&k.reduce_rounded, &k.apply_rounded);
+#if defined(__AVX512F__) && !defined(FUSEDCONVBN_NO_AVX512_BF16)
+  if constexpr (__is_same(C, float)) k.pairs = &kPairKernels;
+#endif
 #if defined(__AMX_BF16__)
   if constexpr (__is_same(C, float)) {
     k.amx = amx_kernels();

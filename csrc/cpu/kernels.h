@@ -139,6 +139,7 @@ struct ProductKernel {
   void (*add)(const C* a, int64_t lda, const C* b, int64_t ldb, int64_t depth, C* sums, int64_t ld, Ahead<C>* ahead);
 };
 
+struct PairKernels;    // pairs.h
 struct ThirdsKernels;  // thirds.h
 
 template <class C>
@@ -223,6 +224,7 @@ struct ComputeKernels {
 
   AmxKernels amx;               // null but for float on AMX
   const ThirdsKernels* thirds;  // null but for float on AMX
+  const PairKernels* pairs;     // null but for float with AVX-512, and where the compiler knows AVX512_BF16
 };
 
 // What is computed element by element on blocks of 16-bit numbers that lie in memory with their channels consecutive.

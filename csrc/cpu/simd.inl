@@ -122,6 +122,17 @@ FCB_INLINE void add_product(V* acc, V x, V y) {
 #endif
 }
 
+#if defined(FCB_PAIRS)
+// acc += the products of the pair x by the pairs v, of N vectors: all are bfloat16, two in the place of a float.
+template <class C, int N>
+FCB_INLINE void add_products(Vector<C> (&acc)[N], const C& x, const Vector<C> (&v)[N]) {
+  int32_t bits;
+  __builtin_memcpy(&bits, &x, sizeof bits);
+  const __m512bh pair = (__m512bh)_mm512_set1_epi32(bits);
+#pragma GCC unroll 4
+  for (int n = 0; n < N; ++n) acc[n] = (Vector<C>)_mm512_dpbf16_ps((__m512)acc[n], pair, (__m512bh)v[n]);
+}
+#else
 // acc += x * v, of N vectors.
 template <class C, int N>
 FCB_INLINE void add_products(Vector<C> (&acc)[N], const C& x, const Vector<C> (&v)[N]) {
@@ -129,6 +140,7 @@ FCB_INLINE void add_products(Vector<C> (&acc)[N], const C& x, const Vector<C> (&
 #pragma GCC unroll 4
   for (int n = 0; n < N; ++n) add_product(&acc[n], broadcasted, v[n]);
 }
+#endif
 
 // Of two vectors in one piece, so that x takes a register for no longer than it must: gcc 12 keeps several rows' at a
 // time and runs out of registers. Sanitizers see no loads of assembly.

@@ -50,6 +50,7 @@ FCB_PACKING_STAGE(forward_winograd2);
 FCB_PACKING_STAGE(forward_winograd4);
 FCB_PACKING_STAGE(forward_direct_amx);
 FCB_PACKING_STAGE(forward_thirds);
+FCB_PACKING_STAGE(forward_pairs);
 FCB_PACKING_STAGE(forward_few_channels);
 FCB_STAGE(forward_depthwise);
 

@@ -55,7 +55,7 @@ ConvBnParams make_params(const std::array<int64_t, 4>& inputs_shape, const std::
 std::string isas_up_to(Isa best) {
   std::string names;
   for (Isa isa : kIsas)
-    if (isa <= best) names += (names.empty() ? "" : ", ") + std::string(name_of(isa));
+    if (has_rows(best, isa)) names += (names.empty() ? "" : ", ") + std::string(name_of(isa));
   return names;
 }
 
@@ -65,7 +65,7 @@ DeviceInfo make_device(const std::string& isa, int threads) {
   raise_if(detect_device(threads, &device));
   if (isa.empty()) return device;
   for (Isa candidate : kIsas) {
-    if (isa != name_of(candidate) || candidate > device.isa) continue;
+    if (isa != name_of(candidate) || !has_rows(device.isa, candidate)) continue;
     device.isa = candidate;
     return device;
   }
@@ -121,7 +121,7 @@ py::list kernels() {
   const DeviceInfo device = make_device("", 1);
   py::list rows;
   for (const KernelInfo& row : list_kernels())
-    rows.append(py::make_tuple(row.name, row.stage, name_of(row.isa), row.isa <= device.isa));
+    rows.append(py::make_tuple(row.name, row.stage, name_of(row.isa), has_rows(device.isa, row.isa)));
   return rows;
 }
 
