@@ -32,9 +32,19 @@ class XlaThreads : public host::PoolThreads {
 using PackedFilters = host::PackedFilters<Fingerprint>;
 using Packed = PackedFilters::Packed;
 
+// Packed filters that are kept take a hash of the unpacked ones in each call, which those do without that are read
+// where they lie.
+Status plan_with_least_packing(const ConvBnParams& params, const DeviceInfo& device, const std::string& kernel,
+                               Plan* plan) {
+  ConvBnParams once = params;
+  once.keeps_filters = false;
+  const Status status = plan_forward(once, device, kernel, plan);
+  return !status.ok() || plan->packed_bytes == 0 ? status : plan_forward(params, device, kernel, plan);
+}
+
 class Cpu {
  public:
-  static constexpr Plans::Planner plan_forward = fusedconvbn::plan_forward, plan_backward = fusedconvbn::plan_backward;
+  static constexpr Plans::Planner plan_forward = plan_with_least_packing, plan_backward = fusedconvbn::plan_backward;
 
   explicit Cpu(ffi::ThreadPool* pool) : pool_(pool) {}
 
@@ -48,7 +58,8 @@ class Cpu {
   }
 
   void begin(Arrays* arrays) {
-    arrays->for_results(host::prefer_huge_pages);  // XLA's memory is new in every call of a program
+    // XLA's memory is new in every call of a program, and most results lie side by side.
+    arrays->for_results(host::prefer_huge_pages_around);
     filter_bytes_ = arrays->operand_bytes(1);
   }
 
