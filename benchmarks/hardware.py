@@ -72,7 +72,7 @@ class Hardware:
         self._addresses = [ctypes.addressof(ctypes.c_char.from_buffer(memory)) for memory in self._memory]
 
     def measure(self, dtype: str, sizes: Iterable[int]) -> Limits:
-        """The limits for data of a type: 16-bit ones are computed in float32, bfloat16 by AMX or by pairs where faster."""
+        """The limits for data of a type: 16-bit ones are computed in float32, bfloat16 by AMX or pairs if faster."""
         loop, what = (
             self._loops.fma_float64 if dtype == "float64" else self._loops.fma_float32,
             "fused multiply-adds of registers",

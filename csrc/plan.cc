@@ -78,8 +78,8 @@ Status choose(Stage stage, const ConvBnParams& params, const DeviceInfo& device,
     if (forced == kernel.name && !usable(kernel, params, device))
       return Status::error("kernel " + forced + " does not support this problem or this machine (" +
                            name_of(device.isa) + ")");
-    if (forced == kernel.name ||
-        (*chosen == nullptr && usable(kernel, params, device) && kernel.suits(params, kernel.isa)))
+    if (forced == kernel.name || (*chosen == nullptr && usable(kernel, params, device) &&
+                                  kernel.suits(params, estimated_isa(device.isa, kernel.isa))))
       *chosen = &kernel;
   }
   return *chosen ? Status{} : Status::error(std::string("no kernel for stage ") + name_of(stage));
@@ -116,7 +116,8 @@ bool backward_in_one(const ConvBnParams& params, const DeviceInfo& device, const
   return std::any_of(rows.begin(), rows.end(), [&](const Kernel& row) {
     if (row.stage != Stage::kBackward) return false;
     if (!forced.empty()) return forced == row.name;
-    return usable(row, params, device) && row.suits(params, row.isa) && beats_stages(row, params, stages);
+    return usable(row, params, device) && row.suits(params, estimated_isa(device.isa, row.isa)) &&
+           beats_stages(row, params, stages);
   });
 }
 

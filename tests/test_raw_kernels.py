@@ -143,6 +143,11 @@ SPECIAL_CASES = {  # by a word in the names of the rows that serve no others
     "wgrad_thirds": THIRDS_DEEP
     + [replace(case, isa=None) for case in pointwise_cases() if case.dtype == "f32" and case.isa == "avx2"],
     "thirds": THIRDS_DEEP + THIRDS[::5],
+    "dgrad_pairs": [
+        replace(case, training=True, data_format=data_format)
+        for case, data_format in zip(PAIRS, itertools.cycle(("NHWC", "NHWC", "NCHW")))
+        if case.out_channels // case.groups % 2 == 0
+    ],
     "pairs": PAIRS,
     "moments_amx": AMX_EXPANDING,
     "backward_direct_amx": [

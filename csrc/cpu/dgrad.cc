@@ -10,6 +10,7 @@
 #include "amx_dgrad.h"
 #include "compute_type.h"
 #include "convolve.h"
+#include "pairs_convolve.h"
 #include "stages.h"
 #include "thirds_convolve.h"
 #include "winograd.h"
@@ -164,6 +165,37 @@ Status run_dgrad_thirds(const KernelSet& set, const StageCall& call) {
   if (call.backward->d_inputs == nullptr) return Status{};
   run_as<float, ThirdsConvolution>(set, call.params, conv_grad_image<float>(set, call.params, call.conv_grad),
                                    *call.backward, call.device.threads, call.scratch, call.parallel);
+  return Status{};
+}
+
+// By products of pairs: the gradient of z is rounded to bfloat16 first, as stock ops have it.
+namespace {
+
+void round_conv_grad(const KernelSet& set, const StageCall& call, const Image<float>& rounded) {
+  const Image<float> conv_grad = conv_grad_image<float>(set, call.params, call.conv_grad);
+  const int64_t pixels = call.params.pixels(), channels = call.params.out_channels;
+  call.parallel->run(ceil_div(pixels, kBlockRows), [&](int64_t block, int) {
+    const int64_t first = block * kBlockRows, rows = std::min(kBlockRows, pixels - first);
+    rounded.write(first, rows, 0, channels, conv_grad.target(first, 0, {}));
+  });
+}
+
+}  // namespace
+
+size_t dgrad_pairs_scratch(const KernelSet& set, const ConvBnParams& p, const DeviceInfo& device) {
+  Arena arena;
+  arena.take<uint16_t>(p.pixels() * p.out_channels);
+  return arena.used() + scratch_as<float, PairsConvolution>(
+                            set, p, saved_image<float>(set, p, Saved::kBFloat16, nullptr), device.threads);
+}
+Status run_dgrad_pairs(const KernelSet& set, const StageCall& call) {
+  if (call.backward->d_inputs == nullptr) return Status{};
+  Arena arena(call.scratch);
+  const auto* data = arena.take<uint16_t>(call.params.pixels() * call.params.out_channels);
+  const Image<float> rounded = saved_image<float>(set, call.params, Saved::kBFloat16, data);
+  round_conv_grad(set, call, rounded);
+  run_as<float, PairsConvolution>(set, call.params, rounded, *call.backward, call.device.threads,
+                                  call.scratch + arena.used(), call.parallel);
   return Status{};
 }
 

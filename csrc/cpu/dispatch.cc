@@ -171,19 +171,27 @@ template <Stage S>
 bool thirds_apply(const ConvBnParams& p) {
   return thirds_apply(S, p);
 }
-// Products of bfloat16 pairs: neighbours in memory.
-bool pairs_apply(const ConvBnParams& p) {
+// Products of bfloat16 pairs: neighbours in memory. Of the gradient by the inputs these are the gradient of z, which is
+// rounded for that; not with frozen statistics.
+bool forward_pairs_apply(const ConvBnParams& p) {
   return p.dtype == DType::kBFloat16 && p.data_format == DataFormat::kNHWC && p.group_in() % 2 == 0;
 }
+bool dgrad_pairs_apply(const ConvBnParams& p) {
+  return p.dtype == DType::kBFloat16 && p.training && p.group_out() % 2 == 0;
+}
 // Where they fill vectors, and Winograd's algorithm, in float32, does not save more.
+template <Stage S>
 bool suits_pairs(const ConvBnParams& p, Isa isa) {
   constexpr int64_t kMinChannels = 8;
   constexpr double kGain = 1.8;  // of the direct algorithm's speed
   if (p.algorithm == Algorithm::kWinograd2 || p.algorithm == Algorithm::kWinograd4) return false;
   if (std::min(p.group_in(), p.group_out()) < kMinChannels) return false;
-  if (p.algorithm == Algorithm::kDirect || !by_winograd<Stage::kForward>(p, isa)) return true;
-  const WinogradCosts costs = winograd_costs(Stage::kForward, p, isa);
+  if (p.algorithm == Algorithm::kDirect || !by_winograd<S>(p, isa)) return true;
+  const WinogradCosts costs = winograd_costs(S, p, isa);
   return costs.direct / kGain < std::min(costs.two, costs.four);
+}
+bool suits_dgrad_pairs(const ConvBnParams& p, Isa isa) {
+  return !p.strict && !suits_columns(p, isa) && suits_pairs<Stage::kDgrad>(p, isa);
 }
 
 // Where nothing but the direct algorithm competes, and is slower.
@@ -286,9 +294,12 @@ const std::vector<Kernel>& kernel_table() {
 #endif
 #if defined(__x86_64__)
 #if !defined(FUSEDCONVBN_NO_AVX512_BF16)
-      packing({"forward_pairs_avx512_bf16", Stage::kForward, Isa::kAvx512Bf16, pairs_apply, suits_pairs,
-               scratch_with<&kKernelsAvx512, forward_pairs_scratch>, run_with<&kKernelsAvx512, run_forward_pairs>},
+      packing({"forward_pairs_avx512_bf16", Stage::kForward, Isa::kAvx512Bf16, forward_pairs_apply,
+               suits_pairs<Stage::kForward>, scratch_with<&kKernelsAvx512, forward_pairs_scratch>,
+               run_with<&kKernelsAvx512, run_forward_pairs>},
               scratch_with<&kKernelsAvx512, forward_pairs_packed>),
+      {"dgrad_pairs_avx512_bf16", Stage::kDgrad, Isa::kAvx512Bf16, dgrad_pairs_apply, suits_dgrad_pairs,
+       scratch_with<&kKernelsAvx512, dgrad_pairs_scratch>, run_with<&kKernelsAvx512, run_dgrad_pairs>},
 #endif
       FCB_ROWS(avx512, Avx512),
       FCB_ROWS(avx2, Avx2),

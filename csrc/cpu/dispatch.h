@@ -30,7 +30,7 @@ struct Kernel {
   Stage stage;
   Isa isa;
   bool (*supports)(const ConvBnParams&);    // can compute it
-  bool (*suits)(const ConvBnParams&, Isa);  // is to be chosen for it where nobody forces a row; of this row's Isa
+  bool (*suits)(const ConvBnParams&, Isa);  // is to be chosen for it where nobody forces a row; of its estimated_isa()
   size_t (*scratch_bytes)(const ConvBnParams&, const DeviceInfo&);
   Status (*run)(const StageCall&);
   Saved saves = Saved::kConv;  // of kForward, in training: what params.save asks for, or kMoments
@@ -51,6 +51,11 @@ const char* name_of(Isa isa);
 // Whether a device of one instruction set has the rows of another.
 inline bool has_rows(Isa device, Isa rows) {
   return rows <= device && (rows != Isa::kAvx512Bf16 || device == Isa::kAvx512Bf16);
+}
+
+// Whose prices a row's estimates are made of: AVX-512's are others where a device has products of pairs.
+inline Isa estimated_isa(Isa device, Isa row) {
+  return row == Isa::kAvx512 && device == Isa::kAvx512Bf16 ? device : row;
 }
 
 }  // namespace fusedconvbn

@@ -10,7 +10,9 @@ namespace fusedconvbn {
 namespace {
 
 const WinogradPrices& winograd_prices(Stage stage, const ConvBnParams& p, Isa isa) {
-  const WinogradPriceList& list = isa == Isa::kAvx2 ? kAvx2Prices : kAvx512Prices;
+  const WinogradPriceList& list = isa == Isa::kAvx2         ? kAvx2Prices
+                                  : isa == Isa::kAvx512Bf16 ? kHalfWidthAvx512Prices
+                                                            : kAvx512Prices;
   if (stage == Stage::kDgrad) return list.input_gradient;
   if (stage == Stage::kWgrad) return list.filter_gradient;
   return p.training ? list.training : list.inference;
@@ -76,7 +78,7 @@ std::vector<Comparison> comparisons_of(const Kernel& kernel, const ConvBnParams&
   const bool on_amx = kernel.isa == Isa::kAmx, in_thirds = on_amx && is_by(kernel, "thirds");
   const bool direct = !on_amx && is_by(kernel, "direct");
   if ((direct || is_by(kernel, "winograd2") || is_by(kernel, "winograd4")) && winograd_applies(p)) {
-    const WinogradCosts costs = winograd_costs(stage, p, kernel.isa);
+    const WinogradCosts costs = winograd_costs(stage, p, estimated_isa(device, kernel.isa));
     found.push_back(sorted(stage, {{"direct", costs.direct}, {"winograd2", costs.two}, {"winograd4", costs.four}}));
   }
   if ((direct || in_thirds) && device == Isa::kAmx && thirds_apply(stage, p)) {

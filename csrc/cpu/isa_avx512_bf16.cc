@@ -18,8 +18,12 @@ namespace {
 
 #include "gemm.inl"
 
+#include "outer.inl"
+
 static void load_pairs(const void* memory, int64_t row_stride, int64_t column_stride, int64_t rows, int64_t cols,
                        float* block, int64_t ld) {
+  if (row_stride == 1 && column_stride % 2 == 0)  // pairs as they lie
+    return transpose(static_cast<const float*>(memory), column_stride / 2, cols, rows, block, ld);
   const uint16_t* low = static_cast<const uint16_t*>(memory);
   for (int64_t r = 0; r < rows; ++r, low += 2 * row_stride, block += ld)
     for (int64_t c = 0; c < cols; ++c) {

@@ -65,6 +65,7 @@ FCB_STAGE(reduce_direct);
 // The gradient by the inputs: for each phase of the stride a convolution of conv_grad with the filters transposed.
 FCB_STAGE(dgrad_direct);
 FCB_STAGE(dgrad_thirds);
+FCB_STAGE(dgrad_pairs);
 FCB_STAGE(dgrad_winograd2);
 FCB_STAGE(dgrad_winograd4);
 

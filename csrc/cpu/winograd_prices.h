@@ -2,6 +2,7 @@
 #pragma once
 
 #include <cstdint>
+#include <initializer_list>
 
 namespace fusedconvbn {
 
@@ -90,6 +91,29 @@ constexpr WinogradPrices kAvx512FilterGradient = {kAvx512Unit,
                                                   false};
 constexpr WinogradPriceList kAvx512Prices = {kAvx512Training, kAvx512Inference, kAvx512InputGradient,
                                              kAvx512FilterGradient};
+
+// Of each algorithm, by what its prices differ on another processor.
+struct PriceFactors {
+  double product[3], transform[3], filter[3];
+};
+
+constexpr WinogradPrices scaled(WinogradPrices prices, const PriceFactors& by) {
+  for (int i = 0; i < 3; ++i) {
+    prices.product[i] *= by.product[i];
+    for (double* price : {&prices.input[i], &prices.output[i], &prices.deep[i]}) *price *= by.transform[i];
+    for (double(&place)[3] : prices.filter) place[i] *= by.filter[i];
+    prices.filter_in_cache[i] *= by.filter[i], prices.far_filter[i] *= by.filter[i];
+  }
+  prices.unpacked_filter *= by.filter[0];
+  return prices;
+}
+
+// Where a vector of 512 bits takes two turns (AMD's Zen 4), products cost more, filters from memory less.
+constexpr WinogradPriceList kHalfWidthAvx512Prices = {
+    scaled(kAvx512Training, {{1.59, 1.43, 1.34}, {1.3, 1.24, 1.35}, {0.73, 0.34, 0.41}}),
+    scaled(kAvx512Inference, {{1.6, 1.42, 1.34}, {1.3, 1.11, 1.12}, {1.0, 0.61, 0.63}}),
+    scaled(kAvx512InputGradient, {{1.56, 1.47, 1.38}, {1.3, 1.24, 1.24}, {0.86, 0.47, 0.51}}),
+    scaled(kAvx512FilterGradient, {{1.5, 1.5, 1.5}, {1.5, 1.5, 1.5}, {1.5, 1.5, 1.5}})};
 
 constexpr WinogradUnit kAvx2Unit = {8, 16, 512 << 10};
 constexpr WinogradPrices kAvx2Training = {kAvx2Unit,
